@@ -2,10 +2,11 @@
 cycles cost."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 _MIB = 1 << 20
 _MXU_128, _MXU_256 = 2 * 128**2, 2 * 2 * 256**2
@@ -34,11 +35,11 @@ class TpuChip(NamedTuple):
     """FLOP/s of the device, bf16, as the vendor states it."""
     int8: bool = True
     """Whether it multiplies int8."""
-    float8: tuple[Any, ...] = ()
+    float8: tuple[DTypeLike, ...] = ()
     """8-bit floats that it multiplies; others are widened to bf16, which holds them
     exactly."""
 
-    def multiplies_natively(self, left: Any, right: Any) -> bool:
+    def multiplies_natively(self, left: DTypeLike, right: DTypeLike) -> bool:
         """Whether operands of these types are multiplied as they are."""
         if {jnp.dtype(d).itemsize for d in (left, right)} != {1}:
             return left == right
@@ -106,25 +107,48 @@ def find_largest_divisor(n: int, most: int) -> int:
     return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
 
 
+class ChipDevice(Protocol):
+    """A device, or what a mesh without devices says of its own."""
+
+    @property
+    def device_kind(self) -> str: ...
+
+    @property
+    def platform(self) -> str: ...
+
+
+def get_mesh_device() -> ChipDevice | None:
+    """Returns what the devices of the mesh in use are, which need not be here; None:
+    there is no mesh, or its devices are not known while the program is traced."""
+    return jax.sharding.get_abstract_mesh().abstract_device
+
+
 def get_mesh_platform() -> str | None:
     """Returns the platform of the mesh in use, whose devices need not be here: "cpu",
     "gpu" or "tpu"; None where there is none."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return None if device is None else _platform(device)
+    device = get_mesh_device()
+    return None if device is None else _normalize_platform(device.platform)
 
 
 def get_platform() -> str:
     """Returns the platform that the traced program is for: of the mesh, else the
     default device."""
-    config: Any = jax.config
-    if config.jax_default_device is None:
-        return get_mesh_platform() or jax.default_backend()
-    return get_mesh_platform() or _platform(config.jax_default_device)
+    mesh_platform = get_mesh_platform()
+    if mesh_platform is not None:
+        return mesh_platform
+    # A device, or the name of a platform.
+    config: Any = jax.config  # whose attributes a type checker does not see
+    default_device = config.jax_default_device
+    if default_device is None:
+        return jax.default_backend()
+    if isinstance(default_device, str):
+        return _normalize_platform(default_device)
+    return _normalize_platform(default_device.platform)
 
 
-def _platform(device: Any) -> str:
-    name = device if isinstance(device, str) else device.platform
-    return "gpu" if name == "cuda" else name
+def _normalize_platform(platform: str) -> str:
+    """Returns "gpu" for what JAX calls "cuda" in places."""
+    return "gpu" if platform == "cuda" else platform
 
 
 def choose_backend(
@@ -158,13 +182,13 @@ def choose_backend(
 def get_chip() -> TpuChip:
     """Returns the TPU that the traced program is for: of the mesh in use, else this
     machine's; where that is no TPU, the one with the least VMEM."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device = get_mesh_device()
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
     return CHIPS[_SMALLEST] if device is None else find_chip(device)
 
 
-def find_chip(device: Any) -> TpuChip:
+def find_chip(device: ChipDevice) -> TpuChip:
     """Returns a device's chip; the one with the least VMEM where its kind is not
     known."""
     return CHIPS[_KINDS.get(device.device_kind, _SMALLEST)]

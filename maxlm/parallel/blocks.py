@@ -9,8 +9,8 @@ Shapes: B batch, S sequence, n devices that share it, N query heads, K kv heads 
 they read, H head dim, Hv value dim.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,10 @@ any."""
 KeyGradients = tuple[jax.Array, jax.Array]
 """dK and dV of one device's keys, fp32."""
 Gradients = tuple[QueryGradients, KeyGradients]
-PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
-"""(o, log-sum-exp) over the keys seen so far for each chunk of queries, fp32."""
+AttentionOutput = tuple[jax.Array, jax.Array]
+"""(o, log-sum-exp), fp32."""
+PartialOutput = tuple[AttentionOutput, ...]
+"""Of each chunk of queries, over the keys seen so far."""
 
 
 def attend_shard_forward(
@@ -135,9 +137,9 @@ class _Queries:
         queries'; None: the same."""
         split = self.split
         chunk_size = self.arrays[0][0].shape[1]
-        key_chunks = list(
-            zip(*(_split_chunks(array, split) for array in block), strict=True)
-        )
+        # k, v and segments of each chunk of keys.
+        split_arrays = [_split_chunks(array, split) for array in block]
+        key_chunks = list(zip(*split_arrays, strict=True))
         q_starts = split.chunk_starts(self.device_index, chunk_size)
         k_starts = q_starts
         if key_device is not None:
@@ -182,10 +184,11 @@ class _Queries:
                     options["window"] = split.window
                     options["q_offset"] = q_starts[i]
                     options["k_offset"] = k_starts[j]
+                    # Whether the chunk's first query's window, or a later one's, reaches
+                    # a key of this chunk.
                     oldest_seen = q_starts[i] - split.window + 1
-                    is_live = (k_starts[j] < q_starts[i]) & (
-                        oldest_seen < k_starts[j] + chunk_size
-                    )
+                    is_before = k_starts[j] < q_starts[i]
+                    is_live = is_before & (oldest_seen < k_starts[j] + chunk_size)
                 yield _Pair(i, j, k, v, options, is_live)
 
     def add_block(
@@ -195,7 +198,7 @@ class _Queries:
         partial: PartialOutput | None,
     ) -> PartialOutput:
         """Returns ``partial`` (None: nothing yet) with a block of keys added."""
-        outputs: list[Any] = [None] * self.split.chunks_per_device
+        outputs: list[AttentionOutput | None] = [None] * self.split.chunks_per_device
         if partial is not None:
             outputs = list(partial)
         for pair in self.list_pairs(block, key_device):
@@ -214,7 +217,8 @@ class _Queries:
                 return output if before is None else merge_attention(before, output)
 
             outputs[pair.q_chunk] = pair.run_if_live(attend, outputs[pair.q_chunk])
-        return tuple(outputs)
+        # The first block is the queries' own: each chunk has met its keys there.
+        return cast(PartialOutput, tuple(outputs))
 
     def add_block_gradients(
         self,
@@ -235,7 +239,7 @@ class _Queries:
             jnp.zeros(_split_chunks(array, self.split)[0].shape, jnp.float32)
             for array in (block.k, block.v)
         ]
-        d_keys: list[Any] = [zeros] * self.split.chunks_per_device
+        d_keys: list[Sequence[jax.Array]] = [zeros] * self.split.chunks_per_device
         for pair in self.list_pairs(block, key_device):
             q, *saved = self.arrays[pair.q_chunk]
 
@@ -277,7 +281,8 @@ def _split_chunks(x: jax.Array | None, split: SequenceSplit) -> tuple[Any, ...]:
     return tuple(jnp.split(x, split.chunks_per_device, axis=1))
 
 
-def _add(xs: Any, ys: Any) -> Any:
+def _add(xs: tuple[jax.Array, ...], ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Adds arrays to arrays, one by one."""
     return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
 

@@ -9,9 +9,10 @@ neither.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 from pallas_kernels.paged_attention import PagedKernel, PagedOperands, PagedParams
 
@@ -32,7 +33,7 @@ class LocalProduct(Protocol):
         x: jax.Array,
         kernel: jax.Array,
         num_inputs: int,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         *,
         column_major: bool = False,
     ) -> jax.Array:

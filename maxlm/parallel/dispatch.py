@@ -67,19 +67,23 @@ class DroplessDispatch:
         if self.ragged:
             rows = jnp.zeros((self._num_rows, *slots.shape[1:]), slots.dtype)
             return lax.ragged_all_to_all(slots, rows, *sent, axis_name=self.axes)
+
         # Rows bound for one device are contiguous: send as many as there may be from
         # its first.
         ways = len(self.counts)
-        block_rows = self._num_rows // len(self.counts)
+        block_rows = self._num_rows // ways
         first = sent.input_offsets.reshape(ways, -1)[:, :1]
         index = jnp.minimum(first + jnp.arange(block_rows), len(slots) - 1)
         received = self._exchange_blocks(slots[index])
-        # Of each expert here, by origin: [experts here, ways].
+
+        # Sort what came by expert. Of each expert here, by origin: [experts here, ways].
         starts = returned.input_offsets.reshape(ways, -1).T
         sizes = returned.send_sizes.reshape(ways, -1).T
         counts = self._counts_by_origin()
         # A row's source: its origin's block, behind the rows of experts before its own.
-        sources = block_rows * jnp.arange(ways) + (jnp.cumsum(counts, 1) - counts).T
+        first_of_block = block_rows * jnp.arange(ways)
+        rows_before = (jnp.cumsum(counts, 1) - counts).T
+        sources = first_of_block + rows_before
         return _gather_slices(
             received, self._num_rows, starts.ravel(), sizes.ravel(), sources.ravel()
         )
@@ -94,8 +98,9 @@ class DroplessDispatch:
         if self.ragged:
             slots = jnp.zeros((num_slots, *rows.shape[1:]), rows.dtype)
             return lax.ragged_all_to_all(rows, slots, *returned, axis_name=self.axes)
+
         ways = len(self.counts)
-        block_rows = self._num_rows // len(self.counts)
+        block_rows = self._num_rows // ways
         counts = self._counts_by_origin()
         # A block for each origin, of its rows at the experts here.
         gather_blocks = jax.vmap(
@@ -107,9 +112,13 @@ class DroplessDispatch:
             returned.input_offsets.reshape(ways, -1),
         )
         received = self._exchange_blocks(blocks)
+
+        # An expert's slots: in its owner's block, behind those of the owner's experts
+        # before it.
         starts = sent.input_offsets
         first = starts.reshape(ways, -1)[:, :1]
-        sources = block_rows * jnp.arange(ways)[:, None] + starts.reshape(ways, -1)
+        first_of_block = block_rows * jnp.arange(ways)[:, None]
+        sources = first_of_block + starts.reshape(ways, -1)
         sources = sources - first
         return _gather_slices(
             received, num_slots, starts, sent.send_sizes, sources.ravel()
@@ -147,23 +156,28 @@ class DroplessDispatch:
         ways = len(self.counts)
         device = self.device_index[0]
         sent_sizes = self.counts[device]
-        # First slot of each expert, by origin.
+        # First slot of each expert, by origin: [ways, E].
         first_slots = jnp.cumsum(self.counts, 1) - self.counts
         # Origin, owner, expert of the owner.
         per_owner = self.counts.reshape(ways, ways, -1)
         totals = per_owner.sum(0)
-        # Where rows of an origin begin at their owner: after other experts, then other
-        # origins.
-        first_rows = (
-            jnp.cumsum(totals, 1) - totals + jnp.cumsum(per_owner, 0) - per_owner
-        )
+        # Where rows of an origin begin at their owner: after those of the experts
+        # before, then those of the origins before, of the same expert.
+        rows_of_other_experts = jnp.cumsum(totals, 1) - totals
+        first_rows = rows_of_other_experts + jnp.cumsum(per_owner, 0) - per_owner
         received_sizes = per_owner[:, device].ravel()
         there = _RaggedSlices(
-            first_slots[device], sent_sizes, first_rows[device].ravel(), received_sizes
+            input_offsets=first_slots[device],
+            send_sizes=sent_sizes,
+            output_offsets=first_rows[device].ravel(),
+            recv_sizes=received_sizes,
         )
         slots_at_origin = first_slots.reshape(ways, ways, -1)[:, device].ravel()
         back = _RaggedSlices(
-            first_rows[:, device].ravel(), received_sizes, slots_at_origin, sent_sizes
+            input_offsets=first_rows[:, device].ravel(),
+            send_sizes=received_sizes,
+            output_offsets=slots_at_origin,
+            recv_sizes=sent_sizes,
         )
         return there, back
 
@@ -297,25 +311,28 @@ def plan_capacity(
     first = jnp.cumsum(counts, 1) - counts
 
     # The slot of each assignment: its place among those of its expert and row.
-    place = jnp.argsort(order, axis=1) - jnp.take_along_axis(first, by_rank, 1)
+    place_in_order = jnp.argsort(order, axis=1)
+    place = place_in_order - jnp.take_along_axis(first, by_rank, 1)
     place = place.reshape(b, k, seq_len).swapaxes(1, 2)
     has_slot = (place < expert_capacity) & (expert_ids < num_experts)
     row = jnp.arange(b)[:, None, None]
     nowhere = num_experts * b * expert_capacity
-    slots = jnp.where(
-        has_slot, (expert_ids * b + row) * expert_capacity + place, nowhere
-    )
+    # Slots lie by expert, then by row.
+    slot_if_any = (expert_ids * b + row) * expert_capacity + place
+    slots = jnp.where(has_slot, slot_if_any, nowhere)
     assignment_slots = slots.reshape(-1, k).astype(jnp.int32)
 
     # Of slot c of expert e, in each row: the c-th of its assignments, if there are as
     # many.
     slot = jnp.arange(expert_capacity)
     index = jnp.minimum(first[:, :num_experts, None] + slot, num_ranked - 1)
-    rank, token = jnp.divmod(jax.vmap(jnp.take)(order, index), seq_len)  # [b, E, C]
+    ranked = jax.vmap(jnp.take)(order, index)
+    rank, token = jnp.divmod(ranked, seq_len)  # [b, E, C]
     is_filled = slot < counts[:, :num_experts, None]
-    assignments = jnp.where(
-        is_filled, (row * seq_len + token) * k + rank, b * seq_len * k
-    )
+    assignment_if_any = (row * seq_len + token) * k + rank
+    no_assignment = b * seq_len * k
+    assignments = jnp.where(is_filled, assignment_if_any, no_assignment)
+    # [E, b, C], as slots lie.
     slot_assignments = assignments.swapaxes(0, 1).reshape(-1).astype(jnp.int32)
     experts_per_device = num_experts // axis_size(axes)
     return CapacityDispatch(
@@ -333,6 +350,7 @@ def _gather_slices(
     """Returns [length, ...] whose rows starts[i] … + sizes[i] are the source's from
     source_starts[i] on, for slices in order and without gaps; zeros beyond them."""
     row = jnp.arange(length)
+    # The slice that each row is in; rows beyond them are zeros.
     slice_index = jnp.searchsorted(jnp.cumsum(sizes), row, side="right")
     slice_index = jnp.minimum(slice_index, len(sizes) - 1)
     is_filled = row < sizes.sum()

@@ -11,7 +11,7 @@ tokens that a stored teacher names.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def fused_divergence_loss(
         )
 
     loss = HeadLoss(options, local, teacher_options.head_layout)
-    sums: Any = run_head_loss(arrays, teacher_arrays, rows, loss)
+    sums = run_head_loss(arrays, teacher_arrays, rows, loss)
     total, divergence, cross_entropy = sums
     return total, divergence, cross_entropy
 
@@ -209,10 +209,12 @@ def _measure_from_logits(
     gradient."""
     student = logits - _logsumexp(logits, axes)[:, None]
     teacher = teacher - _logsumexp(teacher, axes)[:, None]
+    # The gradient is s − p·Σs; both sums are over the whole vocabulary.
     terms, slopes = _divergence_terms(student, teacher, beta)
     sums = (terms.sum(-1), slopes.sum(-1))
     divergence, slope_sum = lax.psum(sums, axes) if axes else sums
-    return divergence, slopes - jnp.exp(student) * slope_sum[:, None]
+    d_logits = slopes - jnp.exp(student) * slope_sum[:, None]
+    return divergence, d_logits
 
 
 def _measure_from_classes(
@@ -243,11 +245,16 @@ def _divergence_terms(
         return jnp.where(p > 0, p * log_ratio, 0.0)
 
     if beta == 0:
+        # KL(teacher ‖ student) = Σ q·(log q − log p).
         return weigh(q, teacher - student), -q
     if beta == 1:
+        # KL(student ‖ teacher) = Σ p·(log p − log q).
         terms = weigh(p, student - teacher)
         return terms, terms
-    mixture = jnp.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    # log(β·q + (1 − β)·p).
+    student_share = student + math.log1p(-beta)
+    teacher_share = teacher + math.log(beta)
+    mixture = jnp.logaddexp(student_share, teacher_share)
     student_terms = (1.0 - beta) * weigh(p, student - mixture)
     teacher_terms = beta * weigh(q, teacher - mixture)
     return teacher_terms + student_terms, student_terms
@@ -262,7 +269,9 @@ def _compute_class_log_probs(
     size = logits.shape[1]
     is_here = (ids >= 0) & (ids < size)
     index = jnp.clip(ids, 0, size - 1)
-    class_logits = jnp.where(is_here, jnp.take_along_axis(logits, index, axis=1), 0.0)
+    local_logits = jnp.take_along_axis(logits, index, axis=1)
+    # A token is on one device; the others add 0.
+    class_logits = jnp.where(is_here, local_logits, 0.0)
     if axes:
         class_logits = lax.psum(class_logits, axes)
     others = _set_classes(logits, ids, jnp.full(ids.shape, -jnp.inf))
@@ -278,10 +287,12 @@ def _set_classes(values: jax.Array, ids: jax.Array, new: jax.Array) -> jax.Array
     """Sets values [c, V / ways] at ids [c, k], as far as they are this device's."""
     size = values.shape[1]
     places = jnp.where((ids >= 0) & (ids < size), ids, size)  # size: dropped
-    return values.at[jnp.arange(len(ids))[:, None], places].set(new, mode="drop")
+    rows = jnp.arange(len(ids))[:, None]
+    return values.at[rows, places].set(new, mode="drop")
 
 
 def _logsumexp(x: jax.Array, axes: Axes) -> jax.Array:
+    """Returns log Σ exp over the last axis, which ``axes`` split: [c]."""
     local = jax.nn.logsumexp(x, axis=-1)
     if not axes:
         return local

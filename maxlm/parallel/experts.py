@@ -27,7 +27,7 @@ token; T = B·S tokens of a device, R rows at the experts.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ from maxlm.parallel.local import (
     map_shards,
     reduce,
 )
+from pallas_kernels.chips import get_mesh_device
 
 # Of one hidden activation at a time; a layer has two or three, and as many gradients.
 HIDDEN_BYTES = 1 << 30
@@ -101,7 +102,7 @@ def supports_ragged_all_to_all() -> bool:
     Read from the mesh, not from the default backend: a program for a TPU may be traced
     on a CPU host. Without devices, as on a CPU.
     """
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device = get_mesh_device()
     if device is None or device.platform == "cpu":
         return False
     return device.device_kind != "TPU v5 lite"

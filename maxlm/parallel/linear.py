@@ -24,12 +24,12 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate, chain, takewhile
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
+from jax.typing import DTypeLike
 
 from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.local import (
@@ -258,7 +258,7 @@ def multiply_head(
     hidden: jax.Array,
     head: jax.Array,
     spec: PartitionSpec,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     product: LocalProduct | None = None,
     column_major: bool = False,
@@ -314,7 +314,7 @@ def multiply_by_xla(
     x: jax.Array,
     kernel: jax.Array,
     num_inputs: int,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     *,
     column_major: bool = False,
 ) -> jax.Array:

@@ -65,36 +65,47 @@ def bubble_ratio(
 class _Turn(NamedTuple):
     """What a stage does in a tick."""
 
-    micro_batch: Any
-    group: Any
-    works: Any
+    micro_batch: jax.Array
+    group: jax.Array
+    works: jax.Array
     """bool, whether there is anything; the others mean nothing where not."""
 
 
 def _circular_turn(
-    tick: Any, stage: Any, stages: int, micro_batches: int, groups: int
+    tick: jax.Array, stage: jax.Array, stages: int, micro_batches: int, groups: int
 ) -> _Turn:
-    """Returns a stage's turn at a tick; NumPy or JAX."""
+    """Returns a stage's turn at a tick, read off the table at the top of this module: a
+    round of as many micro-batches as stages runs group 0 of each, then group 1."""
+    # Turns since the stage's first micro-batch came, in tick ``stage``.
     turn = tick - stage
     round_ticks = stages * groups
     micro_batch_round = turn // round_ticks
     within_round = turn % round_ticks
     works = (turn >= 0) & (turn < micro_batches * groups)
     micro_batch = micro_batch_round * stages + within_round % stages
-    return _Turn(micro_batch, within_round // stages, works)
+    group = within_round // stages
+    return _Turn(micro_batch, group, works)
 
 
-def _backward_turn(tick: Any, stage: Any, stages: int) -> Any:
-    """Returns the micro-batch whose backward pass a stage runs at a tick of 1F1B."""
+def _backward_turn(tick: jax.Array, stage: jax.Array, stages: int) -> jax.Array:
+    """Returns the micro-batch whose backward pass a stage runs at a tick of 1F1B.
+
+    Micro-batch 0 takes S − 1 ticks to the last stage, which begins its backward pass in
+    the same tick, and S − 1 − stage ticks back to this one.
+    """
     return tick - 2 * (stages - 1) + stage
 
 
 def _send_to_next(x: PyTree, stages: int) -> PyTree:
-    return lax.ppermute(x, STAGE, [(i, (i + 1) % stages) for i in range(stages)])
+    """Sends everything to the next stage; the last stage's goes to the first."""
+    sender_and_receiver = [(i, (i + 1) % stages) for i in range(stages)]
+    return lax.ppermute(x, STAGE, sender_and_receiver)
 
 
 def _send_to_previous(x: PyTree, stages: int) -> PyTree:
-    return lax.ppermute(x, STAGE, [((i + 1) % stages, i) for i in range(stages)])
+    """Sends everything to the stage before; the first stage's goes to the last."""
+    sender_and_receiver = [((i + 1) % stages, i) for i in range(stages)]
+    return lax.ppermute(x, STAGE, sender_and_receiver)
 
 
 def _take(tree: PyTree, index: jax.Array) -> PyTree:
@@ -215,27 +226,35 @@ def _pipeline_forward(stage, params, x, context, micro_batches, groups):
         empty = jnp.zeros_like(x[0])
 
         def tick(carry, t):
+            # A stage's next input, the two streams that pass through it, its results
+            # and its layers' sums.
             current, incoming, outgoing, results, sums = carry
+
             # Every stage puts one of its inputs into the stream at a round's begin.
             input_slot = jnp.clip(t // timing.round_ticks, 0, x.shape[0] - 1)
             incoming = jnp.where(
                 timing.is_round_start(t), _take(x, input_slot), incoming
             )
+
+            # Run this turn's layers. Stage 0 takes group 0's input from the stream.
             micro_batch, group, works = _circular_turn(
                 t, stage_index, stages, micro_batches, groups
             )
             is_fresh = (stage_index == 0) & (group == 0)
             stage_input = jnp.where(is_fresh, incoming, current)
             place = _find_place(micro_batch, stages, micro_batches)
-            y, terms = stage(
-                _take_group(params, group, groups), stage_input, _take(context, place)
-            )
+            group_params = _take_group(params, group, groups)
+            y, terms = stage(group_params, stage_input, _take(context, place))
             sums = _add_where(works, sums, terms)
+
+            # The last stage puts its output into the stream home, from which every
+            # stage stores its own when a round is due.
             outgoing = jnp.where(stage_index == stages - 1, y, outgoing)
             is_due = timing.is_delivery(t)
-            results = _store_if_due(
-                results, outgoing, is_due, timing.find_delivery_slot(t)
-            )
+            result_slot = timing.find_delivery_slot(t)
+            results = _store_if_due(results, outgoing, is_due, result_slot)
+
+            # Both streams in one collective.
             streams = _send_to_previous(jnp.stack([incoming, outgoing]), stages)
             carry = (_send_to_next(y, stages), *streams, results, sums)
             return carry, stage_input
@@ -245,6 +264,7 @@ def _pipeline_forward(stage, params, x, context, micro_batches, groups):
             stage, first_group, empty, _take(context, stage_index)
         )
         sums = _make_zeros(terms)
+        # The last slot is for what is not due.
         results = jnp.concatenate([jnp.zeros_like(x), empty[None]])
         ticks = jnp.arange(timing.num_ticks)
         start = (empty, empty, empty, results, sums)
@@ -275,16 +295,23 @@ def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
         def tick(carry, inputs):
             d_current, d_incoming, d_outgoing, d_x, d_params = carry
             t, stage_input = inputs
+
+            # The collectives, turned round.
             d_y = _send_to_previous(d_current, stages)
             d_incoming, d_outgoing = _send_to_next(
                 jnp.stack([d_incoming, d_outgoing]), stages
             )
+
+            # A result that was stored has its gradient, which the last stage takes out
+            # of the stream.
             is_due = timing.is_delivery(t)
             slot = jnp.clip(timing.find_delivery_slot(t), 0, d_out.shape[0] - 1)
             d_outgoing = jnp.where(is_due, _take(d_out, slot), d_outgoing)
             is_last = stage_index == stages - 1
             d_y = jnp.where(is_last, d_y + d_outgoing, d_y)
             d_outgoing = jnp.where(is_last, 0, d_outgoing)
+
+            # The turn's layers: run again from their input, and pulled back.
             micro_batch, group, works = _circular_turn(
                 t, stage_index, stages, micro_batches, groups
             )
@@ -298,6 +325,9 @@ def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
             d_terms = jax.tree.map(lambda d: jnp.where(works, d, 0), d_sums)
             d_group, d_input = pull((jnp.where(works, d_y, 0), d_terms))
             d_params = _add_to_group(d_params, d_group, group, groups)
+
+            # The input came from the stream (at stage 0, group 0) or from the stage
+            # before; and the stream from a stage's own inputs at a round's begin.
             is_fresh = (stage_index == 0) & (group == 0)
             d_incoming = jnp.where(is_fresh, d_incoming + d_input, d_incoming)
             d_x = _store_if_due(
@@ -338,7 +368,8 @@ def _find_place(micro_batch: jax.Array, stages: int, micro_batches: int) -> jax.
     """
     micro_batch = jnp.clip(micro_batch, 0, micro_batches - 1)
     per_stage = micro_batches // stages
-    return micro_batch % stages * per_stage + micro_batch // stages
+    first_of_stage = micro_batch % stages * per_stage
+    return first_of_stage + micro_batch // stages
 
 
 class _State1F1B(NamedTuple):
@@ -388,6 +419,8 @@ def run_1f1b_pipeline(
     stages = axis_size((STAGE,))
     layers, split, whole = _make_specs(1)
     micro_batches = jax.tree.leaves(batch)[0].shape[0]
+    # Inputs that stage 0 keeps: it runs 2(S − 1) forward passes more before a
+    # micro-batch's own backward pass. Later stages keep fewer, in as many slots.
     num_slots = 2 * stages - 1
 
     def run(ends, params, batch, stage_indices):
@@ -444,19 +477,22 @@ def run_1f1b_pipeline(
             # and one in the others'.
             x = jnp.where(works, _take(state.inputs, turn % num_slots), d_y)
             (_, terms), pull = jax.vjp(lambda p, x: stage(p, x, context), params, x)
-            d_terms = jax.tree.map(
-                lambda d: jnp.where(works, d, 0), sums_cotangent(terms)
-            )
+            d_sums = sums_cotangent(terms)
+            d_terms = jax.tree.map(lambda d: jnp.where(works, d, 0), d_sums)
             d_params, d_x = pull((jnp.where(works, d_y, 0), d_terms))
             d_context = jax.tree.map(_no_gradient, context)
-            (d_ends,) = pull_first((jnp.where(stage_index == 0, d_x, 0), d_context))
-            d_params, d_ends = _add((state.d_params, state.d_ends), (d_params, d_ends))
+            # Stage 0 alone had its input from ``first``.
+            d_first = jnp.where(stage_index == 0, d_x, 0)
+            (d_ends,) = pull_first((d_first, d_context))
+            d_params = _add(state.d_params, d_params)
+            d_ends = _add(state.d_ends, d_ends)
             return d_x, state._replace(d_params=d_params, d_ends=d_ends)
 
         def warm_up(state: _State1F1B, t: jax.Array) -> tuple[_State1F1B, None]:
             y, state = forward(t, state)
             return state._replace(x=_send_to_next(y, stages)), None
 
+        # Forward before backward: the last stage turns round in the same tick.
         def steady(state: _State1F1B, t: jax.Array) -> tuple[_State1F1B, None]:
             y, state = forward(t, state)
             d_x, state = backward(t, y, state)
@@ -481,6 +517,7 @@ def run_1f1b_pipeline(
             d_ends=jax.tree.map(jnp.zeros_like, ends),
             d_params=jax.tree.map(jnp.zeros_like, params),
         )
+        # Ticks without a backward pass anywhere, with both, and without a forward one.
         first_backward = stages - 1
         forward_end = micro_batches + stages - 1
         backward_end = micro_batches + 2 * (stages - 1)

@@ -14,19 +14,21 @@ imported when first wanted: each needs a part of Pallas that others do not.
 
 import importlib
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack, cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.combine import compute_row_delta, sink_gradient
 from pallas_kernels.attention.params import (
     AttentionCall,
+    AttentionKernel,
     AttentionOperands,
     AttentionOptions,
     validate_arguments,
 )
-from pallas_kernels.chips import choose_backend
+from pallas_kernels.chips import choose_backend, get_mesh_device
 
 # What `backend` may be, and the kernels to try for it in order. XLA takes what these do
 # not.
@@ -65,8 +67,7 @@ def attention(
             sense; a ``backend`` that does not know these sizes.
     """
     operands, call = _prepare(q, k, v, v.dtype, options)
-    o: Any = _attention(operands, call)
-    return o
+    return _attention(operands, call)
 
 
 def attention_forward(
@@ -74,7 +75,7 @@ def attention_forward(
     k: jax.Array,
     v: jax.Array,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[jax.Array, jax.Array]:
     """Computes :func:`attention` and what its backward pass needs; not differentiable
@@ -98,7 +99,7 @@ def attention_backward(
     delta: jax.Array,
     d_o: jax.Array,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     **options: Unpack[AttentionOptions],
 ) -> tuple[jax.Array, ...]:
     """Returns the gradients that pass through these keys (Dao et al. 2022, appendix B).
@@ -126,14 +127,15 @@ def attention_backward(
 def _on_hopper() -> bool:
     """Whether the GPU that the program is for has Hopper's instructions (compute
     capability 9.0, which a device that is not here does not tell)."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device = get_mesh_device()
     if device is not None:
         return any(card in device.device_kind for card in ("H100", "H20", "H800"))
     return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"pallas_kernels.attention.{name}")
+def _module(name: str) -> AttentionKernel:
+    module = importlib.import_module(f"pallas_kernels.attention.{name}")
+    return cast(AttentionKernel, module)
 
 
 def _prepare(q, k, v, dtype, options: AttentionOptions):
@@ -155,7 +157,7 @@ def _prepare(q, k, v, dtype, options: AttentionOptions):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attention(operands: AttentionOperands, call: AttentionCall):
+def _attention(operands: AttentionOperands, call: AttentionCall) -> jax.Array:
     return _attention_forward(operands, call)[0]
 
 

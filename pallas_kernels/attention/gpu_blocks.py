@@ -9,14 +9,15 @@ from the first that is not empty to the last, a kernel visits those that need no
 whatever the positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from math import log, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.kernel_types import Index, Ref
 
 LOG2E = log2(2.718281828459045)
 LN2 = log(2)
@@ -40,7 +41,7 @@ class BlockVisits(NamedTuple):
     second_gap_length: jax.Array
 
     @classmethod
-    def read(cls, table: Any, *at: Any) -> "BlockVisits":
+    def read(cls, table: Ref, *at: Index) -> "BlockVisits":
         """Reads, in a kernel, the visits of a block from the table of
         :func:`plan_visits`."""
         return cls(*(table[(*at, field)] for field in range(FIELDS)))
@@ -182,7 +183,7 @@ def list_mask_inputs(
 ) -> dict[str, jax.Array]:
     """Lists by name what kernels read beside q, k and v. Offsets are those of
     ``operands`` (``params.merge_offsets``), as int32 [1]."""
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, jax.Array | None] = {}
     if params.causal or operands.slopes is not None:
         for name in ("q_offset", "k_offset"):
             offset = getattr(operands, name)
@@ -192,13 +193,13 @@ def list_mask_inputs(
     return {name: x for name, x in inputs.items() if x is not None}
 
 
-def has_linear_scores(params: AttentionParams, inputs: Any) -> bool:
+def has_linear_scores(params: AttentionParams, inputs: Container[str]) -> bool:
     """Whether scores are q·k times a positive number, so that the exponent scales them.
     ``inputs``: the names of the kernel's, or what has these as keys."""
     return params.soft_cap is None and "slopes" not in inputs and params.scale > 0
 
 
-def get_exp2_scale(params: AttentionParams, inputs: Any) -> float:
+def get_exp2_scale(params: AttentionParams, inputs: Container[str]) -> float:
     """Returns the factor of :func:`scale_scores` before exp2."""
     return params.scale * LOG2E if has_linear_scores(params, inputs) else 1.0
 
@@ -206,8 +207,8 @@ def get_exp2_scale(params: AttentionParams, inputs: Any) -> float:
 def scale_scores(
     products: jax.Array,
     params: AttentionParams,
-    refs: dict[str, Any],
-    head: Any,
+    refs: Mapping[str, Ref],
+    head: jax.Array,
     behind: Callable[[], jax.Array],
     exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -11,7 +11,7 @@ JAX's own (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from pallas_kernels.attention.params import (
     OutputArrays,
     merge_offsets,
 )
+from pallas_kernels.kernel_types import Carry, Index
 
 # Features of a head up to which sums of dK and dV fit in registers.
 _BACKWARD_HEADS = 128
@@ -73,7 +74,8 @@ def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
 def _choose_blocks(H: int, call: AttentionCall) -> HopperBlockSizes:
     """Returns the blocks given, checked, or those that fit in 227 KB of shared memory,
     and in registers."""
-    sizes = call.block_sizes or HopperBlockSizes(
+    override = cast(HopperBlockSizes | None, call.block_sizes)
+    sizes = override or HopperBlockSizes(
         forward_keys=128 if H <= _BACKWARD_HEADS else 64,
         d_q_keys=64 if H > 64 else 128,
         d_kv_queries=64,
@@ -328,9 +330,9 @@ def _sum_d_q(program: HopperProgram) -> None:
 
 def _visit_queries(
     program: HopperProgram,
-    body: Callable[[Any, Any, Any, bool, Any], Any],
-    carry: Any,
-) -> Any:
+    body: Callable[[jax.Array, Index, jax.Array, bool, Carry], Carry],
+    carry: Carry,
+) -> Carry:
     """Runs ``body(visit, member, block, masked, carry)`` over what a block of keys
     visits: each query head of the group, ``member``, makes all visits with a mask, then
     each all others. ``visit`` counts them all."""

@@ -3,13 +3,14 @@ registers of a warpgroup."""
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
@@ -19,6 +20,10 @@ from pallas_kernels.attention.params import (
     AttentionParams,
     combine_masks,
 )
+from pallas_kernels.kernel_types import Carry, Index, Interpret, Ref, Span
+
+SharedMemory = pl.MemoryRef | plgpu.Barrier
+"""What a kernel asks for: a buffer in shared memory, or barriers."""
 
 ROWS = 64
 """Rows of a warpgroup's tile."""
@@ -72,31 +77,31 @@ class HopperProgram(NamedTuple):
     """A warpgroup's share of a program, in the kernel: scalars and references."""
 
     statics: HopperStatics
-    inputs: dict[str, Any]
+    inputs: dict[str, Ref]
     """In global memory, by name."""
-    outputs: tuple[Any, ...]
-    shared: dict[str, Any]
+    outputs: tuple[Ref, ...]
+    shared: dict[str, Ref]
     """Buffers and barriers of :func:`make_buffers`, and what a kernel adds."""
     visits: BlockVisits | None
     """None: every block, without a mask."""
-    row: Any
+    row: jax.Array
     """Of the batch."""
-    head: Any
+    head: jax.Array
     """A query head, or where tiles are of keys a kv head."""
-    warpgroup: Any
+    warpgroup: jax.Array
     """0 and 1 multiply, 2 copies."""
-    start: Any = None
+    start: Index = 0
     """The first of a multiplying warpgroup's ``ROWS`` rows."""
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Span:
         """The slice of a multiplying warpgroup's rows."""
         return pl.ds(self.start, ROWS)
 
 
 def order_visits(
     visits: BlockVisits | None, blocks: int
-) -> tuple[Any, Any, Callable[[Any], Any]]:
+) -> tuple[Index, Index, Callable[[jax.Array], jax.Array]]:
     """Returns (visits with a mask, which come first; all visits; the block of a
     visit)."""
     if visits is None:
@@ -123,9 +128,9 @@ class HopperScoreTile:
         shape: tuple[int, int],
         *,
         q_axis: int,
-        q_start: Any,
-        k_start: Any,
-        head: Any,
+        q_start: Index,
+        k_start: Index,
+        head: jax.Array,
     ):
         self.statics = program.statics
         self.inputs = program.inputs
@@ -155,7 +160,7 @@ class HopperScoreTile:
             products, self.params, self.inputs, self.head, self._behind
         )
 
-    def compute_mask(self, segments: tuple[jax.Array, jax.Array] | None) -> Any:
+    def compute_mask(self, segments: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         """Returns bool; segments of queries and of keys are broadcast along the tile's
         axes."""
         T = self.statics.T
@@ -168,10 +173,13 @@ class HopperScoreTile:
             in_prefix = self._iota(1 - self.q_axis) < prefix
         if T % self.shape[1 - self.q_axis]:
             inside = self._iota(1 - self.q_axis) < T - self.k_start
-        return combine_masks(self.params, behind, in_prefix, segments, inside)
+        mask = combine_masks(self.params, behind, in_prefix, segments, inside)
+        # Blocks are visited with a mask only where one of these may empty a score.
+        assert mask is not None
+        return mask
 
 
-def multiply_transposed(a: Any, b: Any, overlapped: Callable[[], None]) -> jax.Array:
+def multiply_transposed(a: Ref, b: Ref, overlapped: Callable[[], None]) -> jax.Array:
     """Multiplies a·bᵀ in shared memory; calls ``overlapped`` before it waits for the
     result."""
 
@@ -185,19 +193,20 @@ def multiply_transposed(a: Any, b: Any, overlapped: Callable[[], None]) -> jax.A
 
 
 def add_product(
-    s: HopperStatics, accumulator: jax.Array, a: jax.Array, b: Any
+    s: HopperStatics, accumulator: jax.Array, a: jax.Array, b: Ref
 ) -> jax.Array:
     """Adds a·b to ``accumulator``, a in registers and b in shared memory."""
     if s.interpret:
         # The interpreter knows no operand in registers.
         return accumulator + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
     multiply = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))
-    sums: Any = multiply(ACC.init(accumulator))
-    return sums
+    return cast(jax.Array, multiply(ACC.init(accumulator)))
 
 
-def load_shared(ref: Any, layout: Any) -> jax.Array:
-    index: Any = ((),) if _LOAD_TAKES_AN_INDEX else ()
+def load_shared(ref: Ref, layout: Any) -> jax.Array:
+    """Reads shared memory into registers, in ``ALONG_ROWS`` or ``ALONG_COLUMNS``, whose
+    type JAX does not export."""
+    index: tuple[()] | tuple[tuple[()]] = ((),) if _LOAD_TAKES_AN_INDEX else ()
     return plgpu.load(ref, *index, layout=layout)
 
 
@@ -215,7 +224,7 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def store_tile(staged: Any, target: Any, x: jax.Array) -> None:
+def store_tile(staged: Ref, target: Ref, x: jax.Array) -> None:
     """Copies a tile to global memory through shared memory, as many columns at a time
     as fit; rows past the last are dropped."""
     columns = staged.shape[1]
@@ -229,9 +238,9 @@ def store_tile(staged: Any, target: Any, x: jax.Array) -> None:
 
 def run_warpgroups(
     s: HopperStatics,
-    inputs: dict[str, Any],
-    outputs: tuple[Any, ...],
-    shared: dict[str, Any],
+    inputs: dict[str, Ref],
+    outputs: tuple[Ref, ...],
+    shared: dict[str, Ref],
     copy: Callable[[HopperProgram], None],
     multiply: Callable[[HopperProgram], None],
     *,
@@ -265,11 +274,11 @@ def run_warpgroups(
 
 def visit_visible_blocks(
     visits: BlockVisits | None,
-    masked: Any,
-    count: Any,
-    step: Callable[[Any, Any, bool], Any],
-    carry: Any,
-) -> Any:
+    masked: Index,
+    count: Index,
+    step: Callable[[jax.Array, Carry, bool], Carry],
+    carry: Carry,
+) -> Carry:
     """Runs ``step(visit, carry, is_masked)`` for the visits of
     :func:`order_visits`."""
     if visits is not None:
@@ -281,7 +290,7 @@ def visit_visible_blocks(
     )
 
 
-def cut_rows(ref: Any, row: Any, head: Any, rows: Any) -> Any:
+def cut_rows(ref: Ref, row: jax.Array, head: jax.Array, rows: Span) -> Ref:
     """Cuts rows of a sequence from [B, S, N, H], [B, N, S] or [B, S]."""
     ndim = len(ref.shape)
     if ndim == 4:
@@ -302,13 +311,13 @@ def copy_resident_tiles(program: HopperProgram) -> None:
 
 
 def make_buffers(
-    s: HopperStatics, inputs: dict[str, jax.Array], dtype: Any
-) -> dict[str, Any]:
+    s: HopperStatics, inputs: dict[str, jax.Array], dtype: DTypeLike
+) -> dict[str, SharedMemory]:
     """Returns buffers of what is copied, and of columns of a warpgroup's results, if
     these are not in the operands' ``dtype``; and barriers: "ready" when all has
     arrived, and "free" when all warpgroups that multiply have read it."""
 
-    def make_buffer(name: str, *rows: int) -> Any:
+    def make_buffer(name: str, *rows: int) -> SharedMemory:
         array = inputs[name]
         transforms = SWIZZLED if array.ndim == 4 else ()
         shape = (*rows, *array.shape[3:])
@@ -349,7 +358,9 @@ def copy_key_value_blocks(program: HopperProgram) -> None:
         copy_block(program, visit, kv_head, block_of(visit))
 
 
-def copy_block(program: HopperProgram, visit: Any, head: Any, block: Any) -> None:
+def copy_block(
+    program: HopperProgram, visit: jax.Array, head: jax.Array, block: jax.Array
+) -> None:
     """Copies a block to the slot of a visit, when its readers are done with that."""
     s = program.statics
     shared = program.shared
@@ -367,7 +378,7 @@ def copy_block(program: HopperProgram, visit: Any, head: Any, block: Any) -> Non
             plgpu.copy_gmem_to_smem(source, shared[name].at[slot], ready.at[slot])
 
 
-def release_slot(s: HopperStatics, free: Any) -> None:
+def release_slot(s: HopperStatics, free: Ref) -> None:
     """Signals that this warpgroup has read a slot."""
     if s.interpret:
         # The interpreter takes reads that are not TMA's or wgmma's as unordered with
@@ -376,7 +387,7 @@ def release_slot(s: HopperStatics, free: Any) -> None:
     plgpu.barrier_arrive(free)
 
 
-def resolve_interpreter(interpret: Any) -> Any:
+def resolve_interpreter(interpret: Interpret) -> Interpret:
     """Returns the interpreter's parameters, where ``interpret`` asks for it. Raises
     ValueError: this JAX has none for these kernels."""
     if interpret is not True:
@@ -402,8 +413,8 @@ def run_kernel(
     stages: int,
     resident: tuple[str, ...],
     visited: tuple[tuple[str, ...], ...],
-    scratch: dict[str, Any] | None = None,
-) -> Any:
+    scratch: dict[str, SharedMemory] | None = None,
+) -> tuple[jax.Array, ...]:
     """Runs warpgroups over a grid (heads, tiles, batch rows).
 
     Args:
@@ -475,6 +486,8 @@ def run_kernel(
             last_first=per_query and params.causal,
         )
 
+    # Before jax 0.11 there is no such parameter.
+    interpreter: dict[str, Any] = {"interpret": interpret} if interpret else {}
     return plgpu.kernel(
         body,
         out_type=shapes,
@@ -484,5 +497,5 @@ def run_kernel(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": interpret} if interpret else {}),
+        **interpreter,
     )(*inputs.values())

@@ -1,13 +1,17 @@
 """Parameters and operands of an attention, and their checks."""
 
 import math
+from collections.abc import Hashable
 from functools import reduce
 from operator import and_
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, Protocol, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+from pallas_kernels.kernel_types import Interpret
 
 Segments = tuple[jax.Array, jax.Array]
 Offset = int | jax.Array
@@ -59,9 +63,9 @@ class AttentionOptions(TypedDict, total=False):
     """"tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the
     platform of the program being traced, and XLA where its kernels do not support
     this."""
-    block_sizes: Any
+    block_sizes: Hashable | None
     """Block sizes of the kernels, hashable; None: their choice. XLA has none."""
-    interpret: Any
+    interpret: Interpret
     """Whether the kernel of a ``backend`` runs in Pallas's interpreter, on any device:
     True, or its parameters, hashable. For tests; default False."""
 
@@ -117,11 +121,33 @@ class AttentionCall(NamedTuple):
     params: AttentionParams
     backend: str
     """Name of the module here that implements it."""
-    dtype: Any
+    dtype: DTypeLike
     """Dtype of the results."""
-    block_sizes: Any = None
+    block_sizes: Hashable | None = None
     """Blocks of the implementation's kernels; None: its choice."""
-    interpret: Any = False
+    interpret: Interpret = False
+
+
+class AttentionKernel(Protocol):
+    """An implementation: a module beside this one."""
+
+    def supports(self, operands: AttentionOperands, params: AttentionParams) -> bool:
+        """Returns whether it computes this, by shapes, dtypes and which arrays there
+        are."""
+        ...
+
+    def forward(
+        self, operands: AttentionOperands, call: AttentionCall
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes o and lse of :func:`~pallas_kernels.attention.attention_forward`."""
+        ...
+
+    def backward(
+        self, operands: AttentionOperands, saved: OutputArrays, call: AttentionCall
+    ) -> tuple[jax.Array, ...]:
+        """Computes the gradients of
+        :func:`~pallas_kernels.attention.attention_backward`."""
+        ...
 
 
 def validate_arguments(
@@ -205,9 +231,9 @@ def validate_arguments(
 
 def combine_masks(
     params: AttentionParams,
-    behind: Any,
+    behind: jax.Array | None,
     in_prefix: jax.Array | None,
-    segments: tuple[Any, Any] | None,
+    segments: Segments | None,
     inside: jax.Array | None = None,
 ) -> jax.Array | None:
     """Returns which keys each query may see; None: all.
@@ -220,6 +246,7 @@ def combine_masks(
     """
     conditions = []
     if params.causal:
+        assert behind is not None
         visible = behind >= 0
         if params.window is not None:
             visible &= behind < params.window
@@ -232,7 +259,7 @@ def combine_masks(
     return reduce(and_, conditions) if conditions else None
 
 
-def accumulation_dtype(*operands: jax.Array) -> Any:
+def accumulation_dtype(*operands: jax.Array) -> jnp.dtype:
     """Returns the dtype of scores and sums: fp32, or float64 where operands are."""
     return jnp.result_type(*operands, jnp.float32)
 
@@ -267,7 +294,7 @@ def merge_offsets(
 
 
 def _split_offset(
-    side: str, offset: Any, positions: Any
+    side: str, offset: Offset, positions: jax.Array | None
 ) -> tuple[int, jax.Array | None]:
     """Splits an offset into its static and its traced part."""
     if isinstance(offset, (int, np.integer)):
@@ -289,7 +316,7 @@ def _split_offset(
 
 
 def _check_array(
-    name: str, x: Any, dtype: Any, *shapes: tuple[int, ...]
+    name: str, x: jax.Array | None, dtype: DTypeLike, *shapes: tuple[int, ...]
 ) -> jax.Array | None:
     """Returns an array of one of these shapes in ``dtype``; None as it is."""
     if x is None:

@@ -1,6 +1,6 @@
 """Tiles of the score matrix, for XLA: which there are, their masks and their scores."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ MIN_TILE = 128
 MAX_TILES = 16
 
 
-def einsum(subscripts: str, *operands: jax.Array) -> Any:
+def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
     """Contracts as ``jnp.einsum``; sums and results are fp32 or wider."""
     return jnp.einsum(
         subscripts, *operands, preferred_element_type=accumulation_dtype(*operands)
@@ -42,18 +42,20 @@ class ScoreTile(NamedTuple):
         a key; and their derivatives by scale·q·k; None: 1."""
         operands = self.operands
         params = self.params
-        q = operands.q[:, self.rows]
-        k = operands.k[:, self.keys]
+        q = operands.q[:, self.rows]  # [B, s, K, G, H]
+        k = operands.k[:, self.keys]  # [B, t, K, H]
         scores = einsum("bskgh,btkh->bkgst", q, k) * params.scale
         derivatives = None
         if params.soft_cap is not None:
+            # cap · tanh(score / cap), whose derivative by the score is 1 − tanh².
             tanh = jnp.tanh(scores / params.soft_cap)
             scores = params.soft_cap * tanh
             derivatives = 1 - tanh * tanh
-        behind = self._behind()
+        behind = self._behind()  # [B or 1, s, t]
         if operands.slopes is not None:
             slopes = reshape_by_head(operands.slopes, k.shape[2])
-            scores -= slopes * jnp.abs(behind)[:, None, None]
+            distance = jnp.abs(behind)[:, None, None]
+            scores -= slopes * distance
         if operands.biases is not None:
             biases = self._biases(operands.biases)
             scores += biases.reshape(len(biases), *scores.shape[1:])
@@ -67,9 +69,13 @@ class ScoreTile(NamedTuple):
         s, t]."""
         _, K, G, s, t = d_scores.shape
         if len(self._behind()) == 1:
+            # All rows of the batch have the same biases.
             d_scores = d_scores.sum(axis=0, keepdims=True)
+        # What spreads biases over scores is linear: its transpose sums gradients up.
         pull = jax.linear_transpose(self._biases, self.operands.biases)
-        return pull(d_scores.reshape(-1, K * G, s, t))[0]
+        d_scores = d_scores.reshape(-1, K * G, s, t)
+        (d_biases,) = pull(d_scores)
+        return d_biases
 
     def _biases(self, biases: jax.Array) -> jax.Array:
         """fp32 [B or 1, N, s, t]: of each query and key, from those by distance."""
@@ -83,12 +89,14 @@ class ScoreTile(NamedTuple):
         s = self.rows.stop - self.rows.start
         t = self.keys.stop - self.keys.start
         q_positions, k_positions = self._positions()
+        # How far each number's key lies ahead of the first query.
         ahead = jnp.arange(s + t, dtype=jnp.int32)
         ahead = jnp.where(ahead < t, ahead, ahead - (s + t))
         ahead = ahead + (k_positions[0, 0] - q_positions[0, 0])
-        first_row = _look_up_distances(biases, ahead)
+        first_row = _look_up_distances(biases, ahead)  # [N, s + t]
         N = len(first_row)
-        repeated = jnp.broadcast_to(first_row[:, None], (N, s, s + t)).reshape(N, -1)
+        repeated = jnp.broadcast_to(first_row[:, None], (N, s, s + t))
+        repeated = repeated.reshape(N, -1)
         rows = repeated[:, : s * (s + t - 1)].reshape(1, N, s, -1)
         return rows[..., :t]
 
@@ -101,15 +109,15 @@ class ScoreTile(NamedTuple):
         """int32 [B or 1, s] and [B or 1, t]."""
         operands = self.operands
         params = self.params
+        rows = self.rows
+        keys = self.keys
         if operands.q_positions is None or operands.k_positions is None:
-            rows = self.rows
-            keys = self.keys
             q_positions = jnp.arange(rows.start, rows.stop, dtype=jnp.int32)
             k_positions = jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
             q_positions += sum_offsets(params.q_offset, operands.q_offset)
             k_positions += sum_offsets(params.k_offset, operands.k_offset)
             return q_positions[None], k_positions[None]
-        return operands.q_positions[:, self.rows], operands.k_positions[:, self.keys]
+        return operands.q_positions[:, rows], operands.k_positions[:, keys]
 
     def _mask(self, behind: jax.Array) -> jax.Array | None:
         """bool [B or 1, s, t]: which keys each query may see; None: all."""
@@ -121,7 +129,8 @@ class ScoreTile(NamedTuple):
             in_prefix = (k_positions < operands.prefix[:, None])[:, None]
         if operands.q_segments is not None and operands.k_segments is not None:
             q_segments = operands.q_segments[:, self.rows, None]
-            segments = q_segments, operands.k_segments[:, None, self.keys]
+            k_segments = operands.k_segments[:, None, self.keys]
+            segments = q_segments, k_segments
         return combine_masks(self.params, behind, in_prefix, segments)
 
 
@@ -140,10 +149,12 @@ def list_score_tiles(
     diagonal = params.q_offset - params.k_offset
     tiles = []
     for rows in runs:
-        first = 0
+        # From the first query's window to the last query's own position.
+        first_key = 0
         if params.window is not None:
-            first = max(diagonal + rows.start - params.window + 1, 0)
-        keys = slice(first, min(diagonal + rows.stop, T))
+            first_key = max(diagonal + rows.start - params.window + 1, 0)
+        end_key = min(diagonal + rows.stop, T)
+        keys = slice(first_key, end_key)
         tiles.append(ScoreTile(rows, keys, operands, params))
     return tiles
 
@@ -162,7 +173,8 @@ def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool
 
 def tile_size(S: int) -> int:
     """Returns queries of a tile."""
-    return max(MIN_TILE, -(-S // MAX_TILES))
+    size_of_most_tiles = -(-S // MAX_TILES)
+    return max(MIN_TILE, size_of_most_tiles)
 
 
 def _look_up_distances(biases: jax.Array, ahead: jax.Array) -> jax.Array:

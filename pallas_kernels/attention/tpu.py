@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention import tpu_backward, tpu_forward
 from pallas_kernels.attention.combine import merge_attention
@@ -28,6 +29,7 @@ from pallas_kernels.attention.tpu_blocks import (
     SUBLANES,
     AttentionSizes,
     TpuBlocks,
+    TpuBlockSizes,
     count_keys_in_vmem,
     count_value_and_sum_rows,
     vmem_bytes,
@@ -36,6 +38,7 @@ from pallas_kernels.attention.tpu_scores import KernelStatics
 from pallas_kernels.attention.tuned import choose_blocks, name_mask_kind
 from pallas_kernels.attention.walk import KeyWalk, make_walk_table, plan_walk
 from pallas_kernels.chips import get_chip, round_up
+from pallas_kernels.kernel_types import Interpret
 
 F32 = jnp.float32
 
@@ -55,8 +58,12 @@ class KeyPart(NamedTuple):
     vmem_bytes: int
 
 
-BlockedOperand = tuple[Any, jax.Array | None]
-"""A block's spec, and the array."""
+BlockedOperand = tuple[pl.BlockSpec | None, jax.Array | None]
+"""A block's spec, and the array; None: the kernel has None there."""
+Scratch = pl.MemoryRef | list[pl.MemoryRef] | None
+"""Scratch memory of a kernel: one array, one for each tile in flight, or none."""
+GradientSums = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
+"""dQ, dK and dV of the parts of keys so far; None: there was no part."""
 
 
 class BlockedResult(NamedTuple):
@@ -64,7 +71,7 @@ class BlockedResult(NamedTuple):
 
     spec: pl.BlockSpec
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
 
 
 class TpuKernelCall(NamedTuple):
@@ -131,7 +138,7 @@ class TpuKernelCall(NamedTuple):
     def padded_q_len(self) -> int:
         return self.walk.nq * self.walk.bq
 
-    def pad_segments(self) -> list[tuple[Any, Any]]:
+    def pad_segments(self) -> list[BlockedOperand]:
         """Returns int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for
         queries that see nothing."""
         q_segments = self.part.operands.q_segments
@@ -207,12 +214,12 @@ class TpuKernelCall(NamedTuple):
         body: Callable[..., None],
         operands: list[BlockedOperand],
         results: list[BlockedResult],
-        scratch: list[Any],
+        scratch: list[Scratch],
         products: int,
-        interpret: Any,
+        interpret: Interpret,
         name: str,
         continued: Sequence[BlockedOperand] = (),
-    ) -> Any:
+    ) -> list[jax.Array]:
         """Runs the kernel over (kv heads of all rows) × (query heads of one) × (blocks
         of queries).
 
@@ -311,7 +318,7 @@ def forward(
 
 
 def _forward(
-    k: jax.Array, v: jax.Array, part: KeyPart, dtype: Any, interpret: Any
+    k: jax.Array, v: jax.Array, part: KeyPart, dtype: DTypeLike, interpret: Interpret
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, S, N, Hv] in ``dtype`` and lse [B, S, N], over a part of the keys."""
     q = part.operands.q
@@ -377,13 +384,22 @@ def backward(
         _move_heads_first(lse, rows, jnp.inf)[:, None],
         _move_heads_first(delta, rows)[:, None],
     )
-    sums: tuple[Any, Any, Any] = (None, None, None)
+    d_q: jax.Array | None = None
+    d_k: jax.Array | None = None
+    d_v: jax.Array | None = None
     for part in parts:
         d_q_dtype = call.dtype if part is parts[-1] else F32
-        sums = _backward(
-            laid_out, part, sums, d_q_dtype, call.dtype, interpret=call.interpret
+        d_q, d_k, d_v = _backward(
+            laid_out,
+            part,
+            (d_q, d_k, d_v),
+            d_q_dtype,
+            call.dtype,
+            interpret=call.interpret,
         )
-    d_q, d_k, d_v = sums
+    assert d_q is not None
+    assert d_k is not None
+    assert d_v is not None
     return (
         _move_heads_back(d_q, B, S),
         _move_heads_back(d_k, B, T),
@@ -394,11 +410,11 @@ def backward(
 def _backward(
     laid_out: tuple[jax.Array, ...],
     part: KeyPart,
-    sums: tuple[Any, Any, Any],
-    d_q_dtype: Any,
-    d_kv_dtype: Any,
+    sums: GradientSums,
+    d_q_dtype: DTypeLike,
+    d_kv_dtype: DTypeLike,
     *,
-    interpret: Any,
+    interpret: Interpret,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dQ, dK and dV as the kernel writes them: dQ of the keys so far, dK and dV so far
     as these.
@@ -418,10 +434,11 @@ def _backward(
     # dK and dV of the parts before stay where they are: the kernel neither reads nor
     # writes them.
     untouched = pl.BlockSpec(memory_space=pl.ANY)
-    score_derivatives: list[Any] = [None]
+    # Derivatives of scores, which only a cap makes other than 1.
+    derivatives = None
     if part.params.soft_cap is not None:
-        score_derivatives = _tiles(slots, tile, F32)
-    return call.run(
+        (derivatives,) = _tiles(slots, tile, F32)
+    d_q, d_k, d_v = call.run(
         tpu_backward.backward_kernel,
         operands=[
             (call.query_spec(H), q),
@@ -443,19 +460,25 @@ def _backward(
             pltpu.VMEM((part.num_rows, H), F32),
             pltpu.VMEM((part.num_rows, Hv), F32),
             *_tiles(slots, tile, F32, F32),
-            *score_derivatives,
+            derivatives,
             *_tiles(slots, tile, q.dtype, q.dtype),
         ],
         products=3 * H + 2 * Hv,
         interpret=interpret,
         name="attention_backward",
     )
+    return d_q, d_k, d_v
 
 
-def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
+def _tiles(
+    slots: int, shape: tuple[int, int], *dtypes: DTypeLike
+) -> list[list[pl.MemoryRef]]:
     """Scratch of so many tiles, for each dtype: every tile its own, so that the
     compiler sees that they are apart."""
-    return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
+    return [
+        [pltpu.VMEM((1, *shape), jnp.dtype(dtype)) for _ in range(slots)]
+        for dtype in dtypes
+    ]
 
 
 def _list_key_parts(
@@ -464,9 +487,8 @@ def _list_key_parts(
     """Lists runs of as many keys as VMEM holds in a pass; sinks go with the first."""
     sizes = AttentionSizes.of(operands, call.dtype)
     params = call.params
-    blocks = choose_blocks(
-        direction, sizes, name_mask_kind(params, operands), call.block_sizes
-    )
+    override = cast(TpuBlockSizes | None, call.block_sizes)
+    blocks = choose_blocks(direction, sizes, name_mask_kind(params, operands), override)
     num_rows = count_keys_in_vmem(direction, blocks, sizes, get_chip())
     vmem = vmem_bytes(direction, blocks, sizes, num_rows)
     parts = []

@@ -8,8 +8,6 @@ delta) lies along the lanes, and of the five products only dQᵀ = Kᵀ·dSᵀ h
 to turn, the small one.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -28,37 +26,38 @@ from pallas_kernels.attention.tpu_scores import (
     transpose_ids_to_lanes,
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
+from pallas_kernels.kernel_types import Ref
 
 # Keys whose weights are computed at once.
 CHUNK = 32
 
 
 def backward_kernel(
-    table: Any,
-    ints: Any,
-    floats: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    do_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    q_ids: Any,
-    k_ids: Any,
-    dq_in: Any,
-    dk_in: Any,
-    dv_in: Any,
-    dq_ref: Any,
-    dk_ref: Any,
-    dv_ref: Any,
-    dq_sum: Any,
-    dk_sum: Any,
-    dv_sum: Any,
-    scores: list[Any],
-    d_weights: list[Any],
-    derivatives: list[Any] | None,
-    weights: list[Any],
-    d_scores: list[Any],
+    table: Ref,
+    ints: Ref,
+    floats: Ref,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    do_ref: Ref,
+    lse_ref: Ref,
+    delta_ref: Ref,
+    q_ids: Ref | None,
+    k_ids: Ref | None,
+    dq_in: Ref | None,
+    dk_in: Ref | None,
+    dv_in: Ref | None,
+    dq_ref: Ref,
+    dk_ref: Ref,
+    dv_ref: Ref,
+    dq_sum: Ref,
+    dk_sum: Ref,
+    dv_sum: Ref,
+    scores: list[Ref],
+    d_weights: list[Ref],
+    derivatives: list[Ref] | None,
+    weights: list[Ref],
+    d_scores: list[Ref],
     *,
     walk: KeyWalk,
     statics: KernelStatics,
@@ -110,6 +109,8 @@ def backward_kernel(
         q_segments = None
         k_segments = None
         if tile.compares_segments:
+            assert q_ids is not None
+            assert k_ids is not None
             tile_ids = transpose_ids_to_lanes(k_ids[:, get_keys(tile, j)])
             q_segments = q_ids[:, queries]
             k_segments = jnp.tile(tile_ids, (1, score.shape[1] // LANES))

@@ -1,8 +1,9 @@
 """Block sizes of the TPU kernels, and the VMEM that they take."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.params import AttentionOperands
 from pallas_kernels.chips import TpuChip, round_up
@@ -62,7 +63,7 @@ class AttentionSizes(NamedTuple):
     """Bytes of a number in the results."""
 
     @classmethod
-    def of(cls, operands: AttentionOperands, dtype: Any) -> "AttentionSizes":
+    def of(cls, operands: AttentionOperands, dtype: DTypeLike) -> "AttentionSizes":
         """Reads the sizes of operands, whose results are in ``dtype``."""
         _, S, _, H = operands.q.shape
         _, T, _, Hv = operands.v.shape

@@ -41,6 +41,7 @@ from pallas_kernels.attention.tpu_scores import (
 )
 from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
 from pallas_kernels.chips import find_largest_divisor
+from pallas_kernels.kernel_types import Ref
 
 # Keys whose weights are computed at once.
 CHUNK = 16
@@ -54,24 +55,24 @@ NO_KEY = MASKED / 2
 
 
 def forward_kernel(
-    table: Any,
-    ints: Any,
-    floats: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    q_ids: Any,
-    k_ids: Any,
-    o_ref: Any,
-    lse_ref: Any,
-    top_ref: Any,
-    acc_ref: Any,
-    vt_ref: Any,
-    block_ids: Any,
-    scores: list[Any],
-    tops: list[Any],
-    decays: list[Any],
-    weights: list[Any],
+    table: Ref,
+    ints: Ref,
+    floats: Ref,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    q_ids: Ref | None,
+    k_ids: Ref | None,
+    o_ref: Ref,
+    lse_ref: Ref,
+    top_ref: Ref,
+    acc_ref: Ref,
+    vt_ref: Ref,
+    block_ids: Ref | None,
+    scores: list[Ref],
+    tops: list[Ref],
+    decays: list[Ref],
+    weights: list[Ref],
     *,
     walk: KeyWalk,
     statics: KernelStatics,
@@ -105,7 +106,7 @@ def forward_kernel(
     # Above MASKED: what is masked weighs nothing, even before the first key that is
     # not.
     first_top = NO_KEY
-    if statics.has_sinks:
+    if scalars.sink is not None:
         first_top = jnp.maximum(scalars.sink * LOG2_E, NO_KEY)
 
     @pl.when((member == 0) & (i == 0))
@@ -154,6 +155,8 @@ def forward_kernel(
             q_segments = None
             k_segments = None
             if tile.compares_segments:
+                assert q_ids is not None
+                assert block_ids is not None
                 piece_ids = block_ids[first_key : first_key + len(score)]
                 q_segments = q_ids[:, queries]
                 k_segments = jnp.tile(piece_ids, (1, score.shape[1] // LANES))
@@ -223,6 +226,8 @@ def forward_kernel(
 
     def run_tiles(tiles, j, distance, is_first, is_last):
         if tiles[0].compares_segments:
+            assert k_ids is not None
+            assert block_ids is not None
             keys = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
             block_ids[...] = transpose_ids_to_lanes(k_ids[:, keys])
         interleave_stages(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import and_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.params import AttentionParams
 from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
+from pallas_kernels.kernel_types import Index, Ref
 
 # Finite, so that a row with every key masked gives no NaN on the way to its zeros.
 MASKED = -1e30
@@ -44,7 +45,7 @@ class KernelStatics(NamedTuple):
     interpret: bool = False
     """Whether Pallas's interpreter runs the kernel, not a TPU."""
 
-    def read_program_scalars(self, int_ref: Any, float_ref: Any) -> "ProgramScalars":
+    def read_program_scalars(self, int_ref: Ref, float_ref: Ref) -> "ProgramScalars":
         """Reads, in a kernel, this grid step's scalars (kv heads of all rows, group,
         ...)."""
         kv_head = pl.program_id(0)
@@ -65,19 +66,19 @@ class KernelStatics(NamedTuple):
 class ProgramScalars(NamedTuple):
     """A grid step's scalars."""
 
-    row: Any
+    row: jax.Array
     """Row of the batch."""
-    qk_offset: Any
-    store_zero: Any
-    load_zero: Any
+    qk_offset: Index
+    store_zero: jax.Array
+    load_zero: jax.Array
     """Zeros, which the compiler does not know: what is stored at [store_zero] it must
     read back at [load_zero]. Were both the same to it, values would stay in registers
     between the stages of a tile, until there are too many and it spills them at the
     wrong time."""
-    prefix: Any
+    prefix: jax.Array | None
     """Keys that every query sees."""
-    slope: Any
-    sink: Any
+    slope: jax.Array | None
+    sink: jax.Array | None
 
 
 def interleave_stages(
@@ -100,9 +101,9 @@ def interleave_stages(
 class TilePosition(NamedTuple):
     """Place of a tile."""
 
-    qk_offset: Any
+    qk_offset: Index
     """Position of its first query less that of its first key."""
-    k_start: Any
+    k_start: Index
     """Index of its first key."""
     q_segments: jax.Array | None
     """Ids, broadcast against ``k_segments``; −1 sees nothing."""
@@ -180,7 +181,7 @@ def apply_slope_and_mask(
         register_keys = slice(first, first + SUBLANES)
         row = scores[register_keys]
         offset = position.qk_offset - first
-        if statics.has_slopes:
+        if scalars.slope is not None:
             distance = jnp.abs(behind + offset).astype(jnp.float32)
             row = row - distance * (scalars.slope * LOG2_E)
         conditions = []
@@ -200,8 +201,8 @@ def apply_slope_and_mask(
 def _compare_positions(
     behind: jax.Array,
     key: jax.Array,
-    offset: Any,
-    first_key: Any,
+    offset: Index,
+    first_key: Index,
     statics: KernelStatics,
     scalars: ProgramScalars,
 ) -> list[jax.Array]:
@@ -218,7 +219,7 @@ def _compare_positions(
         visible = behind >= -offset
         if params.window is not None:
             visible &= behind < params.window - offset
-        if statics.has_prefix:
+        if scalars.prefix is not None:
             visible |= key < scalars.prefix - first_key
         conditions.append(visible)
     if statics.num_keys is not None:

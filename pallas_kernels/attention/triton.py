@@ -9,11 +9,12 @@ Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into power
 two, 192 into 128 and 64, which is what Triton's tiles may be.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E, compute_weights_and_d_scores
 from pallas_kernels.attention.params import (
@@ -34,6 +35,7 @@ from pallas_kernels.attention.triton_program import (
     store_row,
     store_tile,
 )
+from pallas_kernels.kernel_types import Ref
 
 # Compute capabilities with about 100 KB of shared memory for a block, not 163 or 227.
 _SMALL = ("8.6", "8.7", "8.9", "11.0", "12.0", "12.1")
@@ -57,8 +59,10 @@ def _get_block_sizes(
     """
     H = operands.q.shape[3]
     Hv = operands.v.shape[3]
-    sizes = call.block_sizes or default_block_sizes(H, Hv, operands.q.dtype)
+    override = cast(TritonBlockSizes | None, call.block_sizes)
+    sizes = override or default_block_sizes(H, Hv, operands.q.dtype)
     for q, k, warps, stages in sizes:
+        # A power of two has one bit.
         are_powers_of_two = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
         if not are_powers_of_two or min(q, k) < 16 or stages < 1:
             raise ValueError(
@@ -84,7 +88,7 @@ def supports(operands: AttentionOperands, params: AttentionParams) -> bool:
     )
 
 
-def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
+def default_block_sizes(H: int, Hv: int, dtype: DTypeLike) -> TritonBlockSizes:
     """Chooses blocks by rule: accumulators fit in registers, blocks in shared memory;
     for a card that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
@@ -180,7 +184,7 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
+def _forward_kernel(p: TritonProgram, o_ref: Ref, lse_ref: Ref) -> None:
     """One block of queries of one head: an online softmax over blocks of keys (Milakov
     & Gimelshein 2018)."""
     s = p.statics
@@ -189,29 +193,45 @@ def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
     i = _last_first(p)
     head = p.head
     start = i * block_q
+
+    # The block's queries stay in registers: [block_q, width] of each part of a head.
     q = p.load_rows("q", start, block_q, _bound(s.S, block_q))
     queries = p.load_token_block("q", start, 1)
 
     def body(j, _, masked, carry):
+        """Adds block j of the keys to the online softmax: the sum of weighted values,
+        the largest score and the sum of weights so far, in units of log2."""
         o, top, total = carry
+        # Only the last block reaches past the last key, and it is masked.
         length = s.T if masked and s.T % block_k else None
         keys = p.load_token_block("k", j * block_k, 0)
         k = p.load_rows("k", j * block_k, block_k, length)
-        scores, _ = p.scores(multiply_transposed(q, k), queries, keys, head)
+
+        # Scores [block_q, block_k], −inf where a query does not see a key.
+        products = multiply_transposed(q, k)
+        scores, _ = p.scores(products, queries, keys, head)
         if masked:
-            scores = jnp.where(p.compute_mask(queries, keys), scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.exp2_scale)
+            mask = p.compute_mask(queries, keys)
+            scores = jnp.where(mask, scores, -jnp.inf)
+
+        # Weights by the largest score so far; earlier sums were by an earlier one, and
+        # decay.
+        block_top = jnp.max(scores, axis=1) * p.exp2_scale
+        new_top = jnp.maximum(top, block_top)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
         weights = p.exp2(scores * p.exp2_scale - base[:, None])
         decay = p.exp2(top - base)
+
         v = p.load_rows("v", j * block_k, block_k, length)
         o = tuple(
-            x * decay[:, None] + multiply(weights.astype(y.dtype), y)
-            for x, y in zip(o, v, strict=True)
+            earlier * decay[:, None] + multiply(weights.astype(part.dtype), part)
+            for earlier, part in zip(o, v, strict=True)
         )
-        return o, new_top, total * decay + jnp.sum(weights, axis=1)
+        total = total * decay + jnp.sum(weights, axis=1)
+        return o, new_top, total
 
+    # The softmax before the first key.
     o = _zeros(block_q, s.Hv)
     if "sinks" in p.refs:
         # As if a key with the sink's score had come first, and a value of zeros.
@@ -222,6 +242,8 @@ def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
         total = jnp.zeros((block_q,), jnp.float32)
     num_blocks = pl.cdiv(s.T, block_k)
     o, top, total = p.visit_visible_blocks(i, num_blocks, body, (o, top, total))
+
+    # Results: zeros and −inf where a query has seen neither a key nor a sink.
     has_weight = total > 0
     inverse = 1 / jnp.where(has_weight, total, 1.0)
     lse = top * LN2 + jnp.log(jnp.where(has_weight, total, 1.0))
@@ -231,14 +253,17 @@ def _forward_kernel(p: TritonProgram, o_ref: Any, lse_ref: Any) -> None:
     store_row(lse_ref, lse, start, block_q, s.S)
 
 
-def _d_q_kernel(p: TritonProgram, d_q_ref: Any) -> None:
-    """One block of queries of one head."""
+def _d_q_kernel(p: TritonProgram, d_q_ref: Ref) -> None:
+    """dQ of one block of queries of one head, over blocks of keys: the weights are
+    computed again, from scores and log-sum-exps."""
     s = p.statics
     block_q = p.tiles.q
     block_k = p.tiles.k
     i = _last_first(p)
     head = p.head
     start = i * block_q
+
+    # What belongs to the queries stays in registers.
     q = p.load_rows("q", start, block_q, _bound(s.S, block_q))
     d_o = p.load_rows("d_o", start, block_q, _bound(s.S, block_q))
     lse = p.load_row_scalars("lse", start, other=jnp.inf)[:, None]
@@ -246,20 +271,20 @@ def _d_q_kernel(p: TritonProgram, d_q_ref: Any) -> None:
     queries = p.load_token_block("q", start, 1)
 
     def body(j, _, masked, d_q):
+        """Adds block j of the keys to dQ, by dS·K."""
+        # Only the last block reaches past the last key, and it is masked.
         length = s.T if masked and s.T % block_k else None
         keys = p.load_token_block("k", j * block_k, 0)
         k = p.load_rows("k", j * block_k, block_k, length)
-        scores, derivative = p.scores(multiply_transposed(q, k), queries, keys, head)
+        products = multiply_transposed(q, k)
+        scores, derivative = p.scores(products, queries, keys, head)
         v = p.load_rows("v", j * block_k, block_k, length)
         mask = p.compute_mask(queries, keys) if masked else None
         d_weights = multiply_transposed(d_o, v)
         _, d_scores = compute_weights_and_d_scores(
             scores, derivative, lse, d_weights, delta, mask, p.exp2_scale, p.exp2
         )
-        return tuple(
-            x + multiply(d_scores.astype(y.dtype), y)
-            for x, y in zip(d_q, k, strict=True)
-        )
+        return _add_products(d_q, d_scores, k)
 
     num_blocks = pl.cdiv(s.T, block_k)
     d_q = p.visit_visible_blocks(i, num_blocks, body, _zeros(block_q, s.H))
@@ -267,7 +292,7 @@ def _d_q_kernel(p: TritonProgram, d_q_ref: Any) -> None:
     store_tile(d_q_ref, d_q, start, block_q, s.S, s.H)
 
 
-def _d_kv_kernel(p: TritonProgram, d_k_ref: Any, d_v_ref: Any) -> None:
+def _d_kv_kernel(p: TritonProgram, d_k_ref: Ref, d_v_ref: Ref) -> None:
     """One block of keys of one kv head: its group's query heads are summed here. Tiles
     of scores are transposed, [keys, queries], so that the weights are a product's left
     operand as they lie.
@@ -278,18 +303,23 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref: Any, d_v_ref: Any) -> None:
     j = p.block
     kv_head = p.head
     start = j * block_k
+
+    # The block's keys and values stay in registers.
     k = p.load_rows("k", start, block_k, _bound(s.T, block_k))
     v = p.load_rows("v", start, block_k, _bound(s.T, block_k))
     keys = p.load_token_block("k", start, 1)
     q_bound = _bound(s.S, block_q)
 
     def body(i, member, masked, carry):
+        """Adds block i of the queries of one head to dK, by dSᵀ·Q, and to dV, by
+        Pᵀ·dO."""
         d_k, d_v = carry
         q_start = i * block_q
         queries = p.load_token_block("q", q_start, 0)
         q = p.load_rows("q", q_start, block_q, q_bound, member)
         head = kv_head * s.group + member
-        scores, derivative = p.scores(multiply_transposed(k, q), queries, keys, head)
+        products = multiply_transposed(k, q)
+        scores, derivative = p.scores(products, queries, keys, head)
         d_o = p.load_rows("d_o", q_start, block_q, q_bound, member)
         lse = p.load_row_scalars("lse", q_start, member, other=jnp.inf)[None]
         delta = p.load_row_scalars("delta", q_start, member, other=0.0)[None]
@@ -298,14 +328,8 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref: Any, d_v_ref: Any) -> None:
         weights, d_scores = compute_weights_and_d_scores(
             scores, derivative, lse, d_weights, delta, mask, p.exp2_scale, p.exp2
         )
-        d_v = tuple(
-            x + multiply(weights.astype(y.dtype), y)
-            for x, y in zip(d_v, d_o, strict=True)
-        )
-        d_k = tuple(
-            x + multiply(d_scores.astype(y.dtype), y)
-            for x, y in zip(d_k, q, strict=True)
-        )
+        d_v = _add_products(d_v, weights, d_o)
+        d_k = _add_products(d_k, d_scores, q)
         return d_k, d_v
 
     num_blocks = pl.cdiv(s.S, block_q)
@@ -314,6 +338,16 @@ def _d_kv_kernel(p: TritonProgram, d_k_ref: Any, d_v_ref: Any) -> None:
     d_k = tuple(part * p.params.scale for part in d_k)
     store_tile(d_k_ref, d_k, start, block_k, s.T, s.H)
     store_tile(d_v_ref, d_v, start, block_k, s.T, s.Hv)
+
+
+def _add_products(
+    sums: tuple[jax.Array, ...], left: jax.Array, right: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Adds left·right to sums, in each part of a head."""
+    return tuple(
+        total + multiply(left.astype(part.dtype), part)
+        for total, part in zip(sums, right, strict=True)
+    )
 
 
 def _zeros(rows: int, H: int) -> tuple[jax.Array, ...]:
@@ -328,7 +362,7 @@ def _bound(length: int, block: int) -> int | None:
     return length if length % block else None
 
 
-def _last_first(p: TritonProgram) -> Any:
+def _last_first(p: TritonProgram) -> jax.Array:
     """The block of a program: with a causal mask the last blocks, the longest, start
     first."""
     return pl.num_programs(0) - 1 - p.block if p.params.causal else p.block

@@ -4,13 +4,14 @@ scores, what it masks and visits."""
 from collections.abc import Callable
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
@@ -21,6 +22,7 @@ from pallas_kernels.attention.params import (
     combine_masks,
 )
 from pallas_kernels.chips import round_up
+from pallas_kernels.kernel_types import Carry, Index, Interpret, Ref
 
 
 class TritonTiles(NamedTuple):
@@ -46,7 +48,7 @@ class TritonStatics(NamedTuple):
     Hv: int
     group: int
     """Query heads to a kv head."""
-    interpret: bool
+    interpret: Interpret
 
 
 class TokenBlock(NamedTuple):
@@ -60,17 +62,19 @@ class TokenBlock(NamedTuple):
 class TritonProgram:
     """Methods of a program: reading inputs, scores, masks, visits."""
 
-    def __init__(self, refs: dict[str, Any], statics: TritonStatics):
+    def __init__(self, refs: dict[str, Ref], statics: TritonStatics):
         self.refs = refs
         self.statics = statics
         self.params = statics.params
         self.tiles = statics.tiles
         self.exp2_scale = gpu_blocks.get_exp2_scale(statics.params, refs)
         # Read once, outside all loops: the interpreter knows them nowhere else.
-        self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
+        self.block = pl.program_id(0)
+        self.head = pl.program_id(1)
+        self.row = pl.program_id(2)
 
     def load_rows(
-        self, name: str, start: Any, block: int, length: int | None, *index: Any
+        self, name: str, start: Index, block: int, length: int | None, *index: Index
     ) -> tuple[jax.Array, ...]:
         """Reads [block, width] of each part of a head: zeros past its size and, where
         ``length`` is given, past that many rows. ``index``: of dimensions between."""
@@ -87,7 +91,7 @@ class TritonProgram:
         return tuple(parts)
 
     def load_row_scalars(
-        self, name: str, start: Any, *index: Any, other: float
+        self, name: str, start: Index, *index: Index, other: float
     ) -> jax.Array:
         """Reads fp32 [block] of queries; ``index``: of dimensions before."""
         block = self.tiles.q
@@ -97,7 +101,7 @@ class TritonProgram:
             return part[...]
         return plgpu.load(part, mask=start + jnp.arange(block) < S, other=other)
 
-    def load_token_block(self, side: str, start: Any, axis: int) -> TokenBlock:
+    def load_token_block(self, side: str, start: Index, axis: int) -> TokenBlock:
         """Reads queries (``side`` q) or keys (k), along ``axis`` of a tile of
         scores."""
         if side == "q":
@@ -120,7 +124,7 @@ class TritonProgram:
         tokens = TokenBlock(index, position, segments)
         return jax.tree.map(lambda x: jnp.expand_dims(x, axis), tokens)
 
-    def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> Any:
+    def compute_mask(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
         """Returns the mask, bool, broadcast over a tile."""
         T = self.statics.T
         behind = None
@@ -131,14 +135,21 @@ class TritonProgram:
             behind = queries.position - keys.position
         if "prefix" in self.refs:
             in_prefix = keys.position < self.refs["prefix"][self.row]
-        if queries.segment is not None:
+        if queries.segment is not None and keys.segment is not None:
             segments = queries.segment, keys.segment
         if T % self.tiles.k:
             inside = keys.index < T
-        return combine_masks(self.params, behind, in_prefix, segments, inside)
+        mask = combine_masks(self.params, behind, in_prefix, segments, inside)
+        # Blocks are visited with a mask only where one of these may empty a score.
+        assert mask is not None
+        return mask
 
     def scores(
-        self, products: jax.Array, queries: TokenBlock, keys: TokenBlock, head: Any
+        self,
+        products: jax.Array,
+        queries: TokenBlock,
+        keys: TokenBlock,
+        head: jax.Array,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns what :func:`~pallas_kernels.attention.gpu_blocks.scale_scores`
         does."""
@@ -166,12 +177,12 @@ class TritonProgram:
 
     def visit_visible_blocks(
         self,
-        i: Any,
+        i: jax.Array,
         num_blocks: int,
-        body: Callable[[Any, Any, bool, Any], Any],
-        carry: Any,
+        body: Callable[[jax.Array, jax.Array, bool, Carry], Carry],
+        carry: Carry,
         repeats: int = 1,
-    ) -> Any:
+    ) -> Carry:
         """Runs ``body(block, repeat, masked, carry)`` over the blocks that block i
         visits, each block ``repeats`` times: as a table says, some with a mask, or all
         of them."""
@@ -192,12 +203,15 @@ class TritonProgram:
         if "visits" not in self.refs:
             return loop(0, num_blocks, lambda visit: visit, False, carry)
         visits = BlockVisits.read(self.refs["visits"], i)
+        # Blocks with a mask first, then the run of those that need none.
         carry = loop(0, visits.num_masked, visits.masked_block, True, carry)
         num_full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, num_full, lambda visit: visit, False, carry)
 
 
-MakeSpec = Callable[[Any], pl.BlockSpec]
+ShapedArray = jax.Array | jax.ShapeDtypeStruct
+
+MakeSpec = Callable[[ShapedArray], pl.BlockSpec]
 """Makes the spec of an array, or of what has its shape."""
 
 
@@ -259,27 +273,31 @@ class TritonKernelCall:
     def __call__(
         self,
         kernel: Callable[..., None],
-        *outputs: tuple[tuple[int, ...], Any, MakeSpec],
-    ) -> Any:
+        *outputs: tuple[tuple[int, ...], DTypeLike, MakeSpec],
+    ) -> list[jax.Array]:
         """Runs a kernel; ``outputs``: (shape, dtype, spec by what has these) of each
         result."""
-        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
+        out_shapes = []
+        out_specs = []
+        for shape, dtype, make_spec in outputs:
+            out_shape = jax.ShapeDtypeStruct(shape, dtype)
+            out_shapes.append(out_shape)
+            out_specs.append(make_spec(out_shape))
         names = tuple(self.inputs)
         tiles = self.statics.tiles
 
         def body(*refs):
-            inputs = dict(zip(names, refs[: len(names)], strict=True))
-            kernel(TritonProgram(inputs, self.statics), *refs[len(names) :])
+            input_refs = refs[: len(names)]
+            output_refs = refs[len(names) :]
+            inputs = dict(zip(names, input_refs, strict=True))
+            kernel(TritonProgram(inputs, self.statics), *output_refs)
 
         return pl.pallas_call(
             body,
             grid=self.grid,
             in_specs=self.specs,
-            out_specs=[
-                make_spec(shape)
-                for (_, _, make_spec), shape in zip(outputs, shapes, strict=True)
-            ],
-            out_shape=shapes,
+            out_specs=out_specs,
+            out_shape=out_shapes,
             compiler_params=plgpu.CompilerParams(
                 num_warps=tiles.warps, num_stages=tiles.stages
             ),
@@ -289,7 +307,7 @@ class TritonKernelCall:
 
     # Specs by what an array is.
 
-    def _per_row(self, x: Any, shape: tuple[int, ...]) -> pl.BlockSpec:
+    def _per_row(self, x: ShapedArray, shape: tuple[int, ...]) -> pl.BlockSpec:
         """Returns the spec of [B or 1, ...], of the program's row."""
         is_shared = x.shape[0] == 1
         others = (0,) * len(shape)
@@ -309,7 +327,7 @@ class TritonKernelCall:
         """Returns the spec of [B, length, heads, H], of one head, which ``share`` heads
         read; or [length, group, H] of the program's kv head."""
 
-        def make_spec(x: Any) -> pl.BlockSpec:
+        def make_spec(x: ShapedArray) -> pl.BlockSpec:
             length = round_up(x.shape[1], block)
             shape = (None, length, group, pad_head_size(x.shape[3]))
             return pl.BlockSpec(shape, lambda i, n, b: (b, 0, lax.div(n, share), 0))
@@ -320,14 +338,14 @@ class TritonKernelCall:
         """Returns the spec of [B, N, S], of the program's head; or [group, S] of its kv
         head."""
 
-        def make_spec(x: Any) -> pl.BlockSpec:
+        def make_spec(x: ShapedArray) -> pl.BlockSpec:
             shape = (None, group, round_up(x.shape[2], block))
             return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
 
         return make_spec
 
 
-def full_spec(x: Any) -> pl.BlockSpec:
+def full_spec(x: ShapedArray) -> pl.BlockSpec:
     """Returns the spec of a whole array."""
     return pl.BlockSpec(x.shape, lambda i, n, b: (0,) * len(x.shape))
 
@@ -338,7 +356,8 @@ def split_head_dim(H: int) -> list[tuple[int, int]]:
     parts = []
     begin = 0
     while begin < H:
-        width = max(16, 1 << ((H - begin).bit_length() - 1))
+        largest_power = 1 << ((H - begin).bit_length() - 1)
+        width = max(16, largest_power)
         parts.append((begin, width))
         begin += width
     return parts
@@ -351,23 +370,26 @@ def pad_head_size(H: int) -> int:
 
 
 def _inside(
-    start: Any, block: int, length: int | None, begin: int, width: int, H: int
+    start: Index, block: int, length: int | None, begin: int, width: int, H: int
 ) -> jax.Array | None:
     """bool [block, width]: what lies in the array; None: all."""
     masks = []
     if length is not None:
-        masks.append((start + jnp.arange(block) < length)[:, None])
+        row_is_inside = start + jnp.arange(block) < length
+        masks.append(row_is_inside[:, None])
     if begin + width > H:
-        masks.append((begin + jnp.arange(width) < H)[None])
+        feature_is_inside = begin + jnp.arange(width) < H
+        masks.append(feature_is_inside[None])
     if not masks:
         return None
+    # One of them, or both.
     return jnp.broadcast_to(masks[0] & masks[-1], (block, width))
 
 
 def store_tile(
-    ref: Any,
+    ref: Ref,
     parts: tuple[jax.Array, ...],
-    start: Any,
+    start: Index,
     block: int,
     length: int,
     H: int,
@@ -381,7 +403,7 @@ def store_tile(
         plgpu.store(target, part.astype(ref.dtype), mask=mask)
 
 
-def store_row(ref: Any, x: jax.Array, start: Any, block: int, length: int) -> None:
+def store_row(ref: Ref, x: jax.Array, start: Index, block: int, length: int) -> None:
     """Stores the part of one number a row that lies in the array."""
     mask = start + jnp.arange(block) < length if length % block else None
     plgpu.store(ref.at[pl.ds(start, block)], x, mask=mask)

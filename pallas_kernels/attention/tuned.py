@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -45,7 +45,7 @@ class TunedEntry(NamedTuple):
     """causal, full, window:TOKENS or segments:COUNT (causal, of equal lengths)."""
     dtype: str
     """Dtype of q, k and v."""
-    blocks: dict[str, Any]
+    blocks: dict[str, int]
     """:class:`TpuBlocks`."""
     cost: float
     """Cycles, of one row of ``heads`` heads."""
@@ -56,7 +56,7 @@ class TunedEntry(NamedTuple):
     """Versions of what compiled it."""
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[str | int, ...]:
         """The entry's unique key, in the table's order."""
         return (
             self.chip,

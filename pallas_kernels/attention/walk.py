@@ -10,7 +10,7 @@ multiples of the blocks: then it is no loop but a fixed list of tiles
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from pallas_kernels.attention.params import (
     AttentionParams,
     sum_offsets,
 )
+from pallas_kernels.kernel_types import Index
 
 COLUMNS = 8
 """Integers of a block of queries in the table: where the masked, the plain and the
@@ -315,13 +316,17 @@ def _segment_blocks(
     return jnp.minimum(begin, end), end, one_begin, one_end
 
 
+VisitTiles = Callable[[tuple[WalkTile, ...], jax.Array, Index, bool, bool], None]
+"""(tiles, key block, distance, first, last) -> None; see :func:`visit_key_blocks`."""
+
+
 def visit_key_blocks(
     walk: KeyWalk,
-    row: list[Any],
-    i: Any,
-    qk_offset: Any,
+    row: list[jax.Array],
+    i: jax.Array,
+    qk_offset: Index,
     start: Callable[[], None],
-    visit_tiles: Callable[[tuple[WalkTile, ...], Any, Any, bool, bool], None],
+    visit_tiles: VisitTiles,
     finish: Callable[[], None],
 ) -> None:
     """Calls, in a kernel, ``visit_tiles`` for every key block that block i of the

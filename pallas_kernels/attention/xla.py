@@ -7,7 +7,7 @@ of the work at 4 tiles, 1/2 in the limit. Elsewhere every tile reads all keys, a
 are a loop.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +96,15 @@ def _forward_unrolled(
 
     def attend_tile(tile: ScoreTile) -> tuple[jax.Array, jax.Array]:
         if tile.keys.start >= tile.keys.stop:
+            # No query sees a key: zeros, and of sinks alone the log-sum-exps.
             shape = (B, K, group, tile.rows.stop - tile.rows.start)
             lse = jnp.full((*shape, 1), -jnp.inf, accumulation_dtype(q))
             o = jnp.zeros((*shape, Hv), dtype)
-            return o, lse if sinks is None else lse.at[:].set(sinks)
+            if sinks is not None:
+                lse = lse.at[:].set(sinks)
+            return o, lse
+
+        # Softmax over the keys, and the sink if there is one: [B, K, G, rows, keys].
         scores, _ = tile.scores()
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks is not None:
@@ -108,6 +113,9 @@ def _forward_unrolled(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sinks is not None:
             total += jnp.exp(sinks - top)
+
+        # A query without a key gives zeros and −inf. A score that is masked is far below
+        # any other.
         o = einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), v[:, tile.keys])
         has_key_or_sink = top > MASKED / 2
         o = jnp.where(has_key_or_sink, o / total, 0.0).astype(dtype)
@@ -118,8 +126,12 @@ def _forward_unrolled(
     o_tiles, lse_tiles = zip(*results, strict=True)
     o = jnp.concatenate(o_tiles, axis=3)
     lse = jnp.concatenate(lse_tiles, axis=3)
-    o = o.transpose(0, 3, 1, 2, 4).reshape(B, S, N, Hv)
-    return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
+    # [B, K, G, S, ...] → [B, S, N, ...].
+    o = o.transpose(0, 3, 1, 2, 4)
+    o = o.reshape(B, S, N, Hv)
+    lse = lse[..., 0].transpose(0, 3, 1, 2)
+    lse = lse.reshape(B, S, N)
+    return o, lse
 
 
 def backward(
@@ -146,6 +158,7 @@ def _backward_in_parts(
     v_dtype = operands.v.dtype
 
     def run_part(carry, i):
+        # Arrays hold gradients of the parts so far, and q, k and v of the others.
         arrays, d_biases = carry
         q, k, v = arrays
         part = partition.cut_operands(i, operands._replace(q=q, k=k, v=v))
@@ -161,10 +174,12 @@ def _backward_in_parts(
         arrays = partition.put(i, arrays, (d_q, d_k, d_v))
         return (arrays, partition.put(i, d_biases, terms, BY_HEAD)), None
 
-    # A part's gradients take the places of its q, k and v, which nobody reads again.
-    arrays = tuple(
-        array.astype(jnp.promote_types(array.dtype, dtype)) for array in operands[:3]
-    )
+    # A part's gradients take the places of its q, k and v, which nobody reads again: in
+    # a type that holds both.
+    def widen(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.promote_types(x.dtype, dtype))
+
+    arrays = (widen(operands.q), widen(operands.k), widen(operands.v))
     carry = arrays, _make_zero_biases(operands)
     parts = jnp.arange(partition.num_parts)
     (gradients, d_biases), _ = lax.scan(run_part, carry, parts)
@@ -205,6 +220,9 @@ def _backward_unrolled(
     K, Hv = v.shape[2:]
     d_k, d_v, *d_biases = _make_zero_sums(operands)
     lse, delta, d_o = saved
+
+    # Query heads by their kv head: q and d_o [B, S, K, G, ...], as scores have them lse
+    # and delta [B, K, G, S, 1].
     heads = (B, S, K, N // K)
     q = q.reshape(*heads, H)
     d_o = d_o.reshape(*heads, Hv)
@@ -228,6 +246,8 @@ def _backward_unrolled(
         if keys.start >= keys.stop:
             d_q_tiles.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
+
+        # Softmax's Jacobian: dS = P · (dP − delta), with dP = dO·Vᵀ.
         tile = tile._replace(operands=operands)
         scores, derivatives = tile.scores()
         weights = jnp.exp(scores - lse[..., rows, :])
@@ -241,6 +261,8 @@ def _backward_unrolled(
             d_scores *= derivatives
         # What is masked may overflow: infinity times a weight of 0 is NaN.
         d_scores = jnp.where(weights > 0, d_scores, 0.0).astype(q.dtype)
+
+        # dQ = dS·K, dK = dSᵀ·Q and dV = Pᵀ·dO.
         d_q_tile = einsum("bkgst,btkh->bskgh", d_scores, k[:, keys])
         d_q_tiles.append(d_q_tile.astype(dtype))
         term = einsum("bkgst,bskgh->btkh", d_scores, q[:, rows])
@@ -267,11 +289,18 @@ def _make_zero_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
-# Axes of the batch's rows and of heads: of arrays [B, S, N or K, ...], [B or 1, ...]
-# and [N, ...].
-BY_TOKEN = (0, 2)
-BY_ROW = (0, None)
-BY_HEAD = (None, 0)
+Arrays = TypeVar("Arrays")
+"""An array or a tree of arrays."""
+
+BatchAxes = tuple[int | None, int | None]
+"""Axis of the batch's rows, and of heads; None: the array has no such axis."""
+
+# Of arrays [B, S, N or K, ...].
+BY_TOKEN: BatchAxes = (0, 2)
+# Of arrays [B or 1, ...].
+BY_ROW: BatchAxes = (0, None)
+# Of arrays [N, ...].
+BY_HEAD: BatchAxes = (None, 0)
 
 
 class BatchPartition(NamedTuple):
@@ -287,16 +316,16 @@ class BatchPartition(NamedTuple):
         """Makes parts of at most ``max_pairs`` pairs of a row and a kv head, or one:
         whole rows where these fit."""
         if max_pairs >= kv_heads:
-            return cls(batch // find_largest_divisor(batch, max_pairs // kv_heads), 1)
-        return cls(batch, kv_heads // find_largest_divisor(kv_heads, max_pairs))
+            rows_per_part = find_largest_divisor(batch, max_pairs // kv_heads)
+            return cls(batch // rows_per_part, head_parts=1)
+        heads_per_part = find_largest_divisor(kv_heads, max_pairs)
+        return cls(batch, kv_heads // heads_per_part)
 
     @property
     def num_parts(self) -> int:
         return self.row_parts * self.head_parts
 
-    def cut(
-        self, i: jax.Array, tree: Any, axes: tuple[int | None, int | None] = BY_TOKEN
-    ) -> Any:
+    def cut(self, i: jax.Array, tree: Arrays, axes: BatchAxes = BY_TOKEN) -> Arrays:
         """Cuts part i of arrays; of a single row, which all share, it is whole."""
 
         def cut_array(x: jax.Array) -> jax.Array:
@@ -326,10 +355,10 @@ class BatchPartition(NamedTuple):
     def put(
         self,
         i: jax.Array,
-        tree: Any,
-        parts: Any,
-        axes: tuple[int | None, int | None] = BY_TOKEN,
-    ) -> Any:
+        tree: Arrays,
+        parts: Arrays,
+        axes: BatchAxes = BY_TOKEN,
+    ) -> Arrays:
         """Puts these parts in their places in the arrays."""
 
         def put_array(x: jax.Array, part: jax.Array) -> jax.Array:
@@ -340,10 +369,10 @@ class BatchPartition(NamedTuple):
         return jax.tree.map(put_array, tree, parts)
 
     def _place(
-        self, i: jax.Array, x: jax.Array, axes: tuple[int | None, int | None]
-    ) -> tuple[list[Any], list[int]]:
+        self, i: jax.Array, x: jax.Array, axes: BatchAxes
+    ) -> tuple[list[jax.Array | int], list[int]]:
         """Where part i starts, and its sizes."""
-        starts: list[Any] = [0] * x.ndim
+        starts: list[jax.Array | int] = [0] * x.ndim
         sizes = list(x.shape)
         row_part = i // self.head_parts
         head_part = i % self.head_parts
@@ -363,8 +392,10 @@ def _choose_partition(operands: AttentionOperands) -> BatchPartition | None:
     B, S, N, _ = operands.q.shape
     T, K = operands.k.shape[1:3]
     tile_rows = min(tile_size(S), S)
+    # fp32 scores of one row of the batch and one kv head.
     score_bytes = 4 * (N // K) * tile_rows * T
-    partition = BatchPartition.of(B, K, SCORE_BYTES // score_bytes)
+    max_pairs = SCORE_BYTES // score_bytes
+    partition = BatchPartition.of(B, K, max_pairs)
     return partition if partition.num_parts > 1 else None
 
 
@@ -381,7 +412,9 @@ def _count_loop_tiles(operands: AttentionOperands, params: AttentionParams) -> i
     return S // size
 
 
-def _split_operands(operands: AttentionOperands, count: int) -> dict[str, Any]:
+def _split_operands(
+    operands: AttentionOperands, count: int
+) -> dict[str, jax.Array | None]:
     """Returns the operands that belong to each tile's queries, [count, B, S / count,
     ...]."""
     rows = {
@@ -391,22 +424,25 @@ def _split_operands(operands: AttentionOperands, count: int) -> dict[str, Any]:
     }
     rows = _split_rows(rows, count)
     if operands.q_positions is None:
+        # Tiles at positions in order begin one after the other.
         S = operands.q.shape[1]
         first = 0 if operands.q_offset is None else operands.q_offset
         rows["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
     return rows
 
 
-def _split_rows(tree: Any, count: int) -> Any:
+def _split_rows(tree: Arrays, count: int) -> Arrays:
     """[B, S, ...] → [count, B, S / count, ...]"""
 
     def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+        B, _, *features = x.shape
+        tiles = x.reshape(B, count, -1, *features)
+        return jnp.moveaxis(tiles, 1, 0)
 
     return jax.tree.map(split, tree)
 
 
-def _join_rows(tree: Any) -> Any:
+def _join_rows(tree: Arrays) -> Arrays:
     """[count, B, S / count, ...] → [B, S, ...]"""
 
     def join(x):

@@ -9,11 +9,12 @@ any order.
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import get_mesh_platform
 
@@ -32,7 +33,7 @@ def grouped_matmul(
     transpose_kernels: bool = False,
     row_scales: jax.Array | None = None,
     column_scales: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Multiplies each row by its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
@@ -89,7 +90,7 @@ def grouped_outer_product(
     others: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Sums row ⊗ other over the rows of each group: the gradient of its kernel.
@@ -132,7 +133,7 @@ def _check_scales(
 class _GroupedCall(NamedTuple):
     """Everything static about one call."""
 
-    dtype: Any
+    dtype: jnp.dtype
     backend: str | None
     """None: whichever JAX lowers for."""
     transpose_kernels: bool
@@ -143,17 +144,18 @@ def _make_call(
     right: jax.Array,
     sizes: jax.Array,
     *,
-    dtype: Any,
+    dtype: DTypeLike | None,
     backend: str | None,
     is_scaled: bool = False,
     transpose_kernels: bool = False,
 ) -> _GroupedCall:
     """Checks dtypes and backend, and fills in what is left to choose."""
     allowed = (*_FLOATS, *_EIGHT_BITS)
-    is_narrow = right.dtype in _EIGHT_BITS
+    are_known = left.dtype in allowed and right.dtype in allowed
     # Floats may meet narrower numbers; int8 only itself.
-    is_mixed = left.dtype != right.dtype and (not is_narrow or left.dtype == jnp.int8)
-    if left.dtype not in allowed or right.dtype not in allowed or is_mixed:
+    is_narrow = right.dtype in _EIGHT_BITS
+    may_differ = is_narrow and left.dtype != jnp.int8
+    if not are_known or (left.dtype != right.dtype and not may_differ):
         raise ValueError(f"no grouped product of {left.dtype} and {right.dtype}")
     if sizes.dtype != jnp.int32:
         raise ValueError(f"sizes are int32, not {sizes.dtype}")
@@ -175,17 +177,17 @@ def _make_call(
     return _GroupedCall(jnp.dtype(dtype), backend, transpose_kernels)
 
 
-def _run(name: str, call: _GroupedCall, *arrays: Any) -> jax.Array:
+def _run(name: str, call: _GroupedCall, *arrays: jax.Array | None) -> jax.Array:
     """Runs the function ``name`` of the backend's module, "matmul" or "outer"."""
-    options: dict[str, Any] = {"dtype": call.dtype}
     arrays = jax.tree.map(jnp.asarray, arrays)
-    if name == "matmul":
-        options["transposed"] = call.transpose_kernels
 
     def get_function(backend: str) -> Callable[..., jax.Array]:
         # Pallas is slow to import.
         module = import_module(f"{__name__}.{_MODULES[backend]}")
-        return partial(getattr(module, name), **options)
+        if name == "outer":
+            return partial(module.outer, dtype=call.dtype)
+        transposed = call.transpose_kernels
+        return partial(module.matmul, transposed=transposed, dtype=call.dtype)
 
     if call.backend is not None:
         return get_function(call.backend)(*arrays)
@@ -223,12 +225,16 @@ def _backward(name: str, call: _GroupedCall, saved, d_y):
 
     if name == "outer":
         # Of the sum of row ⊗ other: d_row = d_y · other, d_other = rowᵀ · d_y.
-        return multiply(right, d_y, True), multiply(left, d_y, False), None, None
+        d_rows = multiply(right, d_y, True)
+        d_others = multiply(left, d_y, False)
+        return d_rows, d_others, None, None
+    # Of row · kernel: d_kernel is the sum of row ⊗ d_y, d_row = d_y · kernelᵀ.
     if transposed:
         d_kernels = _multiply(d_y, left, sizes, (), "outer", call)
     else:
         d_kernels = _multiply(left, d_y, sizes, (), "outer", call)
-    return multiply(d_y, right, not transposed), d_kernels, None, None
+    d_rows = multiply(d_y, right, not transposed)
+    return d_rows, d_kernels, None, None
 
 
 _multiply.defvjp(_forward, _backward)

@@ -2,9 +2,10 @@
 at once."""
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import TpuChip, find_largest_divisor, round_up
 
@@ -41,10 +42,10 @@ class GroupedOperands(NamedTuple):
     """D."""
     columns: int
     """F."""
-    left_dtype: Any
+    left_dtype: DTypeLike
     """Data types of both operands and the result."""
-    right_dtype: Any
-    out_dtype: Any
+    right_dtype: DTypeLike
+    out_dtype: DTypeLike
 
 
 def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
@@ -57,7 +58,7 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
     D = operands.inner
     F = operands.columns
     budget = _budget(chip)
-    # Half of VMEM for blocks of kernels, in elements.
+    # Half of the budget for blocks of kernels, in elements.
     kernel_elements = budget // 2 // _kernel_bytes(operands, chip)
     inner = D
     fewest_columns = _lanes(min(F, 4 * chip.mxu_size))
@@ -65,11 +66,12 @@ def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlo
         most_inner = kernel_elements // fewest_columns
         inner = LANES * find_largest_divisor(D // LANES, most_inner // LANES)
     most_columns = min(_COLUMNS, kernel_elements // inner)
-    columns = _even(F, max(most_columns // LANES * LANES, LANES), chip)
+    most_whole_columns = max(most_columns // LANES * LANES, LANES)
+    columns = _even(F, most_whole_columns, chip)
     blocks = GroupedBlocks(_tile(operands), inner, columns)
-    while (
-        blocks.rows > _ROW_UNIT and matmul_vmem_bytes(blocks, operands, chip) > budget
-    ):
+    while blocks.rows > _ROW_UNIT:
+        if matmul_vmem_bytes(blocks, operands, chip) <= budget:
+            break
         blocks = blocks._replace(rows=round_up(blocks.rows // 2, _ROW_UNIT))
     return blocks
 
@@ -93,8 +95,7 @@ def check_vmem(
     """Raises ValueError: blocks that do not fit the chip's VMEM."""
     if needed_bytes > chip.vmem_bytes:
         raise ValueError(
-            f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns "
-            f"in "
+            f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
             f"{jnp.dtype(operands.left_dtype).name}, blocks "
             f"{' × '.join(map(str, blocks))}: "
             f"{needed_bytes} bytes of VMEM, of which a core has {chip.vmem_bytes}"
@@ -111,6 +112,7 @@ def matmul_vmem_bytes(
     columns = _lanes(blocks.columns)
     left_bytes = jnp.dtype(operands.left_dtype).itemsize
     out_bytes = jnp.dtype(operands.out_dtype).itemsize
+    # Two blocks each of rows and of results, so that copies overlap.
     total = 2 * rows * (inner * left_bytes + columns * out_bytes)
     total += inner * columns * _kernel_bytes(operands, chip)
     if blocks.inner < operands.inner:
@@ -120,16 +122,18 @@ def matmul_vmem_bytes(
     total += 2 * 4 * (rows * LANES + 8 * columns)
     part_rows, _ = row_part_sizes(chip)
     part_columns = _lanes(column_part_size(blocks, operands, chip))
+    # Two products of a part, fp32.
     return total + 2 * 4 * part_rows * part_columns
 
 
-def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
+def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> jnp.dtype | None:
     """Returns the type in which a kernel's blocks are kept beside themselves, or
     None."""
     left, right = operands.left_dtype, operands.right_dtype
     if jnp.dtype(right).itemsize > 1 or chip.multiplies_natively(left, right):
         return None
-    return jnp.float32 if operands.left_dtype == jnp.float32 else jnp.bfloat16
+    is_fp32 = operands.left_dtype == jnp.float32
+    return jnp.dtype(jnp.float32 if is_fp32 else jnp.bfloat16)
 
 
 def _kernel_bytes(operands: GroupedOperands, chip: TpuChip) -> int:
@@ -149,6 +153,7 @@ def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
     right_bytes = jnp.dtype(operands.right_dtype).itemsize
     out_bytes = jnp.dtype(operands.out_dtype).itemsize
     total = 2 * rows * (inner * left_bytes + columns * right_bytes)
+    # The sum, fp32, and two blocks of results.
     total += inner * columns * (4 + 2 * out_bytes)
     return total + 2 * prod(outer_part_shape(blocks, operands))
 
@@ -156,7 +161,8 @@ def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
 def row_part_sizes(chip: TpuChip) -> tuple[int, int]:
     """Returns rows multiplied at once where a group has many left, and at its end.
     Fewer than fill the matrix unit's weights take as long as these."""
-    return 2 * LANES, (64 if chip.mxu_size == LANES else LANES)
+    last_rows = 64 if chip.mxu_size == LANES else LANES
+    return 2 * LANES, last_rows
 
 
 def column_part_size(
@@ -210,10 +216,13 @@ def _even(whole: int, most: int, chip: TpuChip) -> int:
     core."""
     if whole <= most and (chip.num_cores == 1 or whole <= 2 * LANES):
         return whole
-    count = -(-whole // most)
-    count = -(-count // chip.num_cores) * chip.num_cores
+    # As few blocks as ``most`` allows, but as many for every core.
+    count = round_up(-(-whole // most), chip.num_cores)
+    # Blocks of two matrix units or more are whole matrix units.
     unit = chip.mxu_size if whole >= 2 * chip.mxu_size * count else LANES
-    return min(-(-whole // (count * unit)) * unit, max(most // unit * unit, LANES))
+    even_size = -(-whole // (count * unit)) * unit
+    largest = max(most // unit * unit, LANES)
+    return min(even_size, largest)
 
 
 def _lanes(n: int) -> int:

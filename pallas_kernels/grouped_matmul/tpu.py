@@ -4,18 +4,20 @@ it."""
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import TpuChip, get_chip
 from pallas_kernels.grouped_matmul import blocks as sizing
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks, GroupedOperands
 from pallas_kernels.grouped_matmul.xla import accumulation_dtype
+from pallas_kernels.kernel_types import Interpret, Ref, Span
 
 # The sum of so many products of int8 is exact in fp32.
 _EXACT = 1024
@@ -54,9 +56,9 @@ def matmul(
     column_scales: jax.Array | None = None,
     *,
     transposed: bool,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
-    interpret: Any = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See ``grouped_matmul``. The grid: columns (over the cores), visits, parts of D.
 
@@ -87,6 +89,17 @@ def matmul(
         wide_ref,
         sum_ref,
     ):
+        """One visit: a group's rows in a tile, a part of D, a block of columns.
+
+        Args:
+            visit_refs: int32 [V] each, in scalar memory: a ``GroupVisits``.
+            row_ref: [tile, inner].
+            kernel_ref: [inner, columns], or [columns, inner] when transposed.
+            row_scale_ref, column_scale_ref: fp32 [tile, 1] and [1, columns], or None.
+            out_ref: [tile, columns].
+            wide_ref: the kernel in the type that it is multiplied in, or None.
+            sum_ref: [tile, columns], the sum over parts of D, or None for one part.
+        """
         wide_ref = kernel_ref if wide is None else wide_ref
         visit = pl.program_id(1)
         d = pl.program_id(2)
@@ -100,16 +113,20 @@ def matmul(
             there = part.columns
             right = wide_ref[there, :] if transposed else wide_ref[:, there]
             y = _product(row_ref[here, :], right, 1, 1 if transposed else 0, sums, chip)
+            # Rows of this group that no part before has met.
             row = part.first_row + lax.broadcasted_iota(jnp.int32, y.shape, 0)
-            is_new = (row >= jnp.maximum(begin, part.first_new_row)) & (row < end)
+            first_new = jnp.maximum(begin, part.first_new_row)
+            is_new = (row >= first_new) & (row < end)
             if sum_ref is not None:
                 old = sum_ref[here, there]
-                y = jnp.where(is_new, jnp.where(d == 0, 0, old) + y, old)
+                earlier_parts = jnp.where(d == 0, 0, old)
+                y = jnp.where(is_new, earlier_parts + y, old)
                 sum_ref[here, there] = y
             if row_scale_ref is not None:
                 y = y.astype(jnp.float32) * row_scale_ref[here, :]
             if column_scale_ref is not None:
                 y = y.astype(jnp.float32) * column_scale_ref[:, there]
+            # Other rows of the tile are other groups' results.
             old = out_ref[here, there].astype(y.dtype)
             out_ref[here, there] = jnp.where(is_new, y, old).astype(dtype)
 
@@ -167,32 +184,31 @@ def matmul(
         pl.BlockSpec((tile, 1), at_row_scales),
         pl.BlockSpec((None, 1, columns), at_column_scales),
     ]
-    arrays = (
-        rows,
-        kernels,
-        None if row_scales is None else row_scales[:, None],
-        None if column_scales is None else column_scales[:, None],
-    )
+    if row_scales is not None:
+        row_scales = row_scales[:, None]  # [R, 1]
+    if column_scales is not None:
+        column_scales = column_scales[:, None]  # [G, 1, F]
+    arrays = (rows, kernels, row_scales, column_scales)
+    in_specs = [
+        None if array is None else spec
+        for array, spec in zip(arrays, specs, strict=True)
+    ]
     visits, count = plan_group_visits(group_sizes, R, tile, padding=True)
     tiles_of_f = pl.cdiv(F, columns)
     # In parts a kernel is read for every tile that its group has rows in.
     kernel_reads = 1 if parts_of_d == 1 else max(1, R // tile // len(group_sizes))
     bytes_read = tiles_of_f * rows.nbytes + kernel_reads * kernels.nbytes
+    wide_block = None if wide is None else pltpu.VMEM(kernel_block[1:], wide)
+    sum_block = pltpu.VMEM((tile, columns), sums) if parts_of_d > 1 else None
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((R, F), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiles_of_f, count, parts_of_d),
-            in_specs=[
-                None if array is None else spec
-                for array, spec in zip(arrays, specs, strict=True)
-            ],
+            in_specs=in_specs,
             out_specs=pl.BlockSpec((tile, columns), at_result),
-            scratch_shapes=[
-                None if wide is None else pltpu.VMEM(kernel_block[1:], wide),
-                pltpu.VMEM((tile, columns), sums) if parts_of_d > 1 else None,
-            ],
+            scratch_shapes=[wide_block, sum_block],
         ),
         compiler_params=_params(needed, chip),
         cost_estimate=_estimate_cost(operands, (R, F), bytes_read),
@@ -206,9 +222,9 @@ def outer(
     others: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
-    interpret: Any = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """See ``grouped_outer_product``. The grid: parts of D and of F (over the cores),
     visits."""
@@ -224,6 +240,13 @@ def outer(
     aligned = _alignment(rows, others)
 
     def kernel(visit_refs, row_ref, other_ref, out_ref, sum_ref):
+        """One visit: a group's rows in a tile, parts of D and F.
+
+        Args:
+            visit_refs: int32 [V] each, in scalar memory: a ``GroupVisits``.
+            row_ref, other_ref: [tile, inner] and [tile, columns].
+            out_ref, sum_ref: [inner, columns].
+        """
         visit = pl.program_id(2)
         visits = GroupVisits(*visit_refs)
         begin = visits.begin[visit]
@@ -231,13 +254,15 @@ def outer(
         group_before = visits.group[jnp.maximum(visit - 1, 0)]
         is_first_visit = (visit == 0) | (group_before != visits.group[visit])
 
-        def add(inside: Any, part: _TilePart) -> None:
+        def add(inside: Span, part: _TilePart) -> None:
             """Adds the outer product of the part's rows, columns ``inside`` of D."""
             here = part.rows
             there = part.columns
-            row_index = lax.broadcasted_iota(jnp.int32, (here.size, 1), 0)
+            row_index = lax.broadcasted_iota(jnp.int32, (part.num_rows, 1), 0)
             row = part.first_row + row_index
-            is_new = (row >= jnp.maximum(begin, part.first_new_row)) & (row < end)
+            # Rows of this group that no part before has met.
+            first_new = jnp.maximum(begin, part.first_new_row)
+            is_new = (row >= first_new) & (row < end)
             left = _mask_rows(is_new, row_ref[here, inside])
             right = _mask_rows(is_new, other_ref[here, there])
             y = _product(left, right, 0, 0, sums, chip)
@@ -308,12 +333,13 @@ def outer(
 class _TilePart(NamedTuple):
     """Rows and columns of a tile that are multiplied at once."""
 
-    rows: Any
+    rows: Span
     """A slice of the tile."""
+    num_rows: int
     first_row: jax.Array
     first_new_row: jax.Array
     """Rows before it another part has met; they are not to be summed twice."""
-    columns: Any
+    columns: Span
     """A slice of the block's columns."""
 
 
@@ -340,19 +366,27 @@ def _run_parts(
     start = lax.div(begin, aligned) * aligned
     across = columns // part_columns
     last_length = min(lengths[-1], tile)
-    for length in (min(length, tile) for length in lengths):
+    for most_length in lengths:
+        length = min(most_length, tile)
         is_last = length == last_length
-        count = lax.div(end - start + (length - 1 if is_last else 0), length)
+        # Whole parts of this length; the last length's are rounded up.
+        rounding = length - 1 if is_last else 0
+        count = lax.div(end - start + rounding, length)
         count = jnp.where(end > begin, count, 0)
 
         def run_part(number, _, start=start, length=length):
+            # Parts of the same rows follow each other, a run of columns each.
             first_new_row = start + lax.div(number, across) * length
             first_row = jnp.minimum(first_new_row, tile - length)
             first_row = pl.multiple_of(first_row, aligned)
             part_slice = _slice(lax.rem(number, across), part_columns, columns)
             body(
                 _TilePart(
-                    pl.ds(first_row, length), first_row, first_new_row, part_slice
+                    pl.ds(first_row, length),
+                    length,
+                    first_row,
+                    first_new_row,
+                    part_slice,
                 )
             )
 
@@ -362,16 +396,20 @@ def _run_parts(
         start = start + count * length
 
 
-def _alignment(*arrays: Any) -> int:
+def _alignment(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Rows in which slices of all of these may start: those that share a register's
     words."""
-    return 32 // min(2, *(array.dtype.itemsize for array in arrays))
+    smallest = min(array.dtype.itemsize for array in arrays)
+    # 32 rows of 8 bits, 16 of wider numbers.
+    return 32 // min(2, smallest)
 
 
-def _slice(number: jax.Array, part: int, whole: int) -> Any:
+def _slice(number: jax.Array, part: int, whole: int) -> Span:
+    """Part ``number`` of a dimension of ``whole`` elements, in parts of ``part``."""
     if part == whole:
         return slice(None)
-    return pl.ds(pl.multiple_of(number * part, part), part)
+    first = pl.multiple_of(number * part, part)
+    return pl.ds(first, part)
 
 
 def _product(
@@ -379,7 +417,7 @@ def _product(
     right: jax.Array,
     left_dim: int,
     right_dim: int,
-    sums: Any,
+    sums: DTypeLike,
     chip: TpuChip,
 ) -> jax.Array:
     """Contracted over one dimension each, in the types that the chip multiplies, or in
@@ -387,7 +425,8 @@ def _product(
     dims = (((left_dim,), (right_dim,)), ((), ()))
     if chip.multiplies_natively(left.dtype, right.dtype):
         return lax.dot_general(left, right, dims, preferred_element_type=sums)
-    wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
+    is_fp32 = jnp.float32 in (left.dtype, right.dtype)
+    wide = jnp.float32 if is_fp32 else jnp.bfloat16
     left = _widened(left, wide)
     right = _widened(right, wide)
     if sums == jnp.float32:
@@ -408,7 +447,7 @@ def _product(
     return total
 
 
-def _widen(ref: Any, wide_ref: Any) -> None:
+def _widen(ref: Ref, wide_ref: Ref) -> None:
     """A block at another's type, a part at a time."""
     length = ref.shape[0]
     part = _WIDENED if length % _WIDENED == 0 else length
@@ -420,7 +459,8 @@ def _widen(ref: Any, wide_ref: Any) -> None:
     lax.fori_loop(0, length // part, step, None)
 
 
-def _widened(x: jax.Array, dtype: Any) -> jax.Array:
+def _widened(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x in ``dtype``, by way of fp32."""
     return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 
@@ -428,14 +468,17 @@ def _mask_rows(mask: jax.Array, x: jax.Array) -> jax.Array:
     """x where the mask is true, else zeros."""
     if x.dtype.itemsize > 1:
         return jnp.where(mask, x, 0)
+    # 8 bits are chosen from as 32.
     wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     return jnp.where(mask, x.astype(wide), 0).astype(x.dtype)
 
 
 def _params(needed: int, chip: TpuChip) -> pltpu.CompilerParams:
+    # An eighth and 2 MiB more than is counted.
+    vmem_limit = min(needed + needed // 8 + (2 << 20), chip.vmem_bytes)
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=min(needed + needed // 8 + (2 << 20), chip.vmem_bytes),
+        vmem_limit_bytes=vmem_limit,
     )
 
 
@@ -462,26 +505,32 @@ def plan_group_visits(
     """
     num_groups = len(group_sizes)
     num_tiles = -(-num_rows // tile)
-    lengths = jnp.append(group_sizes, num_rows - group_sizes.sum(dtype=jnp.int32))
-    # The padding is a group more.
+
+    # Rows [starts, ends) of each group. The padding is a group more.
+    num_padding = num_rows - group_sizes.sum(dtype=jnp.int32)
+    lengths = jnp.append(group_sizes, num_padding)
     ends = jnp.cumsum(lengths, dtype=jnp.int32)
     starts = ends - lengths
+
+    # A group visits the tiles from its first row's to its last row's.
     first_tile = starts // tile
     visits_if_empty = 0 if padding else 1
-    num_visits = jnp.where(
-        lengths > 0, (ends - 1) // tile - first_tile + 1, visits_if_empty
-    )
+    has_rows = lengths > 0
+    tiles_met = (ends - 1) // tile - first_tile + 1
+    num_visits = jnp.where(has_rows, tiles_met, visits_if_empty)
     if not padding:
         num_visits = num_visits.at[-1].set(0)
     visits_end = jnp.cumsum(num_visits, dtype=jnp.int32)
 
+    # Of each visit, the group and the tile that is written: the group's first tile, and
+    # one more for each of its visits before.
     visit = jnp.arange(num_tiles + num_groups + 1, dtype=jnp.int32)
     group = _find_group(visit, visits_end, num_groups)
-    # A visit's tile: the group's first, and one more for each of its visits before.
     out_tile = _look_up(first_tile - visits_end + num_visits, group) + visit
     # An empty last group begins behind all tiles.
     out_tile = jnp.clip(out_tile, 0, num_tiles - 1)
-    # Visits to the padding read what the last visit to a group read.
+
+    # Of each visit, what is read. Visits to the padding read what the last visit to a group read.
     read_visit = jnp.clip(visit, 0, jnp.maximum(visits_end[-2] - 1, 0))
     read_group = _find_group(read_visit, visits_end, num_groups - 1)
     read_tile = _look_up(first_tile - visits_end + num_visits, read_group) + read_visit

@@ -1,16 +1,17 @@
 """Grouped products on an NVIDIA GPU, through Triton: a program for each tile of a
 result."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
+from pallas_kernels.chips import get_mesh_device
 from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
 from pallas_kernels.grouped_matmul.xla import accumulation_dtype, plan_group_tiles
+from pallas_kernels.kernel_types import Ref
 
 # Programs that run beside each other share rows and kernels: so many columns of tiles
 # at a time.
@@ -29,7 +30,7 @@ def matmul(
     column_scales: jax.Array | None = None,
     *,
     transposed: bool,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -42,13 +43,18 @@ def matmul(
     G = len(group_sizes)
     depth = _choose_depth(rows, kernels)
     tile, inner, columns = blocks or GroupedBlocks(128, depth, 128)
-    lengths = jnp.append(group_sizes, R - group_sizes.sum(dtype=group_sizes.dtype))
+
+    # Tiles of rows: each one's group, first row, rows, and parts of D to sum up.
+    num_padding = R - group_sizes.sum(dtype=group_sizes.dtype)
+    lengths = jnp.append(group_sizes, num_padding)
     group, start, count = plan_group_tiles(lengths, R, tile)
-    parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
+    is_product = (group < G) & (count > 0)
+    parts = jnp.where(is_product, pl.cdiv(D, inner), 0)
     sums = accumulation_dtype(rows.dtype, kernels.dtype)
 
     def kernel(visits, row_ref, kernel_ref, row_scale_ref, column_scale_ref, out_ref):
         group_ref, start_ref, count_ref, parts_ref = visits
+        # The grid is (column in a band, tile of rows, band).
         step = pl.program_id(1)
         n = pl.program_id(2) * _BAND + pl.program_id(0)
         g = group_ref[step]
@@ -59,6 +65,7 @@ def matmul(
         in_f = n * columns + jnp.arange(columns) < F
 
         def add(i, total):
+            """Adds the product over part i of D, [tile, columns]."""
             part = pl.ds(i * inner, inner)
             in_d = None if D % inner == 0 else i * inner + jnp.arange(inner) < D
             left = _load(row_ref.at[tile_rows, part], in_group, in_d)
@@ -72,6 +79,7 @@ def matmul(
         # The last band may have columns that are none.
         num_parts = parts_ref[step] * (n * columns < F)
         y = lax.fori_loop(0, num_parts, add, zeros)
+
         # Group G is the padding, which has no scales.
         if row_scale_ref is not None:
             y *= _load(row_scale_ref.at[tile_rows], in_group & (g < G))[:, None]
@@ -99,7 +107,7 @@ def outer(
     others: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -114,7 +122,9 @@ def outer(
     sums = accumulation_dtype(rows.dtype, others.dtype)
 
     def kernel(start_ref, end_ref, row_ref, other_ref, out_ref):
-        n, m, g = (pl.program_id(axis) for axis in range(3))
+        n = pl.program_id(0)
+        m = pl.program_id(1)
+        g = pl.program_id(2)
         start = start_ref[g]
         end = end_ref[g]
         tile_d = pl.ds(m * inner, inner)
@@ -123,6 +133,7 @@ def outer(
         in_f = n * columns + jnp.arange(columns) < F
 
         def add(i, total):
+            """Adds the product over ``depth`` rows of the group, [inner, columns]."""
             first = start + i * depth
             in_group = first + jnp.arange(depth) < end
             left = _load(row_ref.at[pl.ds(first, depth), tile_d], in_group, in_d)
@@ -154,14 +165,15 @@ def _choose_depth(left: jax.Array, right: jax.Array) -> int:
 
 def _make_readable(x: jax.Array) -> jax.Array:
     """Widens float8_e4m3fn to bf16 where the card, as far as is known, does not read it."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    device = get_mesh_device()
     kind = "" if device is None else device.device_kind
-    if x.dtype != jnp.float8_e4m3fn or any(card in kind for card in _FLOAT8_CARDS):
+    reads_float8 = any(card in kind for card in _FLOAT8_CARDS)
+    if x.dtype != jnp.float8_e4m3fn or reads_float8:
         return x
     return x.astype(jnp.bfloat16)
 
 
-def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
+def _load(ref: Ref, *masks: jax.Array | None) -> jax.Array:
     """Reads an array of one or two dimensions, and zeros where the mask of any
     dimension, if it has one, is false."""
     mask = None
@@ -176,6 +188,7 @@ def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiplies; operands of two types are widened to fp32 if one is, else to bf16."""
     sums = accumulation_dtype(left.dtype, right.dtype)
     if left.dtype != right.dtype:
         wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
@@ -185,8 +198,7 @@ def _product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _cost(R: int, D: int, F: int, *arrays: jax.Array) -> pl.CostEstimate:
+    bytes_read = sum(array.size * array.dtype.itemsize for array in arrays)
     return pl.CostEstimate(
-        flops=2 * R * D * F,
-        bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
-        transcendentals=0,
+        flops=2 * R * D * F, bytes_accessed=bytes_read, transcendentals=0
     )

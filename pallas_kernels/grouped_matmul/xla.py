@@ -4,11 +4,10 @@ For CPUs, whose ragged dot multiplies every row by every kernel, and wherever no
 is.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 # Rows of a block: enough to pay for reading a kernel, few enough that padding small
 # groups up to whole blocks stays cheap.
@@ -24,22 +23,28 @@ def matmul(
     column_scales: jax.Array | None = None,
     *,
     transposed: bool,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """See ``grouped_matmul``."""
     block = _choose_block(rows, group_sizes)
     padded = _pad_rows(rows, block)
-    row_scales = None if row_scales is None else _pad_rows(row_scales, block)
+    if row_scales is not None:
+        row_scales = _pad_rows(row_scales, block)
+    # Of a kernel [D, F], or [F, D] when transposed.
+    d_axis = 1 if transposed else 0
 
     def body(out, step):
+        """Writes [block, F] of a group's rows from ``start`` on, ``count`` of them."""
         group, start, count = step
         block_rows = lax.dynamic_slice_in_dim(padded, start, block)
-        y = _product(block_rows, kernels[group], 1, 1 if transposed else 0)
+        y = _product(block_rows, kernels[group], 1, d_axis)
         if row_scales is not None:
-            y *= lax.dynamic_slice_in_dim(row_scales, start, block)[:, None]
+            block_scales = lax.dynamic_slice_in_dim(row_scales, start, block)
+            y *= block_scales[:, None]
         if column_scales is not None:
             y *= column_scales[group]
-        y = jnp.where(jnp.arange(block)[:, None] < count, y, 0).astype(out.dtype)
+        in_group = jnp.arange(block)[:, None] < count
+        y = jnp.where(in_group, y, 0).astype(out.dtype)
         # The zeros past a group's end are written over by the next block, which starts
         # there.
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
@@ -52,7 +57,7 @@ def matmul(
 
 
 def outer(
-    rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: Any
+    rows: jax.Array, others: jax.Array, group_sizes: jax.Array, *, dtype: DTypeLike
 ) -> jax.Array:
     """See ``grouped_outer_product``."""
     block = _choose_block(rows, group_sizes)
@@ -60,6 +65,7 @@ def outer(
     padded_others = _pad_rows(others, block)
 
     def body(total, step):
+        """Adds the product of a group's rows from ``start`` on to the group's sum."""
         group, start, count = step
         in_group = jnp.arange(block)[:, None] < count
 
@@ -69,7 +75,8 @@ def outer(
 
         left = cut(padded_rows)
         right = cut(padded_others)
-        return total.at[group].add(_product(left, right, 0, 0)), None
+        product = _product(left, right, 0, 0)  # [D, F]
+        return total.at[group].add(product), None
 
     shape = len(group_sizes), rows.shape[1], others.shape[1]
     zeros = jnp.zeros(shape, accumulation_dtype(rows.dtype, others.dtype))
@@ -84,11 +91,14 @@ def plan_group_tiles(
     """Returns (group, first row, rows) of each block of rows of one group, as many as
     any sizes can need; unused ones come last, empty, and start where the last group
     ends."""
-    ends = jnp.cumsum(-(-group_sizes // block))
+    num_groups = len(group_sizes)
+    blocks_per_group = -(-group_sizes // block)
+    ends = jnp.cumsum(blocks_per_group)
     # Each group rounds its own rows up: at most one block more than all would need.
-    index = jnp.arange(num_rows // block + len(group_sizes))
+    index = jnp.arange(num_rows // block + num_groups)
     group = jnp.searchsorted(ends, index, side="right")
-    group = jnp.minimum(group, len(group_sizes) - 1)
+    # Unused blocks are the last group's.
+    group = jnp.minimum(group, num_groups - 1)
     first_block = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
     # Rows of the group before the block.
     rows_before = (index - first_block[group]) * block
@@ -98,18 +108,21 @@ def plan_group_tiles(
     return group, start, count
 
 
-def accumulation_dtype(left: Any, right: Any) -> Any:
+def accumulation_dtype(left: DTypeLike, right: DTypeLike) -> jnp.dtype:
     """Returns the dtype of sums: int32 for integers, float64 for itself, else fp32."""
     if jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer):
-        return jnp.int32
-    return jnp.float64 if left == jnp.float64 else jnp.float32
+        return jnp.dtype(jnp.int32)
+    return jnp.dtype(jnp.float64 if left == jnp.float64 else jnp.float32)
 
 
 def _product(
     left: jax.Array, right: jax.Array, left_dim: int, right_dim: int
 ) -> jax.Array:
+    """Contracted over one dimension each. Operands of two types, and 8-bit floats, are
+    widened to the sums' type first."""
     sums = accumulation_dtype(left.dtype, right.dtype)
-    if left.dtype != right.dtype or (left.dtype.itemsize == 1 and sums == jnp.float32):
+    are_float8 = left.dtype.itemsize == 1 and sums == jnp.float32
+    if left.dtype != right.dtype or are_float8:
         left = left.astype(sums)
         right = right.astype(sums)
     dims = (((left_dim,), (right_dim,)), ((), ()))
@@ -117,9 +130,12 @@ def _product(
 
 
 def _choose_block(rows: jax.Array, sizes: jax.Array) -> int:
-    return min(_MAX_BLOCK, max(_MIN_BLOCK, len(rows) // len(sizes)))
+    """As many rows as a group has on average, in bounds."""
+    mean_size = len(rows) // len(sizes)
+    return min(_MAX_BLOCK, max(_MIN_BLOCK, mean_size))
 
 
 def _pad_rows(rows: jax.Array, block: int) -> jax.Array:
     """Adds room for a block that starts at the last row."""
-    return jnp.pad(rows, ((0, block), *((0, 0),) * (rows.ndim - 1)))
+    others = ((0, 0),) * (rows.ndim - 1)
+    return jnp.pad(rows, ((0, block), *others))

@@ -6,12 +6,15 @@ here, imported when first wanted, or an object that the caller passes.
 
 import importlib
 import math
-from typing import Any, cast
+from collections.abc import Hashable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import choose_backend
+from pallas_kernels.kernel_types import Interpret
 from pallas_kernels.paged_attention.params import (
     PagedKernel,
     PagedOperands,
@@ -46,11 +49,11 @@ def paged_attention(
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
     biases: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     kernel: PagedKernel | None = None,
     backend: str | None = None,
-    block_sizes: Any = None,
-    interpret: Any = False,
+    block_sizes: Hashable | None = None,
+    interpret: Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes causal softmax(scores + mask)·v of each row's last tokens, exact,
     softmax in fp32.
@@ -105,27 +108,41 @@ def paged_attention(
         ValueError: shapes that do not belong together; options of another sense; a
             ``backend`` that does not know these sizes.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    limits = kv_lengths if key_limits is None else key_limits
-    rows = page_tables, kv_lengths, query_starts, limits
-    operands = PagedOperands(q, key_pages, value_pages, *rows, slopes, sinks, biases)
-    static = (
-        scale,
-        soft_cap,
-        window,
-        jnp.dtype(dtype or q.dtype),
-        block_sizes,
-        interpret,
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    operands = PagedOperands(
+        q=q,
+        keys=key_pages,
+        values=value_pages,
+        page_tables=page_tables,
+        kv_lengths=kv_lengths,
+        query_starts=query_starts,
+        key_limits=kv_lengths if key_limits is None else key_limits,
+        slopes=slopes,
+        sinks=sinks,
+        biases=biases,
     )
-    params = PagedParams(*uniform_rows, value_dim or 0, *static)
+    num_uniform, queries_each = uniform_rows
+    params = PagedParams(
+        num_uniform=num_uniform,
+        queries_each=queries_each,
+        value_dim=value_dim or 0,
+        scale=scale,
+        soft_cap=soft_cap,
+        window=window,
+        dtype=jnp.dtype(dtype or q.dtype),
+        block_sizes=block_sizes,
+        interpret=interpret,
+    )
     operands, params = validate_arguments(operands, params)
     if kernel is not None and kernel.supports(operands, params):
         return kernel.forward(operands, params)
+
+    def supports(name: str) -> bool:
+        return _module(name).supports(operands, params)
+
     shapes = jax.tree.map(lambda x: f"{x.dtype} {x.shape}", operands)
-    name = choose_backend(
-        *(backend, KERNELS, lambda name: _module(name).supports(operands, params)),
-        f"{shapes} with {params}",
-    )
+    name = choose_backend(backend, KERNELS, supports, f"{shapes} with {params}")
     return _module(name).forward(operands, params)
 
 
@@ -150,11 +167,15 @@ def write_pages(pages: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array
     """
     P, K, page, H = pages.shape
     T = len(new)
-    # Rows of one table, in the order in which they lie.
-    head, token = jnp.arange(K, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
+    # Rows [T, K] of one table [P · K · page, H], in the order in which they lie.
+    head = jnp.arange(K, dtype=jnp.int32)
+    token = jnp.arange(T, dtype=jnp.int32)
     rows = (slots[:, None] // page * K + head) * page + slots[:, None] % page
+    # A slot out of range gets a row behind the table, each its own: rows are promised to
+    # be unique, and what lies behind is dropped.
     inside = ((slots >= 0) & (slots < P * page))[:, None]
-    rows = jnp.where(inside, rows, pages.size // H + token[:, None] * K + head)
+    num_rows = pages.size // H
+    rows = jnp.where(inside, rows, num_rows + token[:, None] * K + head)
     flat = pages.reshape(P * K * page, H)
     new = new.astype(pages.dtype).reshape(T * K, H)
     flat = flat.at[rows.reshape(-1)].set(new, mode="drop", unique_indices=True)

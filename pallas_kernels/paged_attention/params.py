@@ -1,11 +1,14 @@
 """Parameters and operands of a paged attention, and their checks."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.params import accumulation_dtype
+from pallas_kernels.kernel_types import Interpret
 
 
 class QuantizedPages(NamedTuple):
@@ -81,11 +84,11 @@ class PagedParams(NamedTuple):
     scale: float
     soft_cap: float | None
     window: int | None
-    dtype: Any
+    dtype: DTypeLike
     """Dtype of the output."""
-    block_sizes: Any = None
+    block_sizes: Hashable | None = None
     """Blocks of the implementation; None: its choice."""
-    interpret: Any = False
+    interpret: Interpret = False
     page_size: int = 0
     """Tokens of a page, as its array says."""
 
@@ -119,7 +122,11 @@ def validate_arguments(
     Raises:
         ValueError: as there.
     """
-    q, value_pages, value_dim = operands.q, operands.values, params.value_dim
+    q = operands.q
+    value_pages = operands.values
+    value_dim = params.value_dim
+
+    # Queries and pages.
     keys = _check_pages("key_pages", operands.keys, per_channel=True)
     if q.ndim != 3 or q.shape[2] != keys[3] or q.shape[1] % keys[1]:
         raise ValueError(f"q {q.shape} and key_pages {keys} do not belong together")
@@ -135,6 +142,8 @@ def validate_arguments(
                 f"key_pages {keys} and value_pages {values} do not belong together"
             )
         value_dim = values[3]
+
+    # Rows.
     R = len(operands.kv_lengths)
     num_uniform = params.num_uniform
     queries_each = params.queries_each
@@ -159,7 +168,10 @@ def validate_arguments(
         sinks=_check_head_terms("sinks", operands.sinks, q),
         biases=_check_biases(operands.biases, q),
     )
-    window, soft_cap = params.window, params.soft_cap
+
+    # Options.
+    window = params.window
+    soft_cap = params.soft_cap
     if window is not None and window < 1:
         raise ValueError(f"window={window}: windows look back, 1 key or more")
     if soft_cap is not None and not soft_cap > 0:
@@ -205,19 +217,23 @@ def _check_pages(name: str, pages: Pages, *, per_channel: bool) -> tuple[int, ..
             f"{name} {codes.dtype} {codes.shape}: want int8 or uint8 [P, K, page, H]"
         )
     P, K, page, H = codes.shape
-    page *= 2 if codes.dtype == jnp.uint8 else 1
+    if codes.dtype == jnp.uint8:
+        # A byte has two tokens.
+        page *= 2
     shape = (P, K, H) if per_channel else (P, K, page)
     for x in rest:
-        if x is not None and (
-            x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)
-        ):
+        if x is None:
+            continue
+        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"scale or zero of {name} {x.dtype} {x.shape}: want floats {shape}"
             )
     return P, K, page, H
 
 
-def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.Array:
+def dequantize(
+    pages: QuantizedPages, *, per_channel: bool, dtype: DTypeLike
+) -> jax.Array:
     """Returns gathered pages' numbers, [..., page, H].
 
     Args:
@@ -228,8 +244,11 @@ def dequantize(pages: QuantizedPages, *, per_channel: bool, dtype: Any) -> jax.A
     x = pages.codes
     if x.dtype == jnp.uint8:  # two codes a byte
         x = jnp.concatenate([x & 15, x >> 4], axis=-2)
+    # x = codes · scale + zero.
     x = x.astype(dtype)
-    x *= jnp.expand_dims(pages.scale.astype(dtype), axis)
+    scale = jnp.expand_dims(pages.scale.astype(dtype), axis)
+    x *= scale
     if pages.zero is None:
         return x
-    return x + jnp.expand_dims(pages.zero.astype(dtype), axis)
+    zero = jnp.expand_dims(pages.zero.astype(dtype), axis)
+    return x + zero

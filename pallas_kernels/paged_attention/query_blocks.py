@@ -6,12 +6,13 @@ the query running faster, so that one mask serves all kv heads.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.kernel_types import Ref
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 
 
@@ -30,9 +31,13 @@ class QueryBlock(NamedTuple):
     """The page behind the last one; ``first_page`` where nothing is seen."""
 
     @classmethod
-    def read(cls, table: Any, i: Any, columns: int, first: int = 0) -> "QueryBlock":
+    def read(
+        cls, table: Ref, i: jax.Array, columns: int, first: int = 0
+    ) -> "QueryBlock":
         """Reads, in a kernel, row i of a flat table: from its column ``first`` on."""
-        return cls(*(table[i * columns + (first + n)] for n in range(len(cls._fields))))
+        num_fields = len(cls._fields)
+        fields = [table[i * columns + (first + n)] for n in range(num_fields)]
+        return cls(*fields)
 
 
 class QueryBlocks(NamedTuple):
@@ -55,10 +60,13 @@ class QueryBlocks(NamedTuple):
         _, K, M, _ = self.q.shape
         repeated = {}
         for name, terms in (("sinks", operands.sinks), ("slopes", operands.slopes)):
-            if terms is not None:
-                rows = jnp.repeat(terms.reshape(K, -1), self.queries, axis=1)
-                rows = jnp.pad(rows, ((0, 0), (0, M - rows.shape[1])))
-                repeated[name] = rows.astype(jnp.float32)
+            if terms is None:
+                continue
+            by_kv_head = terms.reshape(K, -1)  # [K, group]
+            rows = jnp.repeat(by_kv_head, self.queries, axis=1)
+            missing_rows = M - rows.shape[1]
+            rows = jnp.pad(rows, ((0, 0), (0, missing_rows)))
+            repeated[name] = rows.astype(jnp.float32)
         return repeated
 
 
@@ -88,9 +96,10 @@ def attend_in_blocks(
         parts.append(restore_queries(blocks, o, lse, operands, params))
     elif num_ragged:
         # Queries of no row: padding behind uniform rows.
-        shape = num_ragged, operands.q.shape[1]
-        zeros = jnp.zeros((*shape, params.value_dim), params.dtype)
-        parts.append((zeros, jnp.full(shape, -jnp.inf)))
+        N = operands.q.shape[1]
+        zeros = jnp.zeros((num_ragged, N, params.value_dim), params.dtype)
+        no_weight = jnp.full((num_ragged, N), -jnp.inf)
+        parts.append((zeros, no_weight))
     o, lse = zip(*parts, strict=True)
     return jnp.concatenate(o), jnp.concatenate(lse)
 
@@ -101,12 +110,15 @@ def block_uniform_rows(
     """Makes a block of each uniform row; M is a multiple of ``align``."""
     rows = params.num_uniform
     num_queries = params.queries_each
+    _, N, H = operands.q.shape
     q = operands.q[: rows * num_queries]
-    q = q.reshape(rows, num_queries, *operands.q.shape[1:])
+    q = q.reshape(rows, num_queries, N, H)
+    # A power of two, so that a kernel finds a row's query by a bitwise and.
     E = pl.next_power_of_2(num_queries)
     q = jnp.pad(q, ((0, 0), (0, E - num_queries), (0, 0), (0, 0)))
     lengths = operands.kv_lengths[:rows]
     limits = operands.key_limits[:rows]
+    # A row's queries are its last tokens.
     pages = _page_range(lengths - num_queries, lengths, limits, params)
     row = jnp.arange(rows, dtype=jnp.int32)
     places = QueryBlock(row, lengths - num_queries, *pages)
@@ -125,22 +137,30 @@ def block_ragged_rows(
     limits = operands.key_limits[num_uniform:]
     starts = operands.query_starts[num_uniform:] - params.num_uniform_queries
     counts = starts[1:] - starts[:-1]
+
     # Row r's blocks are begins[r] to ends[r].
     ends = jnp.cumsum(-(-counts // queries))
     begins = ends - -(-counts // queries)
+
+    # Each block's row, the place of its first query in that row, and its keys.
     # Each row rounds its own queries up: at most one block more than all would need.
     max_blocks = len(q) // queries + len(counts)
     block = jnp.arange(max_blocks, dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, block, side="right"), len(counts) - 1)
+    row = jnp.searchsorted(ends, block, side="right")
+    # Unused blocks are the last row's.
+    row = jnp.minimum(row, len(counts) - 1)
     offset = (block - begins[row]) * queries
     used = block < ends[-1]
     position = jnp.where(used, lengths[row] - counts[row] + offset, 0)
     end = jnp.minimum(lengths[row], position + queries)
-    pages = _page_range(position, end, jnp.where(used, limits[row], 0), params)
+    block_limits = jnp.where(used, limits[row], 0)
+    pages = _page_range(position, end, block_limits, params)
+
     # A block that is not full has the next row's queries too: nobody reads their
     # results.
     first_token = (starts[row] + offset)[:, None]
-    blocked = q.at[first_token + jnp.arange(queries, dtype=jnp.int32)].get(mode="clip")
+    block_tokens = first_token + jnp.arange(queries, dtype=jnp.int32)
+    blocked = q.at[block_tokens].get(mode="clip")  # [n, E, N, H]
 
     # The way back: where each query's result stands.
     token = jnp.arange(len(q), dtype=jnp.int32)
@@ -168,8 +188,15 @@ def restore_queries(
     group = N // K
     E = blocks.queries
     places = blocks.places
-    o = o[:, :, : group * E].reshape(n, K, group, E, Hv).transpose(0, 3, 1, 2, 4)
-    lse = lse[:, :, : group * E].reshape(n, K, group, E).transpose(0, 3, 1, 2)
+
+    # Rows of matrices back to heads: [n, K, M, ...] → [n, E, N, ...].
+    o = o[:, :, : group * E]
+    o = o.reshape(n, K, group, E, Hv)
+    o = o.transpose(0, 3, 1, 2, 4)
+    lse = lse[:, :, : group * E]
+    lse = lse.reshape(n, K, group, E)
+    lse = lse.transpose(0, 3, 1, 2)
+
     sees_pages = places.end_page > places.first_page
     has_keys = jnp.broadcast_to(sees_pages[:, None], (n, E))
     # Without keys and yet with queries is a row whose keys all lie elsewhere.
@@ -186,14 +213,24 @@ def restore_queries(
         flat = x.reshape(n * E, *x.shape[2:])
         return flat.at[blocks.tokens].get(mode="clip")
 
-    o, lse, has_keys, has_queries = map(restore, (o, lse, has_keys, has_queries))
+    o = restore(o)
+    lse = restore(lse)
+    has_keys = restore(has_keys)
+    has_queries = restore(has_queries)
+
+    # What a query that has seen no key gets: its sink, and zeros.
     if blocks.tokens is not None:
         has_queries &= blocks.tokens >= 0
-    no_keys_lse = jnp.full((N,), -jnp.inf) if operands.sinks is None else operands.sinks
+    if operands.sinks is None:
+        no_keys_lse = jnp.full((N,), -jnp.inf)
+    else:
+        no_keys_lse = operands.sinks
     no_keys_lse = jnp.where(has_queries[:, None], no_keys_lse, -jnp.inf)
     has_keys = (has_keys & has_queries)[:, None]
-    o = jnp.where(has_keys[..., None], o, 0).astype(params.dtype)
-    return o, jnp.where(has_keys, lse, no_keys_lse)
+    o = jnp.where(has_keys[..., None], o, 0)
+    o = o.astype(params.dtype)
+    lse = jnp.where(has_keys, lse, no_keys_lse)
+    return o, lse
 
 
 def _fold_heads(q: jax.Array, operands: PagedOperands, align: int) -> jax.Array:
@@ -202,9 +239,10 @@ def _fold_heads(q: jax.Array, operands: PagedOperands, align: int) -> jax.Array:
     K = operands.num_kv_heads
     group = N // K
     q = q.reshape(n, E, K, group, H)
-    q = q.transpose(0, 2, 3, 1, 4)
+    q = q.transpose(0, 2, 3, 1, 4)  # [n, K, group, E, H]
     q = q.reshape(n, K, group * E, H)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % align), (0, 0)))
+    missing_rows = -(group * E) % align
+    return jnp.pad(q, ((0, 0), (0, 0), (0, missing_rows), (0, 0)))
 
 
 def _page_range(
@@ -215,6 +253,9 @@ def _page_range(
     limit = jnp.maximum(jnp.minimum(end, limits), 0)
     first = jnp.zeros_like(limit)
     if params.window is not None:
-        first = jnp.maximum(position - params.window + 1, 0) // params.page_size
-    pages = -(-limit // params.page_size)
-    return limit, jnp.minimum(first, pages), pages
+        first_key = jnp.maximum(position - params.window + 1, 0)
+        first = first_key // params.page_size
+    end_page = -(-limit // params.page_size)
+    # A window may begin behind the last key.
+    first_page = jnp.minimum(first, end_page)
+    return limit, first_page, end_page

@@ -7,7 +7,7 @@ from one copy.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,9 @@ _MIN_KEYS = 128
 # more VMEM.
 _QUERY_ROWS = 4096
 _MAX_QUERIES = 128
-# Of VMEM, for what is counted here.
+# Share of VMEM for what `_vmem_bytes` counts.
 _USABLE = 0.8
-# Of scalar memory, for tables.
+# Bytes of scalar memory, for tables.
 _TABLE_BYTES = 1 << 19
 # Tokens of a tile of memory, by dtype; a byte of uint8 has two.
 _TILE_TOKENS = {"int8": 32, "uint8": 64, "bfloat16": 16, "float32": 8}
@@ -85,13 +85,18 @@ def choose_blocks(
     """Chooses blocks by rule: keys enough to copy while others are computed, queries as
     many as their sums leave VMEM for."""
     K = operands.num_kv_heads
+    # Features of a key and of its value, as they lie in VMEM.
     width = round_up(operands.q.shape[2], LANES)
-    width += 0 if operands.values is None else round_up(params.value_dim, LANES)
+    if operands.values is not None:
+        width += round_up(params.value_dim, LANES)
+    bytes_per_key = K * width * operands.q.dtype.itemsize
     longest = operands.page_tables.shape[1] * params.page_size
 
     def count_keys(most: int, most_bytes: int) -> int:
-        keys = most_bytes // (K * width * operands.q.dtype.itemsize)
-        keys = max(min(pl.next_power_of_2(keys + 1) // 2, most), _MIN_KEYS)
+        # The largest power of two that fits, in bounds, and in whole pages.
+        keys = most_bytes // bytes_per_key
+        keys = pl.next_power_of_2(keys + 1) // 2
+        keys = max(min(keys, most), _MIN_KEYS)
         return min(round_up(keys, params.page_size), longest)
 
     keys = count_keys(_CHUNK_KEYS, _CHUNK_BYTES)
@@ -99,7 +104,8 @@ def choose_blocks(
     # The largest power of two whose rows are no more than _QUERY_ROWS.
     N = operands.q.shape[1]
     most_queries = pl.next_power_of_2(_QUERY_ROWS // N + 1) // 2
-    queries = min(_MAX_QUERIES, pl.next_power_of_2(len(operands.q)), most_queries)
+    all_queries = pl.next_power_of_2(len(operands.q))
+    queries = min(_MAX_QUERIES, all_queries, most_queries)
     room = chip.vmem_bytes * _USABLE
     while _vmem_bytes(operands, params, keys, max(queries, 1)) > room and queries > 1:
         # Many queries read keys less often, so keys give way first; but few keys a
@@ -117,7 +123,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
     chip = get_chip()
-    sizes = params.block_sizes or choose_blocks(operands, params, chip)
+    override = cast(TpuPagedBlocks | None, params.block_sizes)
+    sizes = override or choose_blocks(operands, params, chip)
     page = params.page_size
     whole_pages = sizes.keys % page == 0 and sizes.uniform_keys % page == 0
     is_power_of_two = sizes.queries & (sizes.queries - 1) == 0
@@ -153,12 +160,16 @@ def _run(
     has_keys = places.end_page > places.first_page
     order = jnp.argsort(~has_keys, stable=True).astype(jnp.int32)
     count = has_keys.sum(dtype=jnp.int32)
-    table = jnp.stack([order, *(x[order] for x in places)], axis=1)
+    # [n, COLUMNS less padding]: a block's index, and where its queries and keys are.
+    ordered_places = [field[order] for field in places]
+    table = jnp.stack([order, *ordered_places], axis=1)
     # Cores take turns; one beyond the blocks writes into one that nobody reads, and
     # looks ahead.
-    padding = jnp.zeros((2 * cores, table.shape[1]), jnp.int32).at[:, 0].set(n)
+    padding = jnp.zeros((2 * cores, table.shape[1]), jnp.int32)
+    padding = padding.at[:, 0].set(n)
     table = jnp.concatenate([table, padding])
-    table = jnp.pad(table, ((0, 0), (0, COLUMNS - table.shape[1]))).reshape(-1)
+    table = jnp.pad(table, ((0, 0), (0, COLUMNS - table.shape[1])))
+    table = table.reshape(-1)
 
     pages = operands.page_arrays
     # Two of each: one is computed with while the other is copied into.
@@ -186,6 +197,8 @@ def _run(
     # A result has one number a query: they lie along lanes, as many as there are.
     chunks = -(-M // LANES)
 
+    # Index maps of a grid step: a core, its step, and the prefetched scalars.
+
     def block_index(core, step, table):
         return table[(step * cores + core) * COLUMNS]
 
@@ -196,27 +209,39 @@ def _run(
         # Steps beyond the blocks read the last one's queries.
         return jnp.minimum(block_index(core, step, table), n - 1), 0, 0, 0
 
+    def at_head_terms(*_):
+        # The same for all blocks.
+        return 0, 0, 0
+
     needed = _vmem_bytes(operands, params, keys, blocks.queries)
+    # An eighth and 4 MiB more, for what is not counted.
+    vmem_limit = min(needed + needed // 8 + (4 << 20), chip.vmem_bytes)
+    head_term_spec = pl.BlockSpec((K, M, LANES), at_head_terms)
+    # Pages stay in HBM: the kernel copies those of a block itself.
+    pages_spec = pl.BlockSpec(memory_space=pltpu.HBM)
+    # One step at least, also where no block has a key.
+    steps = -(-jnp.maximum(count, 1) // cores)
     o, lse = pl.pallas_call(
         partial(attend_query_blocks, statics=statics),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(cores, -(-jnp.maximum(count, 1) // cores)),
+            grid=(cores, steps),
             in_specs=[
                 pl.BlockSpec((None, K, M, H), at_queries),
-                dict.fromkeys(
-                    head_terms, pl.BlockSpec((K, M, LANES), lambda *_: (0, 0, 0))
-                ),
-                dict.fromkeys(pages, pl.BlockSpec(memory_space=pltpu.HBM)),
+                dict.fromkeys(head_terms, head_term_spec),
+                dict.fromkeys(pages, pages_spec),
             ],
             out_specs=[
                 pl.BlockSpec((None, K, M, Hv), at_result),
                 pl.BlockSpec((None, chunks, K, LANES), at_result),
             ],
             scratch_shapes=[
+                # The slot in use; copies' semaphores; largest scores, sums of weights
+                # and sums of values.
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2, len(pages))),
-                *(pltpu.VMEM((K, M, LANES), jnp.float32) for _ in range(2)),
+                pltpu.VMEM((K, M, LANES), jnp.float32),
+                pltpu.VMEM((K, M, LANES), jnp.float32),
                 pltpu.VMEM((K, M, Hv), jnp.float32),
                 *buffers,
             ],
@@ -229,13 +254,15 @@ def _run(
             dimension_semantics=("parallel", "arbitrary"),
             # Of each copy: the table is in range, as the caller promised.
             disable_bounds_checks=True,
-            vmem_limit_bytes=min(needed + needed // 8 + (4 << 20), chip.vmem_bytes),
+            vmem_limit_bytes=vmem_limit,
         ),
         interpret=params.interpret,
         name="paged_attention",
     )(table, operands.page_tables.reshape(-1), count[None], blocks.q, head_terms, pages)
     o = o[:n]
-    lse = lse[:n].transpose(0, 2, 1, 3).reshape(n, K, chunks * LANES)
+    # [n, chunks, K, LANES] → [n, K, M].
+    lse = lse[:n].transpose(0, 2, 1, 3)
+    lse = lse.reshape(n, K, chunks * LANES)
     return o, lse[:, :, :M]
 
 
@@ -248,6 +275,8 @@ def _vmem_bytes(
     K = operands.num_kv_heads
     M = round_up(N // K * queries, SUBLANES)
     pages_per_block = keys // params.page_size
+
+    # Two buffers of each array of pages.
     needed = 0
     for array in jax.tree.leaves((operands.keys, operands.values)):
         *_, rows, lanes = array.shape
@@ -261,13 +290,19 @@ def _vmem_bytes(
         if itemsize == 1:
             # And as numbers, of which a few heads' are under way at once.
             needed += 12 * heads * keys * padded_lanes
+
+    # Blocks of queries and of results, two of each; largest scores, sums of weights and
+    # sums of values, fp32.
     padded_H = round_up(H, LANES)
     padded_Hv = round_up(params.value_dim, LANES)
     query_bytes = padded_H * operands.q.dtype.itemsize
     result_bytes = padded_Hv * jnp.dtype(params.dtype).itemsize
     state_bytes = 4 * (padded_Hv + 2 * LANES)
     needed += K * M * (2 * (query_bytes + result_bytes) + state_bytes)
+
     # Scores and weights of two heads, fp32.
     needed += 4 * 4 * min(M, 256) * keys
+
+    # Slopes and sinks along the lanes, fp32, two buffers of each.
     num_head_terms = sum(x is not None for x in (operands.slopes, operands.sinks))
     return needed + 2 * num_head_terms * K * M * LANES * 4

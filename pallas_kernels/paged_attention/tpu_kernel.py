@@ -2,16 +2,18 @@
 arrive."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.tpu_blocks import LANES
 from pallas_kernels.attention.tpu_scores import LOG2_E, multiply
+from pallas_kernels.kernel_types import Index, Ref
 from pallas_kernels.paged_attention.params import PagedParams
 from pallas_kernels.paged_attention.query_blocks import QueryBlock
 
@@ -54,10 +56,10 @@ class PageCopies:
 
     def __init__(
         self,
-        tables: Any,
-        arrays: list[Any],
-        buffers: list[Any],
-        semaphores: Any,
+        tables: Ref,
+        arrays: list[Ref],
+        buffers: list[Ref],
+        semaphores: Ref,
         table_width: int,
     ):
         self.tables = tables
@@ -67,12 +69,12 @@ class PageCopies:
         self.width = table_width
         self.pages = buffers[0].shape[1]
 
-    def _count(self, block: QueryBlock, j: Any) -> Any:
+    def _count(self, block: QueryBlock, j: Index) -> jax.Array:
         """Pages of the j-th block of keys."""
         pages_left = block.end_page - block.first_page - j * self.pages
         return jnp.minimum(self.pages, pages_left)
 
-    def start(self, block: QueryBlock, j: Any, slot: Any) -> None:
+    def start(self, block: QueryBlock, j: Index, slot: Index) -> None:
         """Starts to copy the j-th block of a block of queries' keys."""
         first = block.row * self.width + block.first_page + j * self.pages
 
@@ -86,7 +88,7 @@ class PageCopies:
 
         lax.fori_loop(0, self._count(block, j), start_page, None)
 
-    def wait(self, block: QueryBlock, j: Any, slot: Any) -> None:
+    def wait(self, block: QueryBlock, j: Index, slot: Index) -> None:
         """Waits for what :meth:`start` has started. A semaphore counts bytes, so that a
         full block is waited for as one copy of the buffer's size."""
         count = self._count(block, j)
@@ -111,15 +113,15 @@ class PageCopies:
 
 
 def attend_query_blocks(
-    table: Any,
-    tables: Any,
-    count: Any,
-    q_ref: Any,
-    head_terms: dict[str, Any],
-    pages: dict[str, Any],
-    o_ref: Any,
-    lse_ref: Any,
-    *scratch: Any,
+    table: Ref,
+    tables: Ref,
+    count: Ref,
+    q_ref: Ref,
+    head_terms: dict[str, Ref],
+    pages: dict[str, Ref],
+    o_ref: Ref,
+    lse_ref: Ref,
+    *scratch: Ref,
     statics: PagedKernelStatics,
 ) -> None:
     """One block of queries: all kv heads, over its pages.
@@ -146,6 +148,7 @@ def attend_query_blocks(
         # The first column is the block's index, for the grid.
         return QueryBlock.read(table, item + ahead, COLUMNS, 1)
 
+    # Cores take turns: this core's next block is as many further as there are cores.
     block = read_block(0)
     next_block = read_block(statics.cores)
     copies = PageCopies(
@@ -160,13 +163,14 @@ def attend_query_blocks(
             buffer[...] = jnp.zeros_like(buffer)
         pl.when(block.end_page > block.first_page)(lambda: copies.start(block, 0, 0))
 
+    # The softmax before the first key: that of the sink, or empty.
     acc_ref[...] = jnp.zeros_like(acc_ref)
     if "sinks" in head_terms:
         sinks = head_terms["sinks"][...]
         top_ref[...] = jnp.maximum(sinks * LOG2_E, _MASKED)
         # A sum is spread over the lanes: the sink's weight is in the first.
-        first = lax.broadcasted_iota(jnp.int32, sinks.shape, 2) == 0
-        sum_ref[...] = jnp.where(first & (sinks > _NO_KEY), 1.0, 0.0)
+        is_first_lane = lax.broadcasted_iota(jnp.int32, sinks.shape, 2) == 0
+        sum_ref[...] = jnp.where(is_first_lane & (sinks > _NO_KEY), 1.0, 0.0)
     else:
         top_ref[...] = jnp.full_like(top_ref, _NO_KEY)
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -174,18 +178,25 @@ def attend_query_blocks(
     buffer_by_name = dict(zip(pages, buffers, strict=True))
 
     def attend_block(j, _):
+        # While block j of the keys is computed from its slot, the next one is copied
+        # into the other: of these queries, or the first of the next block of queries.
         slot = slot_ref[0]
         pl.when(j + 1 < num_blocks)(lambda: copies.start(block, j + 1, 1 - slot))
-        is_last = (j + 1 == num_blocks) & (item + statics.cores < count[0])
-        pl.when(is_last)(lambda: copies.start(next_block, 0, 1 - slot))
+        is_last = j + 1 == num_blocks
+        has_next_block = item + statics.cores < count[0]
+        pl.when(is_last & has_next_block)(lambda: copies.start(next_block, 0, 1 - slot))
         copies.wait(block, j, slot)
-        start = (block.first_page + j * statics.pages) * statics.params.page_size
+
+        first_page = block.first_page + j * statics.pages
+        start = first_page * statics.params.page_size
         copied = {name: buffer.at[slot] for name, buffer in buffer_by_name.items()}
         state = _SoftmaxState(top_ref, sum_ref, acc_ref)
         _attend_pages(block, start, q_ref, copied, head_terms, state, statics)
         slot_ref[0] = 1 - slot
 
     lax.fori_loop(0, num_blocks, attend_block, None)
+
+    # Results: zeros and −inf where there is neither key nor sink.
     total = jnp.sum(sum_ref[...], axis=2, keepdims=True)
     top = top_ref[...]
     has_weight = total > 0
@@ -199,20 +210,20 @@ def attend_query_blocks(
 class _SoftmaxState(NamedTuple):
     """Each query's softmax over the keys so far, fp32."""
 
-    top: Any
+    top: Ref
     """[K, M, LANES]: the largest score, alike along the lanes."""
-    total: Any
+    total: Ref
     """[K, M, LANES]: the sum of weights, whose lanes are still to be summed."""
-    o: Any
+    o: Ref
     """[K, M, Hv]: the sum of weighted values."""
 
 
 def _attend_pages(
     block: QueryBlock,
-    start: Any,
-    q_ref: Any,
-    pages: dict[str, Any],
-    head_terms: dict[str, Any],
+    start: jax.Array,
+    q_ref: Ref,
+    pages: dict[str, Ref],
+    head_terms: dict[str, Ref],
     state: _SoftmaxState,
     statics: PagedKernelStatics,
 ) -> None:
@@ -220,6 +231,7 @@ def _attend_pages(
     params = statics.params
     K, M, _ = q_ref.shape
     B = statics.pages * params.page_size
+    # Rows of a tile: all, where tiles of _TILE_ROWS do not divide them.
     rows = min(M, _TILE_ROWS)
     if M % rows:
         rows = M
@@ -229,7 +241,8 @@ def _attend_pages(
         for head in range(K)
         for first in range(0, M, rows)
     ]
-    # What one stage of a tile leaves to the next.
+    # What one stage of a tile leaves to the next: keys by head, the others by head and
+    # first row.
     keys: dict[int, jax.Array] = {}
     scores: dict[tuple[int, int], jax.Array] = {}
     weights: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
@@ -245,6 +258,7 @@ def _attend_pages(
         if params.soft_cap is None:
             x *= params.scale * LOG2_E
         else:
+            # cap · tanh(scale · q·k / cap).
             tanh = jnp.tanh(x * (params.scale / params.soft_cap))
             x = tanh * (params.soft_cap * LOG2_E)
         distance, seen = _compare_positions(block, start, tile.start, x.shape, statics)
@@ -252,20 +266,25 @@ def _attend_pages(
             slopes = head_terms["slopes"][head, tile][:, :1] * LOG2_E
             x -= slopes * distance.astype(jnp.float32)
         x = jnp.where(seen, x, _MASKED)
+
+        # Weights by the largest score so far; earlier sums were by an earlier one, and
+        # decay.
         old_top = state.top[head, tile]
         top = jnp.maximum(old_top, jnp.max(x, axis=1, keepdims=True))
         decay = jnp.exp2(old_top - top)
         weight = jnp.exp2(x - top[:, :1])
         state.top[head, tile] = top
-        state.total[head, tile] = state.total[head, tile] * decay + _fold_lanes(weight)
+        old_total = state.total[head, tile]
+        state.total[head, tile] = old_total * decay + _fold_lanes(weight)
         weights[head, tile.start] = weight, decay
 
     def add_values(head: int, tile: slice) -> None:
         weight, decay = weights.pop((head, tile.start))
-        o = _multiply_values(
+        tile_o = _multiply_values(
             weight, keys[head], pages, scales, head, q_ref.dtype, params.value_dim
         )
-        state.o[head, tile] = state.o[head, tile] * decay[:, :1] + o
+        old_o = state.o[head, tile]
+        state.o[head, tile] = old_o * decay[:, :1] + tile_o
 
     # Neighbours in the program overlap on the machine: while the vector unit weighs a
     # tile, the matrix unit scores one ahead and adds the values of one behind.
@@ -281,7 +300,7 @@ def _attend_pages(
 
 def _compare_positions(
     block: QueryBlock,
-    start: Any,
+    start: jax.Array,
     row: int,
     shape: tuple[int, ...],
     statics: PagedKernelStatics,
@@ -300,20 +319,22 @@ def _compare_positions(
     return distance, seen
 
 
-def _read_codes(ref: Any, head: int) -> jax.Array:
+def _read_codes(ref: Ref, head: int) -> jax.Array:
     """Reads a head's codes as fp32 [pages, page, H]."""
     x = ref[:, head]
     if x.dtype != jnp.uint8:
         return x.astype(jnp.float32)
+    # Two codes a byte: the page's first half in the low bits, its second in the high.
     x = x.astype(jnp.int32)
     return jnp.concatenate([x & 15, x >> 4], axis=1).astype(jnp.float32)
 
 
-def _read_keys(pages: dict[str, Any], head: int, B: int, dtype: Any) -> jax.Array:
+def _read_keys(pages: dict[str, Ref], head: int, B: int, dtype: DTypeLike) -> jax.Array:
     """Reads a head's keys, [B, H]."""
     if "k_scale" not in pages:
         x = pages["k_codes"][:, head]
     else:
+        # x = codes · scale + zero, of a channel over a page's tokens.
         x = _read_codes(pages["k_codes"], head)
         x *= pages["k_scale"][:, head].astype(jnp.float32)[:, None]
         if "k_zero" in pages:
@@ -322,13 +343,13 @@ def _read_keys(pages: dict[str, Any], head: int, B: int, dtype: Any) -> jax.Arra
     return x.reshape(B, x.shape[-1])
 
 
-def _lane_scales(pages: dict[str, Any]) -> dict[str, jax.Array]:
+def _lane_scales(pages: dict[str, Ref]) -> dict[str, jax.Array]:
     """Reads values' scales and zeros along the lanes, fp32 [K, B]."""
     scales = {}
     for name in ("v_scale", "v_zero"):
         if name in pages:
-            num_pages = pages[name].shape[0]
-            parts = [pages[name][i].astype(jnp.float32) for i in range(num_pages)]
+            ref = pages[name]  # [pages, K, page]
+            parts = [ref[i].astype(jnp.float32) for i in range(ref.shape[0])]
             scales[name] = jnp.concatenate(parts, axis=1)
     return scales
 
@@ -336,15 +357,16 @@ def _lane_scales(pages: dict[str, Any]) -> dict[str, jax.Array]:
 def _multiply_values(
     weights: jax.Array,
     k: jax.Array,
-    pages: dict[str, Any],
+    pages: dict[str, Ref],
     scales: dict[str, jax.Array],
     head: int,
-    dtype: Any,
+    dtype: DTypeLike,
     Hv: int,
 ) -> jax.Array:
     """Multiplies weights fp32 [M, B] by a head's values: codes as they are, by weights
     that have the scale already."""
     if "v_codes" not in pages:
+        # Values are the first features of the keys.
         return multiply(weights.astype(dtype), k[:, :Hv], 1, 0)
     if not scales:
         x = pages["v_codes"][:, head]
@@ -362,16 +384,22 @@ def _fold_lanes(x: jax.Array) -> jax.Array:
     """Sums [M, B] to [M, LANES], whose lanes are summed once, at the end."""
     M, B = x.shape
     if B % LANES:
-        x = jnp.concatenate([x, jnp.zeros((M, -B % LANES), x.dtype)], axis=1)
-    parts = (x[:, start : start + LANES] for start in range(0, x.shape[1], LANES))
+        missing_lanes = jnp.zeros((M, -B % LANES), x.dtype)
+        x = jnp.concatenate([x, missing_lanes], axis=1)
+    starts = range(0, x.shape[1], LANES)
+    parts = (x[:, start : start + LANES] for start in starts)
     return functools.reduce(jnp.add, parts)
 
 
-def _store_along_lanes(x: jax.Array, ref: Any) -> None:
+def _store_along_lanes(x: jax.Array, ref: Ref) -> None:
     """Stores [K, M, LANES], alike along the lanes, as [chunks of M, K, LANES]."""
     M = x.shape[1]
     for chunk in range(ref.shape[0]):
-        rows = x[:, chunk * LANES : min((chunk + 1) * LANES, M)]
+        begin = chunk * LANES
+        end = min(begin + LANES, M)
+        rows = x[:, begin:end]
+        # Row r's number goes to lane r: the diagonal is left, and summed over the rows.
         row = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
         lane = lax.broadcasted_iota(jnp.int32, rows.shape, 2)
-        ref[chunk] = jnp.sum(jnp.where(row == lane, rows, 0.0), axis=1)
+        diagonal = jnp.where(row == lane, rows, 0.0)
+        ref[chunk] = jnp.sum(diagonal, axis=1)

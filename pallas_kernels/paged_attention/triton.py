@@ -6,13 +6,14 @@ Flash-Decoding), whose parts are joined by their log-sum-exps.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.gpu_blocks import LN2, LOG2E
 from pallas_kernels.attention.triton_program import (
@@ -21,6 +22,7 @@ from pallas_kernels.attention.triton_program import (
     pad_head_size,
     split_head_dim,
 )
+from pallas_kernels.kernel_types import Ref
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
 from pallas_kernels.paged_attention.query_blocks import (
     QueryBlock,
@@ -33,7 +35,10 @@ _PROGRAMS = 256
 # Rows of a tile of queries: of chunks, and at least, as Triton's products want.
 _ROWS = 64
 _MIN_ROWS = 16
+# Keys of a tile.
 _KEYS = 64
+# Features of the widest head: DeepSeek's latent keys have 576.
+_MAX_HEAD = 640
 # Integers of a block in the table of blocks.
 _COLUMNS = len(QueryBlock._fields)
 
@@ -88,11 +93,11 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
         if isinstance(pages, jax.Array) and pages.dtype != q.dtype:
             return False
     group = q.shape[1] // operands.num_kv_heads
-    rows = pl.next_power_of_2(group * pl.next_power_of_2(params.queries_each))
+    padded_queries = pl.next_power_of_2(params.queries_each)
+    rows = pl.next_power_of_2(group * padded_queries)
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
-        # 640: DeepSeek's latent keys have 576 features.
-        and max(q.shape[2], params.value_dim) <= 640
+        and max(q.shape[2], params.value_dim) <= _MAX_HEAD
         and rows <= 4 * _ROWS
         and operands.biases is None
         and min(q.size, operands.page_tables.size) > 0
@@ -124,7 +129,9 @@ def choose_blocks(operands: PagedOperands, params: PagedParams) -> TritonPagedBl
     wanted_splits = max(1, _PROGRAMS // programs)
     most_splits = max(1, longest // (4 * keys))
     splits = min(wanted_splits, most_splits)
-    queries = max(1, rows // pl.next_power_of_2(N // K))
+    # A tile's rows are its queries, once for each query head of the group.
+    padded_group = pl.next_power_of_2(N // K)
+    queries = max(1, rows // padded_group)
     return TritonPagedBlocks(queries, keys, splits, warps)
 
 
@@ -132,10 +139,13 @@ def forward(
     operands: PagedOperands, params: PagedParams
 ) -> tuple[jax.Array, jax.Array]:
     """See :func:`~pallas_kernels.paged_attention.paged_attention`."""
-    sizes = params.block_sizes or choose_blocks(operands, params)
+    override = cast(TritonPagedBlocks | None, params.block_sizes)
+    sizes = override or choose_blocks(operands, params)
 
     def attend(blocks: QueryBlocks, uniform: bool) -> tuple[jax.Array, jax.Array]:
-        return _run(blocks, operands, params, sizes, sizes.splits if uniform else 1)
+        # Other rows have many blocks of queries each: programs enough.
+        splits = sizes.splits if uniform else 1
+        return _run(blocks, operands, params, sizes, splits)
 
     return attend_in_blocks(operands, params, sizes.queries, 1, attend)
 
@@ -154,8 +164,9 @@ def _run(
     padded_H = pad_head_size(H)
     padded_Hv = pad_head_size(Hv)
     q = jnp.pad(blocks.q, ((0, 0), (0, 0), (0, rows - M), (0, padded_H - H)))
+    block_table = jnp.stack(blocks.places, axis=1)  # [n, _COLUMNS]
     inputs: dict[str, jax.Array] = {
-        "blocks": jnp.stack(blocks.places, axis=1).reshape(-1),
+        "blocks": block_table.reshape(-1),
         "tables": operands.page_tables.reshape(-1),
         "q": q,
     }
@@ -179,11 +190,13 @@ def _run(
         Hv=Hv,
         rows=rows,
     )
+    # Programs read and write whole arrays: which pages are read the tables say.
+    whole = pl.BlockSpec(memory_space=pl.ANY)
     o, lse = pl.pallas_call(
         partial(_attend_block, statics=statics),
         grid=(n, K, splits),
-        in_specs=[dict.fromkeys(inputs, pl.BlockSpec(memory_space=pl.ANY))],
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+        in_specs=[dict.fromkeys(inputs, whole)],
+        out_specs=[whole, whole],
         out_shape=[
             jax.ShapeDtypeStruct((splits, n, K, rows, padded_Hv), jnp.float32),
             jax.ShapeDtypeStruct((splits, n, K, rows), jnp.float32),
@@ -198,9 +211,13 @@ def _run(
     lse = lse[..., :M]
     if splits == 1:
         return o[0], lse[0]
-    # Join the shares of the keys (Milakov & Gimelshein 2018).
+
+    # Join the shares of the keys, each weighted by its own sum of weights (Milakov &
+    # Gimelshein 2018).
     top = lse.max(axis=0)
-    weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
+    # No share has a key: −inf − −inf is NaN.
+    base = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(lse - base)  # [splits, n, K, M]
     total = weights.sum(axis=0)
     o = jnp.einsum("snkmh,snkm->nkmh", o, weights)
     o /= jnp.where(total > 0, total, 1.0)[..., None]
@@ -208,13 +225,24 @@ def _run(
 
 
 def _attend_block(
-    refs: dict[str, Any], o_ref: Any, lse_ref: Any, *, statics: _Statics
+    refs: dict[str, Ref], o_ref: Ref, lse_ref: Ref, *, statics: _Statics
 ) -> None:
     """One block of queries, one kv head, one share of the keys. Scores are powers of
-    two: the hardware has no other exponential."""
-    item, head, split = (pl.program_id(axis) for axis in range(3))
+    two: the hardware has no other exponential.
+
+    Args:
+        refs: by name, in global memory: "blocks" and "tables", flat; "q" [n, K, rows,
+            H]; arrays of pages, a row a token or a page (:func:`_run`); "slopes" and
+            "sinks" [K, rows], where there are such.
+        o_ref, lse_ref: fp32 [splits, n, K, rows, Hv] and [splits, n, K, rows].
+    """
+    item = pl.program_id(0)
+    head = pl.program_id(1)
+    split = pl.program_id(2)
     s = statics
     params = s.params
+
+    # The keys that the block sees, in tiles, and this program's share of these.
     row, position, limit, first_page, end_page = QueryBlock.read(
         refs["blocks"], item, _COLUMNS
     )
@@ -224,9 +252,11 @@ def _attend_block(
     share = pl.cdiv(tiles, s.splits)
     begin = jnp.minimum(split * share, tiles)
     end = jnp.minimum(begin + share, tiles)
+
+    # The block's queries, [rows, width] of each part of a head.
+    head_parts = split_head_dim(s.H)
     q = tuple(
-        refs["q"][item, head, :, pl.ds(start, width)]
-        for start, width in split_head_dim(s.H)
+        refs["q"][item, head, :, pl.ds(start, width)] for start, width in head_parts
     )
     # Rows are (query head of the group, query), and queries a power of two.
     member = jnp.arange(s.rows, dtype=jnp.int32)
@@ -235,6 +265,8 @@ def _attend_block(
 
     def attend_tile(j, carry):
         o, top, total = carry
+
+        # Where the tile's keys lie: each one's page by the row's table.
         key = first + j * s.keys + jnp.arange(s.keys, dtype=jnp.int32)
         inside = key < limit
         entry = row * s.table_width + lax.div(key, params.page_size)
@@ -243,11 +275,15 @@ def _attend_block(
         slab = page * s.num_kv_heads + head
         tile = _KeyTile(slab, lax.rem(key, params.page_size), inside)
         k = _load_keys(refs, tile, q[0].dtype, s)
+
+        # Scores [rows, keys], in units of log2.
         scores = multiply_transposed(q, k) * (params.scale * LOG2E)
         if params.soft_cap is not None:
             # cap · tanh(score / cap), by tanh(x) = 1 − 2 / (e^2x + 1).
             cap = params.soft_cap * LOG2E
-            scores = cap * (1 - 2 / (jnp.exp2(scores * (2 * LOG2E / cap)) + 1))
+            exp_2x = jnp.exp2(scores * (2 * LOG2E / cap))
+            tanh = 1 - 2 / (exp_2x + 1)
+            scores = cap * tanh
         distance = row_position[:, None] - key[None]
         if slopes is not None:
             scores -= slopes[:, None] * distance.astype(jnp.float32)
@@ -255,6 +291,9 @@ def _attend_block(
         if params.window is not None:
             seen &= distance < params.window
         scores = jnp.where(seen, scores, -jnp.inf)
+
+        # Weights by the largest score so far; earlier sums were by an earlier one, and
+        # decay.
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         # No key yet: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -265,9 +304,8 @@ def _attend_block(
         o = tuple(x * decay[:, None] + y for x, y in zip(o, tile_o, strict=True))
         return o, new_top, total
 
-    zeros = tuple(
-        jnp.zeros((s.rows, width), jnp.float32) for _, width in split_head_dim(s.Hv)
-    )
+    value_parts = split_head_dim(s.Hv)
+    zeros = tuple(jnp.zeros((s.rows, width), jnp.float32) for _, width in value_parts)
     top = jnp.full((s.rows,), -jnp.inf)
     total = jnp.zeros((s.rows,), jnp.float32)
     if "sinks" in refs:
@@ -277,16 +315,18 @@ def _attend_block(
         top = jnp.where(has_sink, sinks, top)
         total = jnp.where(has_sink, 1.0, total)
     o, top, total = lax.fori_loop(begin, end, attend_tile, (zeros, top, total))
+
+    # This share's results: zeros and −inf where it has no key.
     has_weight = total > 0
     inverse = 1 / jnp.where(has_weight, total, 1.0)
-    for (start, width), part in zip(split_head_dim(s.Hv), o, strict=True):
+    for (start, width), part in zip(value_parts, o, strict=True):
         o_ref[split, item, head, :, pl.ds(start, width)] = part * inverse[:, None]
     lse = top * LN2 + jnp.log(jnp.where(has_weight, total, 1.0))
     lse_ref[split, item, head, :] = jnp.where(has_weight, lse, -jnp.inf)
 
 
 def _load_codes(
-    ref: Any, tile: _KeyTile, feature: jax.Array, s: _Statics, H: int
+    ref: Ref, tile: _KeyTile, feature: jax.Array, s: _Statics, H: int
 ) -> jax.Array:
     """Reads tokens' codes or numbers, [keys, width]: the features ``feature`` int32
     [width] of heads of H."""
@@ -296,7 +336,9 @@ def _load_codes(
     # Rows of the array: of int4 a byte has two tokens, half a page apart.
     rows_per_page = half if is_packed else page
     row = tile.slab * rows_per_page
-    row = row + (lax.rem(tile.place, half) if is_packed else tile.place)
+    row_in_page = lax.rem(tile.place, half) if is_packed else tile.place
+    row = row + row_in_page
+    # What a mask leaves out is addressed in range all the same.
     mask = tile.inside[:, None] & (feature < H)[None]
     row = jnp.where(tile.inside, row, 0)[:, None]
     column = jnp.where(feature < H, feature, 0)[None]
@@ -304,11 +346,13 @@ def _load_codes(
     if not is_packed:
         return x
     x = x.astype(jnp.int32)
-    return jnp.where((tile.place >= half)[:, None], x >> 4, x & 15)
+    # The page's second half is in the bytes' high bits.
+    in_high_half = (tile.place >= half)[:, None]
+    return jnp.where(in_high_half, x >> 4, x & 15)
 
 
 def _load_keys(
-    refs: dict[str, Any], tile: _KeyTile, dtype: Any, s: _Statics
+    refs: dict[str, Ref], tile: _KeyTile, dtype: DTypeLike, s: _Statics
 ) -> tuple[jax.Array, ...]:
     """Reads a tile of keys, [keys, width] of each part of a head."""
     parts = []
@@ -316,6 +360,7 @@ def _load_keys(
         feature = begin + jnp.arange(width, dtype=jnp.int32)
         x = _load_codes(refs["k_codes"], tile, feature, s, s.H)
         if "k_scale" in refs:
+            # x = codes · scale + zero, of a channel over the key's page.
             mask = tile.inside[:, None] & (feature < s.H)[None]
             row = jnp.where(tile.inside, tile.slab, 0)[:, None]
             column = jnp.where(feature < s.H, feature, 0)[None]
@@ -331,16 +376,17 @@ def _load_keys(
 
 
 def _multiply_values(
-    refs: dict[str, Any],
+    refs: dict[str, Ref],
     weights: jax.Array,
     tile: _KeyTile,
     k: tuple[jax.Array, ...],
-    dtype: Any,
+    dtype: DTypeLike,
     s: _Statics,
 ) -> tuple[jax.Array, ...]:
     """Multiplies weights [rows, keys] by a tile of values, in parts of a head."""
     if "v_codes" not in refs:
-        # The parts of keys and values end at the same places, but for the last.
+        # Values are the first features of the keys. The parts of both end at the same
+        # places, but for the last.
         parts = split_head_dim(s.Hv)
         values = k[: len(parts)]
         if parts != split_head_dim(s.H)[: len(parts)]:
@@ -357,12 +403,15 @@ def _multiply_values(
             return x.astype(jnp.float32)[None]
 
         if "v_zero" in refs:
-            zeros = jnp.sum(weights * load("v_zero"), axis=1)[:, None]
+            weighted_zeros = weights * load("v_zero")
+            zeros = jnp.sum(weighted_zeros, axis=1)[:, None]
         weights = weights * load("v_scale")
     products = []
     for begin, width in split_head_dim(s.Hv):
         feature = begin + jnp.arange(width, dtype=jnp.int32)
         codes = _load_codes(refs["v_codes"], tile, feature, s, s.Hv)
         product = multiply(weights.astype(dtype), codes.astype(dtype))
-        products.append(product if zeros is None else product + zeros)
+        if zeros is not None:
+            product = product + zeros
+        products.append(product)
     return tuple(products)
