@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from math import exp
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, BadParameter, Option
@@ -28,6 +28,7 @@ from maxlm.cli.common import (
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.json_files import parse_json
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import show_progress
 
 FolderOption = Option(exists=True, file_okay=False, help="Folder of the tasks' rows.")
@@ -395,7 +396,7 @@ def evaluate_swe_bench(
     _print_score("SWE-bench", report, as_json)
 
 
-def _print_score(title: str, score: dict[str, Any], as_json: bool) -> None:
+def _print_score(title: str, score: JsonObject, as_json: bool) -> None:
     if as_json:
         return print_json(score)
     rows = []
@@ -485,7 +486,7 @@ def evaluate_mt_bench(
         raise typer.Exit(1)
 
 
-def _print_mt_bench_summary(title: str, summary: dict[str, Any]) -> None:
+def _print_mt_bench_summary(title: str, summary: JsonObject) -> None:
     """Print mean grades, or shares of wins, by category and turn."""
     rows = []
     for category, cells in summary.items():
@@ -503,7 +504,7 @@ def _print_mt_bench_summary(title: str, summary: dict[str, Any]) -> None:
     print_table("Category", columns, rows, title=title)
 
 
-def _print_position_bias(judge: str, bias: dict[str, Any]) -> None:
+def _print_position_bias(judge: str, bias: JsonObject) -> None:
     """Print whether a judge prefers the answer that it reads first."""
     verdict = ": biased!" if bias["is_biased"] else ""
     print(

@@ -19,6 +19,7 @@ from maxlm.cli.common import (
 )
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,7 +36,7 @@ _DEFAULT_TOP = 10
 class _PlanOutput:
     """A plan as it is printed."""
 
-    data: dict[str, Any]
+    data: JsonObject
     """Plain data, for --json and for a page."""
     tables: "list[RenderableType]"
     fits: bool | None
@@ -345,7 +346,7 @@ def _plan_serving(
     settings: list[str],
     on: str | None,
     mesh: str | None,
-    requests: Mapping[str, Any],
+    requests: JsonMapping,
     top: int,
     price: float | None,
 ) -> _PlanOutput:
@@ -435,7 +436,7 @@ def _refuse_options(options: Mapping[str, bool], message: str, fix: str) -> None
 
 def _search(
     run: "RunConfig", machine: "Machine", source: str, options: _SearchOptions
-) -> tuple["RunConfig", dict[str, Any]]:
+) -> tuple["RunConfig", JsonObject]:
     """Print the quickest candidates; return the first that fits as a run, and all of
     them as plain data. Where some are compiled, it fits by the compiler's account.
     Raises typer.Exit: nothing fits."""
@@ -444,7 +445,7 @@ def _search(
     from maxlm.plan.show import render_candidates_table
 
     result = search_layouts(run, machine, top=options.top)
-    data: dict[str, Any] = {
+    data: JsonObject = {
         "tried": result.num_tried,
         "possible": result.num_divisible,
         "fitting": result.num_fitting,

@@ -65,9 +65,11 @@ class StackedLora(AdaptedParam):
         self, y: jax.Array, x: jax.Array, reader: ParamReader
     ) -> jax.Array:
         lora_a = reader.read(self.lora_a, (*reader.input_axes, None))
+        # [B, S, slots · rank]
         (h,) = reader.multiply(x, lora_a)
         h *= reshard(self.mask, jax.typeof(h).sharding.spec)
         lora_b = reader.read(self.lora_b, (None, *reader.output_axes))
+        # [B, S, *outputs]
         (delta,) = reader.multiply(h, lora_b)
         return y + delta
 
@@ -98,17 +100,20 @@ def add_adapters(
     that has A and B; ``arrays`` has each layer's, by canonical name."""
     flat = flatten_names(params, is_leaf)
     structure = jax.tree.structure(params, is_leaf=is_leaf)
-    for name in {array_name.rpartition(".")[0] for array_name in arrays}:
-        layers = tuple(
-            StackedLora(base, lora_a, lora_b, mask)
-            for base, lora_a, lora_b in zip(
-                flat[name].layers,
-                arrays[f"{name}.lora_a"],
-                arrays[f"{name}.lora_b"],
-                strict=True,
-            )
+    # "layers.mlp.up.kernel.lora_a" and ".lora_b" stand beside "layers.mlp.up.kernel".
+    kernel_names = {array_name.rpartition(".")[0] for array_name in arrays}
+    for name in kernel_names:
+        arrays_by_layer = zip(
+            flat[name].layers,
+            arrays[f"{name}.lora_a"],
+            arrays[f"{name}.lora_b"],
+            strict=True,
         )
-        flat[name] = UnstackedParam(layers)
+        layers = [
+            StackedLora(base, lora_a, lora_b, mask)
+            for base, lora_a, lora_b in arrays_by_layer
+        ]
+        flat[name] = UnstackedParam(tuple(layers))
     return jax.tree.unflatten(structure, [*flat.values()])
 
 
@@ -133,10 +138,10 @@ class AdapterSlots:
         def make_layers(spec: ParamSpec) -> list[jax.Array]:
             num_layer_axes = spec.num_layer_axes
             num_layers = prod(spec.shape[:num_layer_axes])
-            shape = spec.shape[num_layer_axes:]
-            layout = rules.spec(*spec.axes[num_layer_axes:])
+            layer_shape = spec.shape[num_layer_axes:]
+            layer_layout = rules.spec(*spec.axes[num_layer_axes:])
             return [
-                jnp.zeros(shape, model.dtype, out_sharding=layout)
+                jnp.zeros(layer_shape, model.dtype, out_sharding=layer_layout)
                 for _ in range(num_layers)
             ]
 
@@ -173,11 +178,10 @@ class AdapterSlots:
             )
             fix = f"set max_adapter_rank={adapter.rank}"
             raise MaxlmError(message, where=where, fix=fix)
-        misfits = [
-            f"{tensor} {list(array.shape)}"
-            for tensor, array in arrays.items()
-            if array.shape != self._find_shape(tensor, adapter.rank)
-        ]
+        misfits: list[str] = []
+        for tensor, array in arrays.items():
+            if array.shape != self._compute_shape(tensor, adapter.rank):
+                misfits.append(f"{tensor} {list(array.shape)}")
         if misfits:
             message = f"no slot fits {', '.join(misfits)[:300]}"
             fix = "name one for this base, or merge it (maxlm convert)"
@@ -196,12 +200,14 @@ class AdapterSlots:
     def make_masks(self, names: Sequence[str | None]) -> np.ndarray | None:
         """Returns the columns of adapters, bool [names, slots · rank], none of one that
         is not loaded; None: there are no slots."""
+        if not self._num_slots:
+            return None
         masks = np.zeros((len(names), self._num_slots, self._rank), bool)
         for mask, name in zip(masks, names, strict=True):
             if name in self.loaded:
                 slot, _ = self.loaded[name]
                 mask[slot] = True
-        return masks.reshape(len(names), -1) if self._num_slots else None
+        return masks.reshape(len(names), -1)
 
     def warm_up(self) -> None:
         """Compiles what loading needs."""
@@ -209,16 +215,20 @@ class AdapterSlots:
             self._write(slot, {}, 1.0)
 
     def _list_free_slots(self) -> list[int]:
-        taken = {slot for slot, _ in self.loaded.values()}
-        return [slot for slot in range(self._num_slots) if slot not in taken]
+        taken_slots = {slot for slot, _ in self.loaded.values()}
+        return [slot for slot in range(self._num_slots) if slot not in taken_slots]
 
-    def _find_shape(self, name: str, rank: int) -> tuple[int, ...] | None:
-        """The shape of an adapter's array; None: no slot has it."""
+    def _compute_shape(self, name: str, rank: int) -> tuple[int, ...] | None:
+        """Returns the shape, over all layers, of the A or B of an adapter of a rank;
+        None: no slot has it."""
         spec = self._specs.get(name)
         if spec is None:
             return None
+        # A: [layers, *inputs, rank]; B: [layers, rank, *outputs].
+        is_a = name.endswith("lora_a")
+        rank_dim = len(spec.shape) - 1 if is_a else spec.num_layer_axes
         shape = [*spec.shape]
-        shape[-1 if name.endswith("lora_a") else spec.num_layer_axes] = rank
+        shape[rank_dim] = rank
         return tuple(shape)
 
     def _write(self, slot: int, arrays: Mapping[str, np.ndarray], scale: float) -> None:
@@ -226,19 +236,21 @@ class AdapterSlots:
         start = np.int32(slot * self._rank)
         for name, layers in self.arrays.items():
             is_a = name.endswith("lora_a")
+            padded_shape = self._compute_shape(name, self._rank)
+            assert padded_shape is not None
             # Padded with zeros to the largest rank.
-            padded = np.zeros(self._find_shape(name, self._rank) or (), np.float32)
+            padded = np.zeros(padded_shape, np.float32)
             array = arrays.get(name)
             if array is not None:
                 corner = tuple(slice(size) for size in array.shape)
                 padded[corner] = array if is_a else array * scale
             layer_shape = padded.shape[self._specs[name].num_layer_axes :]
-            by_layer = padded.reshape(-1, *layer_shape)
+            columns_by_layer = padded.reshape(-1, *layer_shape)
             # The axis of slots · rank: A's last, B's first.
             dim = len(layer_shape) - 1 if is_a else 0
             layers[:] = [
                 write_columns(stacked, columns, start, dim)
-                for stacked, columns in zip(layers, by_layer, strict=True)
+                for stacked, columns in zip(layers, columns_by_layer, strict=True)
             ]
 
 

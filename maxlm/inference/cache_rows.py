@@ -109,18 +109,22 @@ class CacheRows:
         if not self.running:
             return True  # with small chunks, if need be
         for group, pool in enumerate(self.pools):
-            first = self.tree.find_first_page(group, num_matched)
-            matched_pages = [node.pages[group] for node in nodes[first:]]
             num_pages = -(-len(sequence.tokens) // page_size)
             window = self.windows[group]
             if window is not None:
+                # A chunk's first token sees window - 1 tokens before it; pages before
+                # those are given back after each chunk.
                 num_seen = window - 1 + self.config.prefill_tokens
                 num_pages = min(num_pages, count_spanned_pages(num_seen, page_size))
+
             # Matched pages are there already; taking an evictable one makes it
             # unavailable to others.
-            num_taken = sum(page in pool.evictable for page in matched_pages)
-            num_pages += num_taken - len(matched_pages)
-            if num_pages + len(self.running) > pool.num_available:
+            first = self.tree.find_first_page(group, num_matched)
+            matched_pages = [node.pages[group] for node in nodes[first:]]
+            num_evictable = sum(page in pool.evictable for page in matched_pages)
+            num_new_pages = num_pages - len(matched_pages)
+            num_spare_pages = len(self.running)
+            if num_new_pages + num_evictable + num_spare_pages > pool.num_available:
                 return False
         return True
 
@@ -136,6 +140,8 @@ class CacheRows:
         target.has_encoder_output = source.has_encoder_output
         target.num_computed = num_computed
         target.num_pages = -(-num_computed // self.page_size)
+
+        # Pages that the next token sees, shared with the source.
         for group, pool in enumerate(self.pools):
             table = self.page_tables[group]
             first = self.tree.find_first_page(group, num_computed)
@@ -143,9 +149,12 @@ class CacheRows:
             table[target.row, first : target.num_pages] = pages
             for page in pages.tolist():
                 pool.retain(page)
+
+        # The node of the last page that is full, or one above it.
         node = source.node
         if node is not None:
-            while node.depth > num_computed // self.page_size:
+            num_full_pages = num_computed // self.page_size
+            while node.depth > num_full_pages:
                 node = node.parent
                 assert node is not None
             node.num_holders += 1
@@ -158,10 +167,11 @@ class CacheRows:
             return False
         if any(pool.num_available <= len(self.running) for pool in self.pools):
             return False
-        end = -(-num_computed // self.page_size)
+        num_pages = -(-num_computed // self.page_size)
         for group, table in enumerate(self.page_tables):
             first = self.tree.find_first_page(group, num_computed)
-            if first < end and not table[source.row, first]:
+            # 0: the page left the source's window, and was given back.
+            if first < num_pages and not table[source.row, first]:
                 return False
         return True
 
@@ -174,23 +184,31 @@ class CacheRows:
         row = sequence.row
         page_size = self.page_size
         num_computed = sequence.num_computed
-        # Where the next token goes.
+
+        # Where the next token goes: behind others in a page, if offset > 0.
         page_index, offset = divmod(num_computed, page_size)
-        shared = []
-        num_new_pages = num_tokens  # at least as many as the tokens need
-        for pool, table in zip(self.pools, self.page_tables, strict=True):
-            is_shared = offset > 0 and pool.ref_counts[table[row, page_index]] > 1
-            shared.append(is_shared)
-            # The copy of a shared page takes one of the pool's.
-            num_new_pages = min(num_new_pages, pool.num_available - is_shared)
+        shared_groups: set[int] = set()
+        # New pages that the pools of all groups have; at first as many as the tokens
+        # need, or more.
+        num_new_pages = num_tokens
+        for group, pool in enumerate(self.pools):
+            num_available = pool.num_available
+            if offset > 0:
+                page = self.page_tables[group][row, page_index]
+                if pool.ref_counts[page] > 1:
+                    shared_groups.add(group)
+                    num_available -= 1  # for the copy of the shared page
+            num_new_pages = min(num_new_pages, num_available)
         capacity = (sequence.num_pages + num_new_pages) * page_size
         num_tokens = min(num_tokens, capacity - num_computed)
         if num_new_pages < 0 or num_tokens <= 0:
             return 0
+
+        # Nothing can fail from here on.
         num_pages = -(-(num_computed + num_tokens) // page_size)
         num_pages = max(num_pages, sequence.num_pages)
         for group, table in enumerate(self.page_tables):
-            if shared[group]:
+            if group in shared_groups:
                 page = int(table[row, page_index])
                 table[row, page_index] = self._copy_page(group, page, copies)
             for index in range(sequence.num_pages, num_pages):
@@ -215,18 +233,25 @@ class CacheRows:
     def settle(self, sequence: RunningSequence) -> None:
         """Put a sequence's newly filled pages into the tree; take back those beyond its
         computed tokens, and those that its next token does not see."""
+        row = sequence.row
         page_size = self.page_size
         num_computed = sequence.num_computed
+
+        # Into the tree.
         node = sequence.node
-        while node is not None and node.depth < num_computed // page_size:
+        num_full_pages = num_computed // page_size
+        while node is not None and node.depth < num_full_pages:
             index = node.depth  # of the first page that the tree does not have
-            first = index * page_size
-            tokens = tuple(sequence.tokens[first : first + page_size])
-            pages = [int(table[sequence.row, index]) for table in self.page_tables]
+            first_token = index * page_size
+            tokens = tuple(sequence.tokens[first_token : first_token + page_size])
+            pages = [int(table[row, index]) for table in self.page_tables]
             node = self.tree.extend(node, tokens, pages)
+            # Where the tree had these tokens already, the pages are the tree's.
             for table, page in zip(self.page_tables, node.pages, strict=True):
-                table[sequence.row, index] = page
+                table[row, index] = page
         sequence.node = node
+
+        # Back to the pools.
         num_pages = -(-num_computed // page_size)
         for group in range(len(self.pools)):
             first_seen = self.tree.find_first_page(group, num_computed)
@@ -265,7 +290,8 @@ class CacheRows:
     ) -> None:
         """Release pages of a range, the deepest first, as `PrefixTree` wants it."""
         entries = self.page_tables[group][sequence.row, start:end]
-        for page in reversed(entries[entries > 0].tolist()):
+        pages = entries[entries > 0].tolist()  # 0: no page
+        for page in reversed(pages):
             self.pools[group].release(page)
         entries[:] = 0
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.models.aux import Aux
 from maxlm.models.params import Params, bind
 from maxlm.sharding import AxisRules, bind_mesh
 
@@ -22,11 +23,14 @@ Pooling = Literal["mean", "last", "first"]
 
 EmbeddingProgram = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Returns fp32 vectors [B, D] of int32 tokens [B, S] with lengths [B]."""
+ForwardPass = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]]
+"""Returns hidden states [B, S, D] of tokens, positions and segments [B, S]."""
 PaddedBatch = tuple[list[int], np.ndarray, np.ndarray]
 """Each row's index, int32 tokens [B, S] and lengths [B]; rows beyond the indices are
 padding."""
 
 _LONG = 512
+"""Tokens of the longest rows that are computed several at once."""
 _ROWS = 8
 """Rows of a call of at most ``_LONG`` tokens a row; longer ones go one by one."""
 
@@ -49,7 +53,8 @@ class Embedder:
         self.max_length = max_length
         self._model = model
         self._params = params
-        self._ways = prod(mesh.shape[axis] for axis in model.rules.batch)
+        # Shards of the batch, over which a batch's rows must divide.
+        self._num_shards = prod(mesh.shape[axis] for axis in model.rules.batch)
         self._mesh = mesh
         self._lock = threading.Lock()
         self._programs: dict[
@@ -97,9 +102,8 @@ class Embedder:
         """
         num_virtual = self._model.num_virtual_tokens
         rows = [[0] * num_virtual + [*row] for row in rows]
-        return iterate_padded_batches(
-            rows, self.max_length + num_virtual, self._ways, is_shared
-        )
+        max_length = self.max_length + num_virtual
+        return iterate_padded_batches(rows, max_length, self._num_shards, is_shared)
 
     def compile_program(
         self,
@@ -147,22 +151,26 @@ class Embedder:
 def iterate_padded_batches(
     rows: Sequence[Sequence[int]],
     max_length: int,
-    num_ways: int,
+    num_shards: int,
     is_shared: Callable[[], bool] = lambda: False,
 ) -> Iterator[PaddedBatch]:
     """Yields rows in batches of few shapes, the longest ones first: widths are powers
-    of two, and rows ``_ROWS`` or as few as the mesh splits (``num_ways``), for a single
-    one while ``is_shared``."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    while order:
-        longest = len(rows[order[-1]])
+    of two, and rows ``_ROWS`` or as few as the mesh splits (``num_shards``), for a
+    single one while ``is_shared``."""
+    # Indices of rows, the longest last.
+    waiting = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    while waiting:
+        longest = len(rows[waiting[-1]])
+        # The next power of two from 16 on, but no more than the longest row may have.
         width = max(16, 1 << (longest - 1).bit_length())
         width = min(width, max(max_length, longest))
-        max_rows = 1 if width > _LONG or is_shared() else _ROWS
-        indices = [order.pop() for _ in range(min(len(order), max_rows))]
-        # Two shapes for each width: a single row, and _ROWS padded.
+        goes_alone = width > _LONG or is_shared()
+        max_rows = 1 if goes_alone else _ROWS
+        indices = [waiting.pop() for _ in range(min(len(waiting), max_rows))]
+        # Two shapes for each width: a single row, and _ROWS padded; both rounded up to
+        # whole shards.
         num_rows = 1 if len(indices) == 1 else _ROWS
-        num_rows = -(-num_rows // num_ways) * num_ways
+        num_rows = -(-num_rows // num_shards) * num_shards
         tokens = np.zeros((num_rows, width), np.int32)
         lengths = np.ones(num_rows, np.int32)
         for place, index in enumerate(indices):
@@ -172,7 +180,7 @@ def iterate_padded_batches(
 
 
 def compute_padded_states(
-    forward: Callable[..., Any], rules: AxisRules, tokens: jax.Array, lengths: jax.Array
+    forward: ForwardPass, rules: AxisRules, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns hidden states [B, S, D] of rows [B, S] with ``lengths`` [B] tokens each;
     the tokens' places [B, S], and the lengths [B, 1], as they are laid out."""
@@ -182,6 +190,7 @@ def compute_padded_states(
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     places = reshard(jnp.broadcast_to(places, tokens.shape), by_row)
     segments = (places < lengths).astype(jnp.int32)
+    # Padding stands at position 0, as in training.
     hidden, _ = forward(tokens, places * segments, segments)
     return hidden, places, lengths
 
@@ -196,22 +205,25 @@ def _embed(
 ) -> jax.Array:
     """Returns vectors [B, D] of rows [B, S] with ``lengths`` [B] tokens each, or what a
     head makes of them."""
-    bound: Any = bind(model, params)
+    bound = bind(model, params)
     forward = bound.forward_without_head if isinstance(bound, Encoder) else bound
     hidden, places, lengths = compute_padded_states(
         forward, model.rules, tokens, lengths
     )
+    # [B, S]: each token's weight in the pooled vector. Virtual tokens have none.
     first = model.num_virtual_tokens
     is_real = (places >= first) & (places < lengths)
-    weights = {
+    weights_by_pooling = {
         "mean": is_real / (lengths - first),
         "first": places == first,
         "last": places == lengths - 1,
     }
     hidden = reshard(hidden.astype(jnp.float32), model.rules.spec("batch", None, None))
-    pooled = jnp.einsum("bs,bsd->bd", weights[pooling].astype(jnp.float32), hidden)
+    weights = weights_by_pooling[pooling].astype(jnp.float32)
+    pooled = jnp.einsum("bs,bsd->bd", weights, hidden)
+    replicated = PartitionSpec()
     if head is not None:
-        return reshard(bound.apply_head(head, pooled), PartitionSpec())
+        return reshard(bound.apply_head(head, pooled), replicated)
     norm = jnp.sqrt(jnp.sum(pooled**2, axis=-1, keepdims=True))
     pooled /= jnp.maximum(norm, 1e-12)
-    return reshard(pooled, PartitionSpec())
+    return reshard(pooled, replicated)

@@ -1,7 +1,5 @@
 """Settings of the engine."""
 
-from typing import Any
-
 from pydantic import Field, model_validator
 
 from maxlm.config import Config
@@ -12,6 +10,7 @@ from maxlm.models.caches.config import (
     PagedCacheConfig,
     find_default_page_size,
 )
+from maxlm.runtime.json_types import JsonObject
 
 MIN_CHUNK = 16
 """Tokens of the smallest size that prompts are computed in, at most."""
@@ -61,7 +60,7 @@ class EngineConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _set_page_size(cls, settings: Any) -> Any:
+    def _set_page_size(cls, settings: JsonObject) -> JsonObject:
         """A page is a group with a scale of its own in int8 and int4: larger ones cost
         less."""
         cache = settings.get("cache")

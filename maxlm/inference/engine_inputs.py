@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.adapter_slots import AdapterSlots
 from maxlm.inference.banned_sequences import TokenMatcher, fill_draft_masks
 from maxlm.inference.engine_config import EngineConfig
@@ -71,23 +72,42 @@ class InputBuilder:
 
     def list_shapes(self) -> list[StepSizes]:
         """Lists the shapes that plans fit in, the smaller ones first."""
+        # 1, 4, 16, ... rows up to the most: few shapes to compile, and a step computes
+        # fewer than four times the rows it needs.
         max_rows = self.config.max_sequences
         row_counts = [max_rows if self.all_rows else 1]
         while row_counts[-1] < max_rows:
             row_counts.append(min(4 * row_counts[-1], max_rows))
+
+        # Tokens of a row: the last one, and behind it the drafts if there are any.
+        widths = [1]
+        if self.num_drafts:
+            widths.append(1 + self.num_drafts)
+
+        shapes: list[StepSizes] = []
         # The draft model runs a step for each draft, and one more.
         max_steps = max(self.config.decode_steps, 1 + self.num_drafts)
-        widths = list(dict.fromkeys((1, 1 + self.num_drafts)))
-        shapes = []
         for num_rows in row_counts:
             for width in widths:
-                # Rows with drafts are verified in one step.
-                steps = max_steps if width == 1 else 1
-                shapes.append(StepSizes(num_rows, width, 0, 0, steps))
+                decoding_shape = StepSizes(
+                    num_rows=num_rows,
+                    row_tokens=width,
+                    chunk_tokens=0,
+                    num_chunks=0,
+                    # Rows with drafts are verified in one step.
+                    max_steps=max_steps if width == 1 else 1,
+                )
+                shapes.append(decoding_shape)
         for chunk_tokens in self.config.chunk_sizes:
             for width in widths:
-                max_chunks = self.config.max_chunks
-                shapes.append(StepSizes(max_rows, width, chunk_tokens, max_chunks, 1))
+                mixed_shape = StepSizes(
+                    num_rows=max_rows,
+                    row_tokens=width,
+                    chunk_tokens=chunk_tokens,
+                    num_chunks=self.config.max_chunks,
+                    max_steps=1,
+                )
+                shapes.append(mixed_shape)
         return shapes
 
     def choose_shape(self, plan: ScheduledStep) -> StepSizes:
@@ -95,14 +115,17 @@ class InputBuilder:
         continuations is read, and their own programs may be compiled, it has no rows
         that decode."""
         width = 1 + self.num_drafts if plan.drafts else 1
-        chunk_tokens = Counter[int]()
+        tokens_by_shard = Counter[int]()
         for chunk in plan.prefill:
-            chunk_tokens[chunk.sequence.shard] += chunk.num_tokens
-        max_chunk_tokens = max(chunk_tokens.values(), default=0)
-        num_rows = 1 + max((row.sequence.row for row in plan.decode), default=-1)
+            tokens_by_shard[chunk.sequence.shard] += chunk.num_tokens
+        max_chunk_tokens = max(tokens_by_shard.values(), default=0)
+        # The rows of a step are the first b: the highest one that decodes counts.
+        last_row = max((row.sequence.row for row in plan.decode), default=-1)
+        num_rows = last_row + 1
 
         def fits(shape: StepSizes) -> bool:
-            if bool(shape.chunk_tokens) != bool(plan.prefill):
+            has_chunks = shape.chunk_tokens > 0
+            if has_chunks != bool(plan.prefill):
                 return False
             return (
                 shape.row_tokens == width
@@ -133,15 +156,21 @@ class InputBuilder:
         D = self.num_shards
         b, G, C, F, _ = shape
         num_results = b * G + F
+
         sequences = _list_sequences(plan)
         for sequence in sequences:
             place = (sequence.shard, sequence.row)
             if self._placed.get(place) is not sequence:
                 self._placed[place] = sequence
                 self._settings = None
+        settings = self._settings
+        if settings is None:
+            settings = self._stack_settings()
         needs_logprobs = any(
             sequence.request.top_logprobs is not None for sequence in sequences
         )
+
+        # A step in which nothing happens; what the plan has is written into it below.
         inputs = StepInputs(
             tokens=np.zeros((D, b, G), np.int32),
             computed=np.full((D, b), -1, np.int32),
@@ -154,7 +183,7 @@ class InputBuilder:
             chunk_sizes=np.zeros((D, F), np.int32),
             chunk_lengths=np.zeros((D, F), np.int32),
             page_tables=tuple(page_tables),
-            settings=self._settings or self._stack_settings(),
+            settings=settings,
             history=self._make_history(plan),
             prompt_lengths=self._prompt_lengths,
             allowed=np.zeros((D, num_results, self._num_mask_words), np.uint32),
@@ -163,6 +192,7 @@ class InputBuilder:
             needs_logprobs=np.bool_(needs_logprobs),
             adapter_masks=self._adapter_masks,
         )
+        # Tokens to compute.
         for sequence, num_tokens in plan.decode:
             place = (sequence.shard, sequence.row)
             row_tokens = [sequence.tokens[-1], *plan.drafts.get(sequence, ())]
@@ -171,16 +201,23 @@ class InputBuilder:
             inputs.counts[place] = num_tokens
         for placed_chunk in _place_chunks(plan):
             _write_chunk(inputs, placed_chunk)
+
+        # Tokens that may follow.
         if matchers:
+            # All bits set: rows without a matcher may draw any token.
             inputs.allowed[:] = np.iinfo(np.uint32).max
         for sequence, shard, place, _ in _place_results(plan, shape):
             continuations = sequence.request.continuations
             if continuations:
-                inputs.forced_tokens[shard, place] = continuations[sequence.index][-1]
+                # Chunks read a continuation up to its last token, which is the result.
+                last_token = continuations[sequence.index][-1]
+                inputs.forced_tokens[shard, place] = last_token
             matcher = matchers.get(sequence)
             if matcher is not None:
                 draft = plan.drafts.get(sequence, ())
-                masks = inputs.allowed[shard, place : place + 1 + len(draft)]
+                # A result behind the row's last token, and one behind each draft.
+                num_row_results = 1 + len(draft)
+                masks = inputs.allowed[shard, place : place + num_row_results]
                 fill_draft_masks(matcher, masks, draft)
         return inputs
 
@@ -201,6 +238,7 @@ class InputBuilder:
                     at = (0, shard, place + i)
                 token = _read_token(result, at, sequence)
                 sequence_tokens.append(token)
+                # The drafts behind one that the model did not draw are void.
                 if i < len(draft) and token.token_id != draft[i]:
                     break
         return tokens
@@ -214,61 +252,58 @@ class InputBuilder:
             sequence = chunk.sequence
             if sequence.request.prompt_logprobs is None:
                 continue
+            # Indices in the sequence: the chunk's tokens, moved by one.
             first = max(chunk.start + 1, sequence.logprobs_start)
-            end = chunk.start + chunk.num_tokens + 1
-            end = min(end, sequence.num_prompt_tokens)
+            end = min(
+                chunk.start + 1 + chunk.num_tokens,
+                sequence.num_prompt_tokens,
+            )
             following = sequence.tokens[first:end]
             # A token's log-probability stands at the place of the one before it.
-            offset = begin + first - 1 - chunk.start
-            places = slice(offset, offset + len(following))
+            first_place = begin + (first - 1 - chunk.start)
+            places = slice(first_place, first_place + len(following))
             chosen, top_ids, top = (
                 np.asarray(x)[shard, places] for x in result.prompt_logprobs
             )
-            tokens = [
-                TokenLogprob(token, float(logprob), _zip_top(ids, logprobs))
-                for token, logprob, ids, logprobs in zip(
-                    following, chosen, top_ids, top, strict=True
-                )
-            ]
+            tokens = []
+            for index, token_id in enumerate(following):
+                likeliest = _zip_top(top_ids[index], top[index])
+                tokens.append(TokenLogprob(token_id, float(chosen[index]), likeliest))
             yield chunk, tokens
 
     def _stack_settings(self) -> RowSettings:
         """Stacks what is placed in each row, and keeps it."""
         D, R = self.rows
-        placed: list[RunningSequence | None] = []
-        for place in np.ndindex(D, R):
+        num_rows = D * R
+        # An empty row has the cheapest settings, and no adapter.
+        configs: list[SamplingConfig | None] = [None] * num_rows
+        stop_ids: list[tuple[int, ...]] = [()] * num_rows
+        streams = [0] * num_rows
+        adapters: list[str | None] = [None] * num_rows
+        prompt_lengths = np.zeros(num_rows, np.int32)
+        for row, place in enumerate(np.ndindex(D, R)):
             sequence = self._placed.get(place)
-            if sequence is not None and sequence.state == "finished":
-                sequence = None  # an empty row has the cheapest settings
-            placed.append(sequence)
-        prompt_lengths = [
-            0 if sequence is None else sequence.num_prompt_tokens for sequence in placed
-        ]
-        self._prompt_lengths = np.array(prompt_lengths, np.int32).reshape(D, R)
-        masks = self.adapters.make_masks(
-            [
-                None if sequence is None else sequence.request.adapter
-                for sequence in placed
-            ]
-        )
+            if sequence is None or sequence.state == "finished":
+                continue
+            configs[row] = sequence.request.sampling
+            stop_ids[row] = sequence.stop_ids
+            streams[row] = sequence.index
+            adapters[row] = sequence.request.adapter
+            prompt_lengths[row] = sequence.num_prompt_tokens
+        self._prompt_lengths = prompt_lengths.reshape(D, R)
+        masks = self.adapters.make_masks(adapters)
         self._adapter_masks = None if masks is None else masks.reshape(D, R, -1)
-        settings = stack_settings(
-            [
-                None if sequence is None else sequence.request.sampling
-                for sequence in placed
-            ],
-            D * R,
-            stop_ids=[
-                () if sequence is None else sequence.stop_ids for sequence in placed
-            ],
-            streams=[0 if sequence is None else sequence.index for sequence in placed],
+        flat_settings = stack_settings(
+            configs, num_rows, stop_ids=stop_ids, streams=streams
         )
-        self._settings = RowSettings(*(x.reshape(D, R, *x.shape[1:]) for x in settings))
+        # [D · R, ...] -> [D, R, ...]
+        by_shard = [x.reshape(D, R, *x.shape[1:]) for x in flat_settings]
+        self._settings = RowSettings(*by_shard)
         return self._settings
 
     def _make_history(self, plan: ScheduledStep) -> np.ndarray:
-        """Each row's tokens, where a setting looks at them; else the same array
-        always."""
+        """Returns each row's tokens, int32 [D, R, T], where a setting looks at them;
+        else the same array always."""
         sequences = [
             sequence
             for sequence in _list_sequences(plan)
@@ -298,7 +333,10 @@ def _place_chunks(plan: ScheduledStep) -> list[_PlacedChunk]:
     placed = []
     for chunk in plan.prefill:
         shard = chunk.sequence.shard
-        placed.append(_PlacedChunk(chunk, shard, num_chunks[shard], num_tokens[shard]))
+        placed_chunk = _PlacedChunk(
+            chunk, shard, index=num_chunks[shard], begin=num_tokens[shard]
+        )
+        placed.append(placed_chunk)
         num_chunks[shard] += 1
         num_tokens[shard] += chunk.num_tokens
     return placed
@@ -328,8 +366,11 @@ def _write_chunk(inputs: StepInputs, placed: _PlacedChunk) -> None:
     inputs.chunk_tokens[shard, begin : begin + num_tokens] = tokens[:num_tokens]
     if sequence.request.prompt_logprobs is None:
         return
+    # Places in the chunk, from the first whose next token's log-probability is
+    # requested to the last whose next token is known and of the prompt.
     first = max(0, sequence.logprobs_start - 1 - start)
-    num_followed = min(len(tokens), sequence.num_prompt_tokens - start) - 1
+    num_prompt_tokens = min(len(tokens), sequence.num_prompt_tokens - start)
+    num_followed = num_prompt_tokens - 1
     end = max(first, num_followed)
     targets = inputs.chunk_targets[shard, begin + first : begin + end]
     targets[:] = tokens[first + 1 : end + 1]
@@ -339,12 +380,14 @@ def _read_token(
     result: StepOutputs, at: tuple[int, int, int], sequence: RunningSequence
 ) -> TokenLogprob:
     """Reads the token at (step, shard, place)."""
-    token = int(result.tokens[at])
-    chosen, top_ids, top = result.logprobs
+    token_id = int(result.tokens[at])
     if sequence.request.top_logprobs is None:
-        return TokenLogprob(token, 0.0)
-    return TokenLogprob(token, float(chosen[at]), _zip_top(top_ids[at], top[at]))
+        return TokenLogprob(token_id, 0.0)
+    chosen, top_ids, top = result.logprobs
+    likeliest = _zip_top(top_ids[at], top[at])
+    return TokenLogprob(token_id, float(chosen[at]), likeliest)
 
 
-def _zip_top(ids: np.ndarray, values: np.ndarray) -> tuple[tuple[int, float], ...]:
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+def _zip_top(ids: np.ndarray, logprobs: np.ndarray) -> tuple[tuple[int, float], ...]:
+    """Returns pairs of token id and log-probability."""
+    return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))

@@ -7,6 +7,7 @@ is not drawn.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,20 @@ LogitsChange = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
 def apply_needed(logits: jax.Array, changes: Sequence[LogitsChange]) -> jax.Array:
     """Applies changes in order, each if any of the rows [...] beside it is set; where
     none is, all of them cost one reduction and one condition."""
-    stacked = jnp.stack([rows for rows, _ in changes], axis=-1)
-    needed = jnp.any(stacked, axis=tuple(range(stacked.ndim - 1)))
+    # [..., changes] -> [changes]
+    needed_by_row = jnp.stack([rows for rows, _ in changes], axis=-1)
+    row_axes = tuple(range(needed_by_row.ndim - 1))
+    needed = jnp.any(needed_by_row, axis=row_axes)
+
+    def keep(logits):
+        return logits
 
     def apply(logits):
         for index, (_, change) in enumerate(changes):
-            logits = lax.cond(needed[index], change, lambda x: x, logits)
+            logits = lax.cond(needed[index], change, keep, logits)
         return logits
 
-    return lax.cond(jnp.any(needed), apply, lambda x: x, logits)
+    return lax.cond(jnp.any(needed), apply, keep, logits)
 
 
 def find_argmax(logits: jax.Array) -> jax.Array:
@@ -42,15 +48,20 @@ def find_argmax(logits: jax.Array) -> jax.Array:
     """
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     highest = jnp.max(logits, axis=-1, keepdims=True)
+    # A row with NaN has no entry that equals its highest: it gets the last id.
     last_id = logits.shape[-1] - 1
-    return jnp.min(jnp.where(logits == highest, ids, last_id), axis=-1)
+    highest_ids = jnp.where(logits == highest, ids, last_id)
+    return jnp.min(highest_ids, axis=-1)
 
 
 def mask_from_bits(bits: jax.Array, vocab: int) -> jax.Array:
     """Returns bool [..., vocab]: token v is bit v % 32 of word v // 32 of uint32 [...,
     words]."""
+    # [..., words] -> [..., words, 32] -> [..., words · 32]
     spread = (bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return spread.reshape(*bits.shape[:-1], -1)[..., :vocab] == 1
+    flat = spread.reshape(*bits.shape[:-1], -1)
+    # The last word may have bits past the vocabulary.
+    return flat[..., :vocab] == 1
 
 
 def count_tokens(
@@ -67,10 +78,11 @@ def count_tokens(
         fp32 [..., V].
     """
     slots = lax.broadcasted_iota(jnp.int32, history.shape, history.ndim - 1)
-    within = (slots >= starts[..., None]) & (slots < ends[..., None])
+    is_counted = (slots >= starts[..., None]) & (slots < ends[..., None])
     zeros = jnp.zeros_like(like, jnp.float32)
-    counted = jnp.where(within, history, -1)
-    return scatter_tokens("add", zeros, counted, within.astype(jnp.float32))
+    counted_ids = jnp.where(is_counted, history, -1)
+    increments = is_counted.astype(jnp.float32)
+    return scatter_tokens("add", zeros, counted_ids, increments)
 
 
 def find_repeated_ngrams(
@@ -91,37 +103,43 @@ def find_repeated_ngrams(
     # Slot t ends an n-gram that the next token would repeat if the n - 1 tokens before
     # it are the last n - 1 of the history; before a row's beginning stands -1, which no
     # token equals.
-    ends = (slots < lengths[..., None]) & (sizes[..., None] > 0)
+    ends_ngram = (slots < lengths[..., None]) & (sizes[..., None] > 0)
 
     def compare(back, carry):
         """Compares the tokens ``back`` before each slot with that ``back`` before the
         next token; of rows with shorter n-grams nothing more."""
-        ends, shifted = carry
+        ends_ngram, shifted = carry
+        # The history, moved by one more slot to the right in each pass.
         no_token = jnp.full_like(shifted[..., :1], -1)
         shifted = jnp.concatenate([no_token, shifted[..., :-1]], -1)
-        place = (lengths - back)[..., None]
-        last = jnp.take_along_axis(history, jnp.maximum(place, 0), axis=-1)
-        is_equal = (shifted == last) & (shifted >= 0) & (place >= 0)
+        last_slot = (lengths - back)[..., None]
+        last = jnp.take_along_axis(history, jnp.maximum(last_slot, 0), axis=-1)
+        is_equal = (shifted == last) & (shifted >= 0) & (last_slot >= 0)
         is_compared = back >= sizes[..., None]
-        return ends & (is_equal | is_compared), shifted
+        return ends_ngram & (is_equal | is_compared), shifted
 
+    # After T passes every longer n-gram has failed a comparison.
     longest = jnp.minimum(jnp.max(sizes), history.shape[-1] + 1)
-    ends, _ = lax.fori_loop(1, longest, compare, (ends, history))
+    ends_ngram, _ = lax.fori_loop(1, longest, compare, (ends_ngram, history))
     none = jnp.zeros_like(like, bool)
-    return scatter_tokens("max", none, jnp.where(ends, history, -1), ends)
+    completing_ids = jnp.where(ends_ngram, history, -1)
+    return scatter_tokens("max", none, completing_ids, ends_ngram)
 
 
 def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """Marks each row's k [...] likeliest tokens, with all that are as likely as the
     last of them (Fan et al. 2018)."""
-    return _keep_highest(logits, jnp.ones_like(logits), k.astype(jnp.float32))
+    # Each token weighs 1: the likelier ones are to be fewer than k.
+    weights = jnp.ones_like(logits)
+    return _keep_highest(logits, weights, k.astype(jnp.float32))
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     """Marks tokens of which the likelier ones hold less than probability p [...]
     (Holtzman et al. 2019, §3.1). Equally likely tokens stay or go together."""
     weights = _weigh(logits)
-    return _keep_highest(logits, weights, p * jnp.sum(weights, axis=-1))
+    target = p * jnp.sum(weights, axis=-1)
+    return _keep_highest(logits, weights, target)
 
 
 def keep_min_p(logits: jax.Array, share: jax.Array) -> jax.Array:
@@ -145,7 +163,9 @@ def keep_typical(logits: jax.Array, p: jax.Array) -> jax.Array:
 def _weigh(logits: jax.Array) -> jax.Array:
     """Probabilities in units of the likeliest token's."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0))
+    # A row without a token (all -inf) must not become NaN.
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    return jnp.exp(logits - highest)
 
 
 def _keep_highest(
@@ -167,34 +187,45 @@ def _keep_highest(
         # begins with those decided so far and a 0; if the values above it weigh too
         # much already, the lowest value to keep is higher: the bit is a 1.
         candidate = _to_signed(lowest | (bit - 1))[..., None]
-        above = jnp.sum(jnp.where(keys > candidate, weights, 0), axis=-1)
-        return jnp.where(above < target, lowest, lowest | bit)
+        weights_above = jnp.where(keys > candidate, weights, 0)
+        total_above = jnp.sum(weights_above, axis=-1)
+        return jnp.where(total_above < target, lowest, lowest | bit)
 
-    lowest = lax.fori_loop(0, 32, add_bit, jnp.zeros_like(target, jnp.uint32))
+    no_bits = jnp.zeros_like(target, jnp.uint32)
+    lowest = lax.fori_loop(0, 32, add_bit, no_bits)
     return keys >= _to_signed(lowest)[..., None]
 
 
 def _order_bits(values: jax.Array) -> jax.Array:
     """int32 numbers in the order of fp32 ones; both zeros are one."""
-    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # -0.0 has other bits than 0.0.
+    values = jnp.where(values == 0, 0.0, values)
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    # Negative numbers are sign and magnitude: their 31 lower bits are inverted to make
+    # a greater magnitude a smaller integer. The shift fills 32 bits with the sign.
+    sign_mask = bits >> 31
+    return bits ^ (sign_mask & 0x7FFFFFFF)
 
 
 def _to_signed(bits: jax.Array) -> jax.Array:
     """int32 numbers in the order of uint32 ones."""
-    return lax.bitcast_convert_type(bits ^ jnp.uint32(1 << 31), jnp.int32)
+    highest_bit = jnp.uint32(1 << 31)
+    return lax.bitcast_convert_type(bits ^ highest_bit, jnp.int32)
 
 
 def scatter_tokens(
-    kind: str, target: jax.Array, ids: jax.Array, values: jax.Array
+    kind: Literal["add", "max"], target: jax.Array, ids: jax.Array, values: jax.Array
 ) -> jax.Array:
     """Adds values [..., N] at ids [..., N] to the last dimension of target [..., V], or
     takes the maximum; leaves out ids outside [0, V), so that -1 stands for none."""
 
     def scatter_row(row, ids, values):
-        # A negative index would count from the end.
+        # A negative index would count from the end; one past the end is dropped.
         ids = jnp.where(ids < 0, row.shape[0], ids)
-        return getattr(row.at[ids], kind)(values, mode="drop")
+        entries = row.at[ids]
+        if kind == "add":
+            return entries.add(values, mode="drop")
+        return entries.max(values, mode="drop")
 
     # Indexed by rows, a scatter is refused on a mesh that splits them; mapped over rows
     # it is not.

@@ -159,8 +159,8 @@ class ModelRunner:
         )
 
 
-def _choose_program(shape: StepSizes) -> Any:
-    """The jitted step for a shape; Any: JAX names no type of a jitted function."""
+def _choose_program(shape: StepSizes) -> jax.stages.Wrapped:
+    """Returns the jitted step for a shape."""
     is_decoding_on_cpu = get_platform() == "cpu" and not shape.chunk_tokens
     return run_decoding_step if is_decoding_on_cpu else run_step
 

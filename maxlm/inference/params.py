@@ -1,7 +1,7 @@
 """Parameters as inference reads them."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from maxlm.models.params import (
     FusedKernel,
     Params,
     ParamSpec,
+    StoredParam,
     UnstackedParam,
     flatten_names,
     is_leaf,
@@ -26,36 +27,44 @@ def prepare_params(model: Model, params: Params) -> Params:
     """Returns parameters laid out for use: in their compute layout on the mesh that
     they lie on, matrices and tables cast to the compute dtype, the decoder's layers out
     of their stacks. One array after the other, so that little is held twice."""
-    stack_prefixes = tuple(f"{stack}." for stack in getattr(model, "stacks", {}))
+    stacks = getattr(model, "stacks", {})
+    stack_prefixes = tuple(f"{stack}." for stack in stacks)
+    # Layers leave their stacks, so that no mesh axis splits them.
     rules = model.rules.model_copy(update={"layers": ()})
 
-    def lay_out(spec: ParamSpec, x: jax.Array, unstack: bool) -> Any:
+    def lay_out(
+        spec: ParamSpec, x: jax.Array, unstack: bool
+    ) -> jax.Array | list[jax.Array]:
+        # Vectors (norms, sinks) stay as precise as they are stored.
         is_float = jnp.issubdtype(spec.dtype, jnp.floating)
         is_cast = is_float and spec.role in ("matrix", "table")
         dtype = jnp.dtype(model.dtype if is_cast else x.dtype)
+        layout = rules.spec(*spec.axes)
         num_layer_axes = spec.num_layer_axes if unstack else 0
-        return _lay_out(x, rules.spec(*spec.axes), dtype, num_layer_axes)
+        return _lay_out(x, layout, dtype, num_layer_axes)
 
-    def prepare(name: str, spec: Any, value: Any) -> Any:
+    def prepare(name: str, spec: StoredParam, value: StoredParam) -> StoredParam:
         unstack = name.startswith(stack_prefixes)
         laid_out = jax.tree.map(partial(lay_out, unstack=unstack), spec, value)
         if not unstack:
             return laid_out
         # A leaf of several arrays, each now a list over layers → a leaf for each layer.
         structure = jax.tree.structure(value)
-        arrays_by_layer = zip(*structure.flatten_up_to(laid_out), strict=True)
-        return UnstackedParam(tuple(map(structure.unflatten, arrays_by_layer)))
+        layers_by_array = structure.flatten_up_to(laid_out)
+        arrays_by_layer = zip(*layers_by_array, strict=True)
+        layers = [structure.unflatten(arrays) for arrays in arrays_by_layer]
+        return UnstackedParam(tuple(layers))
 
-    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    with jax.set_mesh(mesh):
         specs = flatten_names(param_specs(model), is_leaf)
-        values = {
-            name: prepare(name, specs[name], value)
-            for name, value in flatten_names(params, is_leaf).items()
-        }
+        values: dict[str, StoredParam] = {}
+        for name, value in flatten_names(params, is_leaf).items():
+            values[name] = prepare(name, specs[name], value)
+
         for names in _list_joint_kernels(model, specs):
-            kernels_by_layer = zip(
-                *(values[name].layers for name in names), strict=True
-            )
+            layers_by_kernel = [values[name].layers for name in names]
+            kernels_by_layer = zip(*layers_by_kernel, strict=True)
             fused = [
                 FusedKernel(_fuse_kernels(kernels)) for kernels in kernels_by_layer
             ]
@@ -72,15 +81,20 @@ def prepare_params(model: Model, params: Params) -> Params:
 def _lay_out(
     x: jax.Array, spec: PartitionSpec, dtype: jnp.dtype, num_layer_axes: int
 ) -> jax.Array | list[jax.Array]:
-    """The array, or where it has axes that count layers a list of each layer's."""
+    """Returns the array, or where it has axes that count layers a list of each
+    layer's."""
     x = reshard(x.astype(dtype), spec)
     if not num_layer_axes:
         return x
-    return list(x.reshape(-1, *x.shape[num_layer_axes:]))
+    layer_shape = x.shape[num_layer_axes:]
+    return list(x.reshape(-1, *layer_shape))
 
 
-def _list_joint_kernels(model: Model, specs: dict[str, Any]) -> list[list[str]]:
-    """Names of kernels that one product can read together."""
+def _list_joint_kernels(
+    model: Model, specs: Mapping[str, StoredParam]
+) -> list[list[str]]:
+    """Returns the names of kernels that one product can read together, a list for each
+    product."""
     joint_kernels: list[list[str]] = []
     # Only kernels whose inputs are whole lie side by side (can_fuse_kernels).
     if model.rules.residual or model.rules.embed:
@@ -89,13 +103,14 @@ def _list_joint_kernels(model: Model, specs: dict[str, Any]) -> list[list[str]]:
         for layer in (block.mixer, block.ffn):
             for group in getattr(layer, "joint_projections", ()):
                 names = [f"{stack}.{layer.name}.{part}.kernel" for part in group]
-                group_specs = [specs.get(name) for name in names]
-                layouts = [
-                    model.rules.spec(*spec.axes[spec.num_layer_axes :])
-                    for spec in group_specs
-                    if isinstance(spec, ParamSpec)
-                ]
-                # One that is absent, or stored as other than one array, is not fused.
+                layouts: list[PartitionSpec] = []
+                for name in names:
+                    spec = specs.get(name)
+                    # One that is absent, or stored as other than one array, is not
+                    # fused.
+                    if isinstance(spec, ParamSpec):
+                        layer_axes = spec.axes[spec.num_layer_axes :]
+                        layouts.append(model.rules.spec(*layer_axes))
                 is_complete = len(layouts) == len(names)
                 if is_complete and can_fuse_kernels(layouts):
                     joint_kernels.append(names)

@@ -55,36 +55,45 @@ class Scorer:
         and not empty. A context too long loses its first tokens. ``on_progress`` is
         told how many pairs are done. Raises MaxlmError: a continuation that is longer
         than the engine's longest sequence."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, pair in enumerate(pairs):
-            groups.setdefault(self._cut_context(*pair), []).append(index)
-        self._num_calls += 1
-        # Contexts that begin alike come one after the other, the next ones from the
-        # end.
-        waiting = sorted(groups, reverse=True)
+        # Indices of the pairs that share a context: one request scores them all.
+        indices_by_context: dict[tuple[int, ...], list[int]] = {}
+        for index, (full_context, continuation) in enumerate(pairs):
+            context = self._cut_context(full_context, continuation)
+            indices_by_context.setdefault(context, []).append(index)
+        # Contexts that begin alike come one after the other, so that the cache has
+        # their common pages; the next ones from the end.
+        waiting = sorted(indices_by_context, reverse=True)
         running: dict[str, list[int]] = {}
         scores: dict[int, ContinuationScore] = {}
         engine = self.engine
-        room = 2 * self.engine.config.max_sequences * self.engine.num_shards
+        self._num_calls += 1
+        # Twice as many as run at once: some wait when rows become free.
+        max_added = 2 * engine.config.max_sequences * engine.num_shards
         while waiting or running:
-            while waiting and sum(map(len, running.values())) < room:
+            num_added = sum(len(indices) for indices in running.values())
+            while waiting and num_added < max_added:
                 context = waiting.pop()
                 request_id = f"score-{self._num_calls}-{len(waiting)}"
-                indices = groups[context]
+                indices = indices_by_context[context]
                 running[request_id] = indices
+                num_added += len(indices)
                 continuations = [pairs[index][1] for index in indices]
                 request = make_score_request(request_id, context, continuations)
                 engine.add_request(request)
             for output in engine.step():
-                index = running[output.request_id][output.sequence_index]
-                scores[index] = read_score(output, pairs[index][1])
-                if all(index in scores for index in running[output.request_id]):
+                indices = running[output.request_id]
+                index = indices[output.sequence_index]
+                _, continuation = pairs[index]
+                scores[index] = read_score(output, continuation)
+                if all(index in scores for index in indices):
                     del running[output.request_id]
             if on_progress is not None:
                 on_progress(len(scores))
         return [scores[index] for index in range(len(pairs))]
 
     def _cut_context(self, context: Tokens, continuation: Tokens) -> tuple[int, ...]:
+        """Returns the last tokens of a context, as many as fit before a
+        continuation."""
         longest = self.engine.config.max_length
         if len(continuation) > longest:
             message = (
@@ -117,10 +126,15 @@ def make_score_request(
 
 def read_score(output: SequenceOutput, continuation: Tokens) -> ContinuationScore:
     """Returns the score of a continuation that the engine has read."""
+    # All tokens but the last belong to the prompt, which the engine reads; the last one
+    # is its output.
     entries = [*(output.prompt_logprobs or ()), *output.logprobs]
     assert [entry.token_id for entry in entries] == [*continuation]
     logprobs = tuple(entry.logprob for entry in entries)
-    is_greedy = all(entry.token_id == entry.top[0][0] for entry in entries)
+    is_greedy = True
+    for entry in entries:
+        likeliest_id, _ = entry.top[0]
+        is_greedy &= entry.token_id == likeliest_id
     return ContinuationScore(sum(logprobs), is_greedy, logprobs)
 
 
@@ -141,7 +155,10 @@ class MaskedScorer:
     many are before."""
 
     def __post_init__(self) -> None:
-        self._ways = prod(self.mesh.shape[axis] for axis in self.model.rules.batch)
+        # Shards of the batch, over which a batch's rows must divide.
+        self._num_shards = prod(
+            self.mesh.shape[axis] for axis in self.model.rules.batch
+        )
         self._run = bind_mesh(self.mesh, jax.jit(_score_masked, static_argnums=0))
 
     def score(
@@ -154,34 +171,23 @@ class MaskedScorer:
         longest row."""
         if not pairs:
             return []
-        rows: list[list[int]] = []
-        masked: list[int] = []
-        length = self.model.config.max_seq_len
-        num_wrapping = len(self.wrap([])[0])
-        for context, continuation in pairs:
-            room = length - num_wrapping - len(continuation)
-            if room < 0:
-                message = (
-                    f"a continuation has {len(continuation):,} tokens, and the model "
-                    f"reads {length:,}, those at a text's ends included "
-                    "(model.max_seq_len)"
-                )
-                raise MaxlmError(message, fix="score it in parts")
-            context = context[max(0, len(context) - room) :]
-            row, start = self.wrap([*context, *continuation])
-            first = start + len(context)
-            # A row for each of the continuation's tokens, which is masked in it.
-            masked += range(first, first + len(continuation))
-            rows += [row] * len(continuation)
-        masked_places = np.array(masked, np.int32)
+        rows, masked_places = self._make_rows(pairs)
+
+        # Of each row, in the order of rows.
         logprobs = np.zeros(len(rows))
         is_greedy = np.zeros(len(rows), bool)
         num_done = 0
-        for batch, tokens, lengths in iterate_padded_batches(rows, length, self._ways):
-            num_rows = len(batch)  # without padding
-            places = np.zeros(len(lengths), np.int32)
+        batches = iterate_padded_batches(
+            rows, self.model.config.max_seq_len, self._num_shards
+        )
+        for batch, tokens, lengths in batches:
+            # `batch` has the rows' indices; behind them `tokens` has rows of padding,
+            # whose places and results do not count.
+            num_rows = len(batch)
+            num_padded_rows = len(lengths)
+            places = np.zeros(num_padded_rows, np.int32)
             places[:num_rows] = masked_places[batch]
-            targets = tokens[np.arange(len(lengths)), places]
+            targets = tokens[np.arange(num_padded_rows), places]
             tokens[np.arange(num_rows), masked_places[batch]] = self.mask_id
             batch_logprobs, batch_greedy = self._run(
                 self.model, self.params, tokens, lengths, places, targets
@@ -191,6 +197,7 @@ class MaskedScorer:
             num_done += num_rows
             if on_progress is not None:
                 on_progress(num_done * len(pairs) // len(rows))
+
         scores = []
         start = 0
         for _, continuation in pairs:
@@ -205,6 +212,32 @@ class MaskedScorer:
             scores.append(score)
         return scores
 
+    def _make_rows(
+        self, pairs: Sequence[tuple[Tokens, Tokens]]
+    ) -> tuple[list[list[int]], np.ndarray]:
+        """Returns a row for each token of each pair's continuation, and the place of
+        that token in it, int32 [rows]."""
+        rows: list[list[int]] = []
+        masked_places: list[int] = []
+        longest = self.model.config.max_seq_len
+        num_wrapping = len(self.wrap([])[0])
+        for context, continuation in pairs:
+            room = longest - num_wrapping - len(continuation)
+            if room < 0:
+                message = (
+                    f"a continuation has {len(continuation):,} tokens, and the model "
+                    f"reads {longest:,}, those at a text's ends included "
+                    "(model.max_seq_len)"
+                )
+                raise MaxlmError(message, fix="score it in parts")
+            # Not context[-room:], which is all of it where there is no room.
+            context = context[max(0, len(context) - room) :]
+            row, num_before = self.wrap([*context, *continuation])
+            first = num_before + len(context)
+            masked_places += range(first, first + len(continuation))
+            rows += [row] * len(continuation)
+        return rows, np.array(masked_places, np.int32)
+
 
 def _score_masked(
     model: Encoder,
@@ -218,11 +251,15 @@ def _score_masked(
     S], and whether each is the likeliest token there."""
     bound = bind(model, params)
     hidden, _, _ = compute_padded_states(bound, model.rules, tokens, lengths)
-    places, targets = (
-        reshard(x, model.rules.spec("batch"))[:, None] for x in (places, targets)
-    )
+    by_row = model.rules.spec("batch")
+    # [B] -> [B, 1]
+    places = reshard(places, by_row)[:, None]
+    targets = reshard(targets, by_row)[:, None]
+    # [B, S, D] -> [B, 1, D]: logits of the masked places alone.
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    logprobs = jax.nn.log_softmax(bound.logits(hidden)[:, 0].astype(jnp.float32))
+    logits = bound.logits(hidden)[:, 0].astype(jnp.float32)
+    logprobs = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, targets, axis=-1)[:, 0]
     is_greedy = jnp.argmax(logprobs, axis=-1) == targets[:, 0]
-    return reshard(chosen, PartitionSpec()), reshard(is_greedy, PartitionSpec())
+    replicated = PartitionSpec()
+    return reshard(chosen, replicated), reshard(is_greedy, replicated)

@@ -4,7 +4,7 @@ does not."""
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from posixpath import normpath
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.documents.config import is_installed_text
@@ -108,7 +108,7 @@ def list_places(run: RunConfig) -> dict[str, str]:
     return {key: path for key, path in places.items() if path}
 
 
-def _has_path(hint: Any) -> bool:
+def _has_path(hint: object) -> bool:
     """Returns whether a field's type is, or holds, a local path."""
     return hint == LocalPath or any(_has_path(part) for part in get_args(hint))
 

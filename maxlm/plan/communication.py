@@ -88,17 +88,20 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         passes = _count_layer_passes(shape, layers)
         yield from _list_attention_collectives(shape, attention, passes)
 
-    norm_elements = sum(
-        spec.size
-        for spec in work.select_trained(work.specs)
-        if spec.num_layer_axes and spec.role == "vector" and not spec.sign_update
-    )
+    # Gradients of norms are summed over all tokens, layer by layer, in fp32.
+    norm_elements = 0
+    for spec in work.select_trained(work.specs):
+        is_layer_vector = spec.num_layer_axes > 0 and spec.role == "vector"
+        # One with sign_update has no gradient of the loss (ParamSpec).
+        if is_layer_vector and not spec.sign_update:
+            norm_elements += spec.size
+    norm_bytes_per_layer = norm_elements / work.num_layers * FP32
     passes = _count_layer_passes(shape, work.num_layers)
     yield PlannedCollective(
         "norms: gradients",
         "all-reduce",
         (*rules.batch, *rules.residual),
-        norm_elements / work.num_layers * FP32,
+        norm_bytes_per_layer,
         passes.backward,
         "backward",
         waits=False,
@@ -117,13 +120,9 @@ def _list_matmul_collectives(
     (``parallel/linear.py``)."""
     work = shape.work
     rules = shape.split.compute
-    first_kernel = group.kernels[0]
-    is_latent = group.input_features == "latent"
-    width = work.config.model.d_model
-    if is_latent:
-        width = prod(first_kernel.shape[: first_kernel.num_input_dims])
-    size = shape.micro_batch_tokens * group.token_ratio * work.dtype_bytes * width
+    forward, backward = passes
 
+    # The kernels themselves; and the mesh axes that split their inputs and outputs.
     token_axes = (*rules.batch, *rules.seq)
     input_axes: set[str] = set()
     output_axes: set[str] = set()
@@ -132,40 +131,60 @@ def _list_matmul_collectives(
         input_axes |= _mesh_axes(rules, kernel.axes[: kernel.num_input_dims])
         output_axes |= _mesh_axes(rules, kernel.axes[kernel.num_input_dims :])
 
+    # Activations: the arrays that are sent are as wide as the residual stream, or as a
+    # latent vector; all have the same bytes.
+    is_latent = group.input_features == "latent"
+    width = work.config.model.d_model
+    if is_latent:
+        first_kernel = group.kernels[0]
+        width = prod(first_kernel.shape[: first_kernel.num_input_dims])
+    tokens = shape.micro_batch_tokens * group.token_ratio
+    activation_bytes = tokens * work.dtype_bytes * width
+
     def send(
         content: str, kind: str, axes: MeshAxes, forward: Number, backward: Number
     ) -> Iterator[PlannedCollective]:
-        runs = _Runs(forward, backward)
-        return _in_both_passes(f"{group.name}: {content}", kind, axes, size, runs)
+        """Yields a collective with its runs forward and backward."""
+        return _in_both_passes(
+            f"{group.name}: {content}",
+            kind,
+            axes,
+            activation_bytes,
+            _Runs(forward, backward),
+        )
 
     # Axes that split the residual stream's sequence alone: Megatron's sequence
     # parallelism gathers and scatters over them where it would all-reduce.
-    sequence = shape.split.sequence_parallel
-    forward, backward = passes
+    sequence_axes = shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
     is_parallel = work.is_parallel_to_attention(group)
     shares_input = is_parallel and work.config.model.placement == "parallel_shared"
+
+    # Inputs, and their gradients: partial sums over the axes that split outputs.
     if is_latent:
         axes = tuple(sorted(output_axes))
         yield from send("its gradient", "all-reduce", axes, 0, backward)
     if group.input_features == "memory":
         # An encoder's output is the same in all layers: gathered once a pass.
         once = shape.stage_passes_with_bubble
-        yield from send("input", "all-gather", sequence, once, 0)
+        yield from send("input", "all-gather", sequence_axes, once, 0)
     if group.input_features == "residual" and not shares_input:
-        yield from send("input", "all-gather", sequence, forward, backward)
+        yield from send("input", "all-gather", sequence_axes, forward, backward)
     if group.input_features in ("residual", "memory"):
-        rest = _without(sorted(output_axes), sequence)
-        yield from send("its gradient", "reduce-scatter", sequence, 0, backward)
-        yield from send("its gradient", "all-reduce", rest, 0, backward)
+        other_axes = _without(sorted(output_axes), sequence_axes)
+        yield from send("its gradient", "reduce-scatter", sequence_axes, 0, backward)
+        yield from send("its gradient", "all-reduce", other_axes, 0, backward)
+
+    # Outputs: partial sums over the axes that split inputs; and their gradients.
     if group.output_features == "residual":
-        rest = _without(sorted(input_axes), sequence)
+        other_axes = _without(sorted(input_axes), sequence_axes)
         recomputes = shape.remat != "none" and work.backward_needs_branch_output(group)
         again = backward if recomputes else 0
-        gradient_gathers = 0 if is_parallel else backward
-        yield from send("output", "reduce-scatter", sequence, forward, again)
-        yield from send("its gradient", "all-gather", sequence, 0, gradient_gathers)
-        yield from send("output", "all-reduce", rest, forward, again)
+        # A parallel branch has attention's gradient, which is gathered there.
+        gathers = 0 if is_parallel else backward
+        yield from send("output", "reduce-scatter", sequence_axes, forward, again)
+        yield from send("its gradient", "all-gather", sequence_axes, 0, gathers)
+        yield from send("output", "all-reduce", other_axes, forward, again)
 
 
 def _mesh_axes(rules: AxisRules, logical_axes: Iterable[str | None]) -> set[str]:
@@ -181,15 +200,18 @@ def _list_weight_collectives(
     experts', and all of a 1F1B pipeline, are gathered from such shares too.
     """
     split = shape.split
-    is_gathered = 1.0
-    if split.gradients != split.storage and "expert" not in kernel.axes:
+    # 1.0 or 0.0, of each candidate.
+    is_gathered: Number = 1.0
+    is_zero_2 = split.gradients != split.storage
+    if is_zero_2 and "expert" not in kernel.axes:
         is_gathered = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
+    gathers = _Runs(is_gathered * passes.forward, is_gathered * passes.backward)
     yield from _in_both_passes(
         kernel.name,
         "all-gather",
         split.gather_axes(split.gradients, kernel),
         shape.gathered_weight_bytes(kernel),
-        _Runs(is_gathered * passes.forward, is_gathered * passes.backward),
+        gathers,
         waits=False,
     )
     if kernel.is_trained:
@@ -205,15 +227,22 @@ def _list_gradient_collectives(
     split the tokens."""
     split = shape.split
     content = f"{kernel.name}: gradient"
-    size = shape.gathered_weight_bytes(kernel)
-    scattered = split.gather_axes(split.gradients, kernel)
+    whole_bytes = shape.gathered_weight_bytes(kernel)
+    scattered_axes = split.gather_axes(split.gradients, kernel)
     yield PlannedCollective(
-        content, "reduce-scatter", scattered, size, runs, "backward", waits=False
+        content,
+        "reduce-scatter",
+        scattered_axes,
+        whole_bytes,
+        runs,
+        "backward",
+        waits=False,
     )
-    rest = _without(token_axes, scattered)
-    share = size / split.num_devices(scattered)
+    # The share that is left is summed over the other axes of tokens.
+    other_axes = _without(token_axes, scattered_axes)
+    share_bytes = whole_bytes / split.num_devices(scattered_axes)
     yield PlannedCollective(
-        content, "all-reduce", rest, share, runs, "backward", waits=False
+        content, "all-reduce", other_axes, share_bytes, runs, "backward", waits=False
     )
 
 
@@ -227,7 +256,6 @@ def _list_attention_collectives(
     rules = split.compute
     heads = attention.heads
     method = work.config.parallel.context
-    tokens = shape.micro_batch_tokens * attention.token_ratio
     if method == "all_gather":
         yield from _list_gathered_context(shape, attention, passes)
     elif method == "ring":
@@ -235,6 +263,8 @@ def _list_attention_collectives(
     else:
         yield from _list_ulysses_context(shape, attention, passes)
     if heads.shared_key_dim:
+        # A part of the keys that all heads share: each device has its heads' sum.
+        tokens = shape.micro_batch_tokens * attention.token_ratio
         yield PlannedCollective(
             "attention: shared keys' gradient",
             "all-reduce",
@@ -244,18 +274,22 @@ def _list_attention_collectives(
             "backward",
         )
     if rules.heads and not rules.mesh_axes(heads.kv_axis):
+        # Every device has all kv heads, and the sum over its query heads.
         # What blocks add up is in fp32; attention of a whole sequence gives its own
         # dtype.
-        adds_blocks = np.greater(split.num_devices(rules.seq), 1)
-        adds_blocks = adds_blocks & (method != "ulysses")
+        is_sequence_split = np.greater(split.num_devices(rules.seq), 1)
+        adds_blocks = is_sequence_split & (method != "ulysses")
         itemsize = np.where(adds_blocks, FP32, work.dtype_bytes)
         kv_elements = _count_kv_elements_per_head(shape, attention) * heads.num_kv_heads
+        # Elements are counted for tokens of queries; keys may be more or fewer.
+        gradient_bytes = kv_elements * itemsize * attention.key_len
+        gradient_bytes = gradient_bytes / attention.query_len
         yield PlannedCollective(
             "whole kv heads: gradients",
             "all-reduce",
             rules.heads,
-            kv_elements * itemsize * attention.key_len / attention.query_len,
-            2 * passes.backward,
+            gradient_bytes,
+            2 * passes.backward,  # of keys and of values
             "backward",
         )
 
@@ -268,7 +302,8 @@ def _count_kv_elements_per_head(shape: StepShape, attention: AttentionShape) -> 
     of the sequence; two such arrays are sent. Of a query and its output likewise."""
     heads = attention.heads
     tokens = shape.micro_batch_tokens * attention.token_ratio
-    return tokens * (heads.head_dim + heads.value_dim) / 2
+    key_and_value_dims = heads.head_dim + heads.value_dim
+    return tokens * key_and_value_dims / 2
 
 
 def _count_read_kv_heads(shape: StepShape, attention: AttentionShape) -> Number:
@@ -278,30 +313,35 @@ def _count_read_kv_heads(shape: StepShape, attention: AttentionShape) -> Number:
     kv_axes = split.compute.mesh_axes(attention.heads.kv_axis)
     kv_ways = split.num_devices(kv_axes)
     head_ways = split.num_devices(split.compute.heads)
-    kv_heads = attention.heads.num_kv_heads / kv_ways
-    return np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / head_ways, 1))
+    kv_heads_here = attention.heads.num_kv_heads / kv_ways
+    # Query heads are split into as many parts or more: a part reads its share of the kv
+    # heads, one at least.
+    kv_heads_of_part = np.maximum(kv_heads_here * kv_ways / head_ways, 1)
+    return np.minimum(kv_heads_here, kv_heads_of_part)
 
 
 def _list_gathered_context(
     shape: StepShape, attention: AttentionShape, passes: _Runs
 ) -> Iterator[PlannedCollective]:
-    """Keys and values of the whole sequence, on each device."""
+    """Lists all-gathers of keys and values, of the whole sequence on each device, and
+    the reductions of their gradients."""
     axes = shape.split.compute.seq
-    heads = _count_read_kv_heads(shape, attention)
-    local = _count_kv_elements_per_head(shape, attention) * heads
-    whole = local * shape.split.num_devices(axes)
+    kv_heads = _count_read_kv_heads(shape, attention)
+    elements_here = _count_kv_elements_per_head(shape, attention) * kv_heads
+    whole_elements = elements_here * shape.split.num_devices(axes)
+    # Twice a pass: keys, and values.
     yield from _in_both_passes(
         _KEYS_AND_VALUES,
         "all-gather",
         axes,
-        whole * shape.work.dtype_bytes,
+        whole_elements * shape.work.dtype_bytes,
         _Runs(2 * passes.forward, 2 * passes.backward),
     )
     yield from _in_both_passes(
         "attention: their gradients",
         "reduce-scatter",
         axes,
-        whole * FP32,
+        whole_elements * FP32,
         _Runs(0, 2 * passes.backward),
     )
 
@@ -309,42 +349,44 @@ def _list_gathered_context(
 def _list_ring_context(
     shape: StepShape, attention: AttentionShape, passes: _Runs
 ) -> Iterator[PlannedCollective]:
-    """Blocks of keys and values, passed from device to device (Liu et al. 2023, arXiv
-    2310.01889)."""
+    """Lists permutes of blocks of keys and values, passed from device to device (Liu et
+    al. 2023, arXiv 2310.01889), and of their gradients."""
     work = shape.work
     axes = shape.split.compute.seq
-    ways = shape.split.num_devices(axes)
-    heads = _count_read_kv_heads(shape, attention)
-    block = _count_kv_elements_per_head(shape, attention) * heads
+    ring_size = shape.split.num_devices(axes)
+    kv_heads = _count_read_kv_heads(shape, attention)
+    block_elements = _count_kv_elements_per_head(shape, attention) * kv_heads
     # A balanced sequence has early tokens everywhere: no step of the ring can be left
     # out for a window.
     window = None if work.config.parallel.balance_sequence else attention.window
-    steps = 2 * count_ring_steps(ways, attention.query_len / ways, window)
+    tokens_here = attention.query_len / ring_size
+    # Two permutes a step: keys, and values.
+    permutes = 2 * count_ring_steps(ring_size, tokens_here, window)
     recomputes = work.is_attention_recomputed(shape.remat)
     again = passes.backward if recomputes else 0
     yield from _in_both_passes(
         _KEYS_AND_VALUES,
         "collective-permute",
         axes,
-        block * work.dtype_bytes,
-        _Runs(steps * passes.forward, steps * (passes.backward + again)),
+        block_elements * work.dtype_bytes,
+        _Runs(permutes * passes.forward, permutes * (passes.backward + again)),
     )
     # Gradients travel with their blocks, and a last step home.
-    gradient_steps = np.where(np.greater(steps, 0), steps + 2, 0)
+    gradient_permutes = np.where(np.greater(permutes, 0), permutes + 2, 0)
     yield from _in_both_passes(
         "attention: their gradients",
         "collective-permute",
         axes,
-        block * FP32,
-        _Runs(0, gradient_steps * passes.backward),
+        block_elements * FP32,
+        _Runs(0, gradient_permutes * passes.backward),
     )
 
 
 def _list_ulysses_context(
     shape: StepShape, attention: AttentionShape, passes: _Runs
 ) -> Iterator[PlannedCollective]:
-    """Parts of the sequence, exchanged for parts of the heads (Jacobs et al. 2023,
-    arXiv 2309.14509)."""
+    """Lists exchanges of parts of the sequence for parts of the heads (Jacobs et al.
+    2023, arXiv 2309.14509)."""
     work = shape.work
     split = shape.split
     axes = split.compute.seq
@@ -352,18 +394,25 @@ def _list_ulysses_context(
     heads = attention.heads
     forward, backward = passes
     again = backward if work.is_attention_recomputed(shape.remat) else 0
-    read = _count_read_kv_heads(shape, attention)
+
+    # Bytes of a head's keys or of its values, on average.
+    kv_heads = _count_read_kv_heads(shape, attention)
     # Where devices do not divide the kv heads, each head goes to several of them.
-    read_heads = np.asarray(np.maximum(read, 1), int)
-    copies = ways / np.gcd(read_heads, np.asarray(ways, int))
-    kv_elements = _count_kv_elements_per_head(shape, attention) * read * copies
+    whole_kv_heads = np.asarray(np.maximum(kv_heads, 1), int)
+    copies = ways / np.gcd(whole_kv_heads, np.asarray(ways, int))
+    kv_elements = _count_kv_elements_per_head(shape, attention) * kv_heads * copies
+    kv_bytes = kv_elements * work.dtype_bytes
     # Several devices' gradients of one head are added up in fp32.
     gradient_itemsize = np.where(np.greater(copies, 1), FP32, work.dtype_bytes)
+    kv_gradient_bytes = kv_elements * gradient_itemsize
 
+    # Bytes of queries and output of the heads that a device has.
     tokens = shape.micro_batch_tokens * attention.token_ratio
     query_heads = heads.num_heads / split.num_devices(split.compute.heads)
-    queries = tokens * heads.head_dim * query_heads * work.dtype_bytes
-    output = tokens * heads.value_dim * query_heads * work.dtype_bytes
+    query_bytes = tokens * heads.head_dim * query_heads * work.dtype_bytes
+    output_bytes = tokens * heads.value_dim * query_heads * work.dtype_bytes
+    # Of a query's gradient, or of an output's, on average.
+    query_gradient_bytes = (query_bytes + output_bytes) / 2
 
     def exchange(
         content: str, size: Number, forward_runs: Number, backward_runs: Number
@@ -371,15 +420,12 @@ def _list_ulysses_context(
         runs = _Runs(forward_runs, backward_runs)
         return _in_both_passes(content, "all-to-all", axes, size, runs)
 
-    keys_and_values = kv_elements * work.dtype_bytes
-    kv_gradients = kv_elements * gradient_itemsize
-    query_gradients = (queries + output) / 2
-    yield from exchange("attention: queries", queries, forward, backward)
-    yield from exchange(_KEYS_AND_VALUES, keys_and_values, 2 * forward, 2 * backward)
-    yield from exchange("attention: output", output, forward + again, 0)
-    yield from exchange("attention: gradients", query_gradients, 0, 2 * backward)
+    yield from exchange("attention: queries", query_bytes, forward, backward)
+    yield from exchange(_KEYS_AND_VALUES, kv_bytes, 2 * forward, 2 * backward)
+    yield from exchange("attention: output", output_bytes, forward + again, 0)
+    yield from exchange("attention: gradients", query_gradient_bytes, 0, 2 * backward)
     yield from exchange(
-        "attention: gradients of keys and values", kv_gradients, 0, 2 * backward
+        "attention: gradients of keys and values", kv_gradient_bytes, 0, 2 * backward
     )
 
 
@@ -429,37 +475,49 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         runs = _Runs(forward_runs, backward_runs)
         return _in_both_passes(f"experts: {content}", kind, axes, size, runs)
 
+    # Rows of tokens, to their experts' devices and back.
     token_bytes = work.config.model.d_model * work.dtype_bytes
     exchange = "all-to-all"
     rows = shape.expert_buffer_rows
     if shape.ragged and experts.capacity_factor is None:
+        # As many rows as there are, in place of buffers for the worst case.
         exchange = "ragged-all-to-all"
         rows = shape.micro_batch_tokens * experts.experts_per_token
-    routed = rows * token_bytes
+    row_bytes = rows * token_bytes
     needs_output = any(work.backward_needs_branch_output(group) for group in groups)
     input_again = backward if shape.remat != "none" else 0
     output_again = input_again if needs_output else 0
-    ways = rules.expert
-    yield from send("rows there", exchange, ways, routed, forward, input_again)
-    yield from send("rows back", exchange, ways, routed, forward, output_again)
-    yield from send("gradients there", exchange, ways, routed, 0, backward)
-    yield from send("gradients back", exchange, ways, routed, 0, backward)
+    expert_axes = rules.expert
+    yield from send(
+        "rows there", exchange, expert_axes, row_bytes, forward, input_again
+    )
+    yield from send(
+        "rows back", exchange, expert_axes, row_bytes, forward, output_again
+    )
+    yield from send("gradients there", exchange, expert_axes, row_bytes, 0, backward)
+    yield from send("gradients back", exchange, expert_axes, row_bytes, 0, backward)
 
-    # Shared experts gather the same arrays, and so does attention beside; the compiler
-    # gathers them once.
-    sequence = split.sequence_parallel
+    # The arrays around experts, as around any FFN (_list_matmul_collectives). Shared
+    # experts gather the same arrays, and so does attention beside; the compiler gathers
+    # them once.
+    sequence_axes = split.sequence_parallel
     is_parallel = any(work.is_parallel_to_attention(group) for group in groups)
     shares_input = is_parallel and work.config.model.placement == "parallel_shared"
-    input_axes = () if experts.has_shared or shares_input else sequence
-    gradient_axes = () if experts.has_shared or is_parallel else sequence
-    rest = _without(rules.mlp, sequence)
-    tokens = shape.micro_batch_tokens * token_bytes
+    input_axes = () if experts.has_shared or shares_input else sequence_axes
+    gradient_axes = () if experts.has_shared or is_parallel else sequence_axes
+    # A hidden layer that is split leaves partial sums.
+    other_axes = _without(rules.mlp, sequence_axes)
+    stream_bytes = shape.micro_batch_tokens * token_bytes
     output_runs = backward + output_again
-    yield from send("output", "reduce-scatter", sequence, tokens, forward, output_runs)
-    yield from send("output", "all-reduce", rest, tokens, forward, output_runs)
-    yield from send("input", "all-gather", input_axes, tokens, forward, backward)
     yield from send(
-        "output's gradient", "all-gather", gradient_axes, tokens, 0, backward
+        "output", "reduce-scatter", sequence_axes, stream_bytes, forward, output_runs
+    )
+    yield from send(
+        "output", "all-reduce", other_axes, stream_bytes, forward, output_runs
+    )
+    yield from send("input", "all-gather", input_axes, stream_bytes, forward, backward)
+    yield from send(
+        "output's gradient", "all-gather", gradient_axes, stream_bytes, 0, backward
     )
 
 
@@ -501,21 +559,26 @@ def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     yield from _list_weight_collectives(shape, work.head, gathers, no_token_axes)
     if work.head.is_trained:
         token_axes = (*rules.batch, *rules.residual, *_stage_axes(shape))
-        rest = _without(token_axes, rules.vocab)
-        yield from _list_gradient_collectives(shape, work.head, runs, rest)
+        # Devices with other parts of the vocabulary have other parts of the gradient.
+        summed_axes = _without(token_axes, rules.vocab)
+        yield from _list_gradient_collectives(shape, work.head, runs, summed_axes)
 
-    sequence = shape.split.sequence_parallel
-    shared = tuple(axis for axis in sequence if axis in rules.vocab)
-    others = _without(rules.vocab, sequence)
-    hidden = shape.embedding_loss_tokens * work.config.model.d_model * work.dtype_bytes
+    # Axes that split both tokens and vocabulary: each device needs all of their tokens
+    # for its part of the vocabulary.
+    sequence_axes = shape.split.sequence_parallel
+    shared_axes = tuple(axis for axis in sequence_axes if axis in rules.vocab)
+    other_axes = _without(rules.vocab, sequence_axes)
+    hidden_width = work.config.model.d_model
+    hidden_bytes = shape.embedding_loss_tokens * hidden_width * work.dtype_bytes
     yield PlannedCollective(
-        "loss: hidden states", "all-gather", shared, hidden, runs, "backward"
+        "loss: hidden states", "all-gather", shared_axes, hidden_bytes, runs, "backward"
+    )
+    content = "loss: their gradient"
+    yield PlannedCollective(
+        content, "reduce-scatter", shared_axes, hidden_bytes, runs, "backward"
     )
     yield PlannedCollective(
-        "loss: their gradient", "reduce-scatter", shared, hidden, runs, "backward"
-    )
-    yield PlannedCollective(
-        "loss: their gradient", "all-reduce", others, hidden, runs, "backward"
+        content, "all-reduce", other_axes, hidden_bytes, runs, "backward"
     )
 
 
@@ -536,38 +599,52 @@ def _list_lookup_collectives(
     split = shape.split
     rules = split.compute
     runs = shape.embedding_calls
-    vocab = rules.mesh_axes(table.axes[0])
-    sequence = split.sequence_parallel
+    vocab_axes = rules.mesh_axes(table.axes[0])
+    sequence_axes = split.sequence_parallel
     token_axes = (*rules.batch, *rules.seq)
+    # Axes that split the table's columns in storage, and tokens in use.
     stored_axes = split.gather_axes(split.gradients, table)
-    exchanged = tuple(axis for axis in stored_axes if axis in token_axes)
-    summed = _without(vocab, sequence)
+    exchanged_axes = tuple(axis for axis in stored_axes if axis in token_axes)
+    summed_axes = _without(vocab_axes, sequence_axes)
 
     tokens = shape.embedding_loss_tokens * rate
-    rows = tokens * work.config.model.d_model * work.dtype_bytes
-    rows_share = rows / split.num_devices(sequence)
+    rows_bytes = tokens * work.config.model.d_model * work.dtype_bytes
+    rows_share_bytes = rows_bytes / split.num_devices(sequence_axes)
     content = f"{table.name}: rows"
     yield PlannedCollective(
-        content, "all-to-all", exchanged, rows_share, runs, "forward"
+        content, "all-to-all", exchanged_axes, rows_share_bytes, runs, "forward"
     )
-    yield PlannedCollective(content, "reduce-scatter", sequence, rows, runs, "forward")
-    yield PlannedCollective(content, "all-reduce", summed, rows, runs, "forward")
+    yield PlannedCollective(
+        content, "reduce-scatter", sequence_axes, rows_bytes, runs, "forward"
+    )
+    yield PlannedCollective(
+        content, "all-reduce", summed_axes, rows_bytes, runs, "forward"
+    )
 
     if not table.is_trained:
         return
     content = f"{table.name}: gradient"
     num_shards = split.num_shards(split.gradients, table.axes)
-    table_share = table.size * work.dtype_bytes / num_shards
-    rest = _without((*token_axes, *_stage_axes(shape)), (*exchanged, *vocab))
+    table_share_bytes = table.size * work.dtype_bytes / num_shards
+    all_token_axes = (*token_axes, *_stage_axes(shape))
+    reduced_axes = _without(all_token_axes, (*exchanged_axes, *vocab_axes))
     yield PlannedCollective(
-        content, "all-reduce", rest, table_share, runs, "backward", waits=False
+        content,
+        "all-reduce",
+        reduced_axes,
+        table_share_bytes,
+        runs,
+        "backward",
+        waits=False,
     )
     # Once for all tables: rows of each are added up, and have the same gradient.
     if is_token_table:
         yield PlannedCollective(
-            content, "all-to-all", exchanged, rows_share, runs, "backward"
+            content, "all-to-all", exchanged_axes, rows_share_bytes, runs, "backward"
         )
-        yield PlannedCollective(content, "all-gather", sequence, rows, runs, "backward")
+        yield PlannedCollective(
+            content, "all-gather", sequence_axes, rows_bytes, runs, "backward"
+        )
 
 
 def _stage_axes(shape: StepShape) -> MeshAxes:
@@ -582,21 +659,23 @@ def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work = shape.work
     split = shape.split
     axes = split.compute.layers
-    stream = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
+    stream_width = work.config.model.d_model
+    stream_bytes = shape.residual_tokens * stream_width * work.dtype_bytes
+    # Other schedules carry inputs and results as well.
     arrays_per_turn = 1 if shape.one_f_one_b else 3
     runs = arrays_per_turn * shape.pipeline_iterations
     permute = "collective-permute"
     yield PlannedCollective(
-        "pipeline: to the next stage", permute, axes, stream, runs, "forward"
+        "pipeline: to the next stage", permute, axes, stream_bytes, runs, "forward"
     )
     yield PlannedCollective(
-        "pipeline: to the one before", permute, axes, stream, runs, "backward"
+        "pipeline: to the one before", permute, axes, stream_bytes, runs, "backward"
     )
     if shape.one_f_one_b:
         # Each stage computes the ends' gradients of its own micro-batches.
-        ends = split.local_bytes(split.gradients, work.non_layer_specs.values())
+        end_bytes = split.local_bytes(split.gradients, work.non_layer_specs.values())
         yield PlannedCollective(
-            "ends: gradients", "all-reduce", axes, ends, 1.0, "once"
+            "ends: gradients", "all-reduce", axes, end_bytes, 1.0, "once"
         )
 
 
@@ -610,11 +689,14 @@ def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     for name, spec in work.specs.items():
         if name not in work.trained_names:
             continue
+        moment_axes: dict[str, None] = {}  # an ordered set
+        for logical in spec.axes:
+            moment_axes |= dict.fromkeys(split.optimizer.mesh_axes(logical))
+        # Moments' shards are gathered into the parameter's.
         stored_axes = _mesh_axes(split.storage, spec.axes)
-        moment_axes = [
-            axis for logical in spec.axes for axis in split.optimizer.mesh_axes(logical)
-        ]
-        axes = _without(dict.fromkeys(moment_axes), stored_axes)
-        size = split.local_bytes(split.storage, [spec])
+        gathered_axes = _without(moment_axes, stored_axes)
+        whole_bytes = split.local_bytes(split.storage, [spec])
         content = f"{name.partition('.kernel')[0]}: update"
-        yield PlannedCollective(content, "all-gather", axes, size, 1.0, "once")
+        yield PlannedCollective(
+            content, "all-gather", gathered_axes, whole_bytes, 1.0, "once"
+        )

@@ -1,13 +1,13 @@
 """Two plans of runs side by side: what differs."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Group
 from rich.text import Text
 
 from maxlm.plan.show import format_bytes, format_seconds, make_table
+from maxlm.runtime.json_types import JsonObject
 
 
 class StoredParameter(BaseModel):
@@ -25,11 +25,13 @@ class StoredParameter(BaseModel):
     def layout(self) -> str:
         """The dimensions with the mesh axes that split them, and a device's bytes, in
         words."""
-        sizes = [
-            f"{size}→{'+'.join(axes)}" if axes else str(size)
-            for size, axes in zip(self.shape, self.spec, strict=True)
-        ]
-        return f"{' × '.join(sizes)}: {format_bytes(self.bytes_per_device)}"
+        dimensions: list[str] = []
+        for size, mesh_axes in zip(self.shape, self.spec, strict=True):
+            dimension = str(size)
+            if mesh_axes:
+                dimension += f"→{'+'.join(mesh_axes)}"
+            dimensions.append(dimension)
+        return f"{' × '.join(dimensions)}: {format_bytes(self.bytes_per_device)}"
 
 
 class StoredCollective(BaseModel):
@@ -56,8 +58,8 @@ class StoredPlan(BaseModel):
     remat: str
     micro_batches: int
     fits: bool | None
-    machine: dict[str, Any] | None
-    memory: dict[str, Any]
+    machine: JsonObject | None
+    memory: JsonObject
     """Bytes of a device, by part."""
     time: dict[str, float | None] | None
     goodput: dict[str, float] | None
@@ -86,17 +88,22 @@ def _compare(
     first: Mapping[str, Value], second: Mapping[str, Value]
 ) -> dict[str, tuple[Value, Value]]:
     """Returns the pairs of values that differ, in the order of their keys."""
-    differing = {}
+    differing: dict[str, tuple[Value, Value]] = {}
     for key in dict.fromkeys([*first, *second]):
-        pair = (first.get(key), second.get(key))
-        if pair[0] != pair[1]:
-            differing[key] = pair
+        first_value = first.get(key)
+        second_value = second.get(key)
+        if first_value != second_value:
+            differing[key] = (first_value, second_value)
     return differing
 
 
 def _list_parts(plan: StoredPlan) -> dict[str, Mapping[str, Value]]:
+    """Returns the values to compare, by the parts of :data:`_TITLES`."""
+    machine = None if plan.machine is None else plan.machine.get("name")
+    # Rounded: digits that nobody sees are no difference.
+    goodput = None if plan.goodput is None else round(plan.goodput["best"], 4)
     facts: dict[str, Value] = {
-        "machine": None if plan.machine is None else plan.machine.get("name"),
+        "machine": machine,
         "devices": plan.devices,
         "parameters": plan.parameters,
         "active parameters": plan.active_parameters,
@@ -105,12 +112,12 @@ def _list_parts(plan: StoredPlan) -> dict[str, Mapping[str, Value]]:
         "remat": plan.remat,
         "micro-batches": plan.micro_batches,
         "fits": plan.fits,
-        "goodput": None if plan.goodput is None else round(plan.goodput["best"], 4),
+        "goodput": goodput,
     }
-    sent: dict[str, float] = {}
+    sent_bytes: dict[str, float] = {}
     for collective in plan.collectives:
         key = f"{collective.kind} over {'+'.join(collective.axes)}"
-        sent[key] = sent.get(key, 0.0) + collective.sent_bytes
+        sent_bytes[key] = sent_bytes.get(key, 0.0) + collective.sent_bytes
     # Parts of the working set have other names in each phase: only their sum compares.
     memory = {
         part: size for part, size in plan.memory.items() if part != "working_sets"
@@ -120,7 +127,7 @@ def _list_parts(plan: StoredPlan) -> dict[str, Mapping[str, Value]]:
         "mesh": plan.mesh,
         "memory": memory,
         "time": plan.time or {},
-        "communication": sent,
+        "communication": sent_bytes,
         "parameters": {row.path: row.layout for row in plan.rows},
     }
 
@@ -188,4 +195,5 @@ def _format_change(first: Value, second: Value) -> str:
         return ""
     if first <= 0 or second < 0:
         return ""
-    return f"{second / first - 1:+.1%}"
+    relative_change = second / first - 1
+    return f"{relative_change:+.1%}"

@@ -247,21 +247,28 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     causal = 0.0
     for stack in work.stacks:
         layer_tokens = stack.num_layers * stack.token_ratio
+        # Weights that a token is multiplied with.
         for group in stack.matmul_groups:
             met = met_share if group.has_experts else 1
             weights += group.size * stack.num_layers * group.token_ratio * met
         if stack.router is not None:
             weights += stack.router.size * layer_tokens
+
+        # What layers state beside.
         extra_flops = sum(branch.costs.extra_flops for branch in stack.branches)
         full += extra_flops * layer_tokens
         causal += extra_flops * layer_tokens
+
+        # Queries by keys, and scores by values: each 2 FLOPs an element.
         for attention, num_layers in stack.attention_layer_counts.items():
             heads = attention.heads
             width = heads.num_heads * (heads.head_dim + heads.value_dim)
-            queries = 2.0 * width * num_layers * attention.token_ratio
-            products = queries * attention.key_len
+            flops_per_key = 2.0 * width * num_layers * attention.token_ratio
+            products = flops_per_key * attention.key_len
             full += products
             causal += products * (0.5 if attention.causal else 1.0)
+    # The backward pass takes twice the forward FLOPs.
+    weight_flops = 6.0 * weights
     return TrainingFlopsPerToken(
-        full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal
+        full=weight_flops + 3 * full, causal=weight_flops + 3 * causal
     )

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from maxlm.plan.topology import TPUS, Topology, parse_topology
 from maxlm.plan.torus import find_torus_dimensions
 from maxlm.plan.workload import FP32, MeshPartitioning, RunWorkload, StepShape
 from maxlm.run.config import RunConfig, resolve_micro_batches
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
 
@@ -48,7 +48,7 @@ class Machine(Network):
         return cls(topology, chip, name)
 
     @classmethod
-    def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
+    def from_devices(cls, devices: Sequence[jax.Device]) -> "Machine | None":
         """Returns the machine that these devices, real or only described, are; None: a
         kind whose figures are not known."""
         # Of another process's devices the memory cannot be asked for.
@@ -91,7 +91,7 @@ class Machine(Network):
             check_tensor_within_host(sizes, self.topology.shape[-1])
         return sizes
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         topology = self.topology
         chip = self.chip
         return {
@@ -121,7 +121,7 @@ class CollectiveCost(PlannedCollective):
     seconds: float | None
     """Seconds of a step."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns plain data; ``content`` is called "what" there."""
         fields = asdict(self)
         return {"what": fields.pop("content"), **fields}
@@ -196,7 +196,7 @@ class RunPlan:
         seconds = steps * self.step_seconds / self.goodput.best
         return seconds / 3600
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns plain data, the layout's first."""
         limit = self.memory_limit_bytes
         margin = None if limit is None else limit - float(self.memory.total)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import isqrt
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import yaml
@@ -26,6 +26,7 @@ from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run.config import RunConfig
 from maxlm.run.placement import require_run_trainable
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
@@ -124,7 +125,8 @@ def search_layouts(
         num_divisible += len(shape.micro_batches)
         memory, _, step_time = estimate_costs(shape, machine)
         assert step_time is not None
-        seconds, peak_bytes, micro_batches, *mesh = np.broadcast_arrays(
+        # A figure that is the same for all candidates is a single number until here.
+        seconds, peak_bytes, micro_batches, *mesh_columns = np.broadcast_arrays(
             step_time.total,
             memory.total,
             shape.micro_batches,
@@ -132,21 +134,22 @@ def search_layouts(
         )
         min_peak_bytes = min(min_peak_bytes, float(peak_bytes.min()))
         fits = peak_bytes <= SAFE_FILL_RATIO * machine.chip.memory_bytes
+        sizes = dict(zip(MESH_AXES, mesh_columns, strict=True))
         group = _FittingCandidates(
             remat=shape.remat,
             residual=shape.work.config.sharding.compute.residual,
             seconds=seconds[fits],
             memory=peak_bytes[fits],
             micro_batches=micro_batches[fits],
-            sizes={
-                axis: sizes[fits] for axis, sizes in zip(MESH_AXES, mesh, strict=True)
-            },
+            sizes={axis: column[fits] for axis, column in sizes.items()},
         )
         groups.append(group)
 
     candidates = _rank_candidates(groups)
     search_seconds = time.perf_counter() - began
     num_fitting = sum(len(group.seconds) for group in groups)
+
+    # The plan of each candidate makes the checks that formulas do not.
     best: list[Candidate] = []
     num_refused = 0
     refusal = None
@@ -190,11 +193,14 @@ def _list_shapes(
     """Yields the number of candidates with one remat policy and one set of rules, and
     the steps of those that divide as they must."""
     dtype = resolve_compute_dtype(config.compute_dtype, machine.topology.platform)
+
+    # Every mesh with every number of micro-batches.
     has_experts = config.model.moe is not None
     axes = [axis for axis in MESH_AXES if axis != "expert" or has_experts]
     meshes = list(_list_factorisations(machine.topology.devices, len(axes)))
-    pairs = list(product(meshes, list_divisors(config.data.batch_size)))
-    mesh_columns = np.array([mesh for mesh, _ in pairs], float).T
+    micro_batch_counts = list_divisors(config.data.batch_size)
+    pairs = list(product(meshes, micro_batch_counts))
+    mesh_columns = np.array([mesh for mesh, _ in pairs], float).T  # [axes, pairs]
     micro_batches = np.array([count for _, count in pairs], float)
     sizes = {axis: np.ones(len(pairs)) for axis in MESH_AXES}
     sizes |= dict(zip(axes, mesh_columns, strict=True))
@@ -219,8 +225,10 @@ def _list_shapes(
 
 def list_divisors(n: int) -> list[int]:
     """Lists the divisors of a positive number in ascending order."""
+    # Divisors come in pairs, of which one is at most the root.
     small = [divisor for divisor in range(1, isqrt(n) + 1) if n % divisor == 0]
-    return sorted({*small, *(n // divisor for divisor in small)})
+    large = [n // divisor for divisor in small]
+    return sorted({*small, *large})
 
 
 def _list_factorisations(n: int, num_factors: int) -> Iterator[tuple[int, ...]]:
@@ -240,21 +248,27 @@ def _find_divisible(
     machine: Machine,
 ) -> np.ndarray:
     """Marks candidates that meet every check of a run, and divide its parameters."""
-    split = MeshPartitioning(work.config, sizes)
+    # The checks of a run: [requirements, candidates] -> [candidates].
     requirements = require_run_trainable(work.config, sizes, micro_batches)
     met = np.broadcast_arrays(*(requirement.is_met for requirement in requirements))
     divides = np.all(np.stack(met), axis=0)
+
+    # Every dimension of every parameter, wherever it is split.
+    split = MeshPartitioning(work.config, sizes)
     all_rules = (split.storage, split.gradients, split.optimizer, split.compute)
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for rules in all_rules:
-                divides &= size % split.num_devices(rules.mesh_axes(axis)) == 0
+                num_shards = split.num_devices(rules.mesh_axes(axis))
+                divides &= size % num_shards == 0
+
     topology = machine.topology
     if topology.platform == "gpu":
         # Tensor parallelism stays within a host.
         gpus_per_host = topology.shape[-1]
         divides &= gpus_per_host % sizes["tensor"] == 0
     if topology.platform == "tpu" and topology.slices > 1:
+        # One of the axes that may cross slices crosses all of them.
         crosses = [sizes[axis] % topology.slices == 0 for axis in BETWEEN_SLICES]
         divides &= np.any(crosses, axis=0)
     return divides
@@ -274,13 +288,13 @@ def format_run_yaml(run: RunConfig, source: str) -> str:
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
-def _select_differing(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Returns the part of ``high`` that differs from ``low``."""
-    differing: dict[str, Any] = {}
-    for key, value in high.items():
-        if key in low and low[key] == value:
+def _select_differing(defaults: JsonObject, settings: JsonObject) -> JsonObject:
+    """Returns the part of ``settings`` that differs from ``defaults``."""
+    differing: JsonObject = {}
+    for key, value in settings.items():
+        if key in defaults and defaults[key] == value:
             continue
-        if isinstance(value, dict) and isinstance(low.get(key), dict):
-            value = _select_differing(low[key], value)
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            value = _select_differing(defaults[key], value)
         differing[key] = value
     return differing

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -63,6 +63,7 @@ from maxlm.plan.workload import (
 )
 from maxlm.run.config import RunConfig
 from maxlm.run.placement import place_run
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import MeshConfig
 
 WeightFormat = Literal["auto", "fp8", "int8"]
@@ -234,10 +235,14 @@ class ServedModel:
         """Counts the bytes of so many rows at their full length, by what they are
         for."""
         model = self.work.config.model
+
+        # Of each sequence: its logits in fp32, with what sampling makes of them, and
+        # its caches.
         vocab_ways = float(self._count_shards(("vocab",)))
-        # In fp32, with what sampling makes of them.
-        logits = 2 * FP32 * model.vocab_size / vocab_ways
-        sequence = logits + self.count_cache_bytes(self.options.length)
+        logits_bytes = 2 * FP32 * model.vocab_size / vocab_ways
+        cache_bytes = self.count_cache_bytes(self.options.length)
+        sequence_bytes = logits_bytes + cache_bytes
+
         # A chunk of a prompt in a layer: the residual stream and its norms, and all
         # that the layer's matrices write.
         layer_width = max(
@@ -250,15 +255,15 @@ class ServedModel:
         return {
             "weights": sum(self.weight_bytes.values()),
             "working": chunk_tokens * bytes_per_token,
-            "sequences": rows * sequence,
+            "sequences": rows * sequence_bytes,
         }
 
     def count_max_rows(self) -> int:
-        """Counts the sequences that fit."""
+        """Counts the sequences of a replica that fit."""
         parts = self.count_memory_bytes(1)
-        room = SAFE_FILL_RATIO * self.machine.chip.memory_bytes
-        room = room - parts["weights"] - parts["working"]
-        return max(int(room / parts["sequences"]), 0)
+        usable_bytes = SAFE_FILL_RATIO * self.machine.chip.memory_bytes
+        free_bytes = usable_bytes - parts["weights"] - parts["working"]
+        return max(int(free_bytes / parts["sequences"]), 0)
 
     def _plan_pass(self, tokens: int, rows: Number) -> tuple[StepShape, StepTime]:
         """Plans the forward pass of so many tokens of so many rows on each replica,
@@ -300,18 +305,26 @@ class ServedModel:
         efficiency = EFFICIENCY[chip.family]
         length = self.options.prompt
         shape, time = self._plan_pass(length, prompts)
-        # Logits are computed of each prompt's last token alone.
+
+        # Seconds of computing. Logits are computed of each prompt's last token alone:
+        # those of the others are taken off.
         matmul_rate = chip.peak_flops[self.matmul_dtype] * efficiency.matmul
         bandwidth = chip.memory_bandwidth * efficiency.memory
         loss_products = count_device_flops(shape).loss / matmul_rate
         loss_traffic = estimate_elementwise_bytes(shape).loss / bandwidth
-        other_tokens = 1 - 1 / length
-        computing = time.forward - other_tokens * (loss_products + loss_traffic)
-        reading = self.count_read_weight_bytes(prompts * length) / self.read_bandwidth
+        share_of_other_tokens = 1 - 1 / length
+        saved = share_of_other_tokens * (loss_products + loss_traffic)
+        computing = time.forward - saved
+
+        # Seconds of reading weights, and of communication, a part of which hides behind
+        # the longer of the two.
+        read_bytes = self.count_read_weight_bytes(prompts * length)
+        reading = read_bytes / self.read_bandwidth
         busy = np.maximum(reading, computing)
         hidden = np.minimum(time.communication * efficiency.hidden, busy)
         exposed = time.communication - hidden
-        return busy + exposed + DECODE_EFFICIENCY[chip.family].step_seconds
+        overhead = DECODE_EFFICIENCY[chip.family].step_seconds
+        return busy + exposed + overhead
 
     def estimate_decode_seconds(self, rows: Number) -> dict[str, Number]:
         """Estimates the seconds of a step that adds a token to every row: its parts,
@@ -326,19 +339,24 @@ class ServedModel:
         bandwidth = chip.memory_bandwidth * efficiency.memory
 
         shape, time = self._plan_pass(1, rows)
+        # Seconds of reading weights, and of multiplying by them.
         flops = count_device_flops(shape)
-        moved = estimate_elementwise_bytes(shape)
-        read_weights = self.count_read_weight_bytes(rows) / self.read_bandwidth
+        weight_reading = self.count_read_weight_bytes(rows) / self.read_bandwidth
         products = (flops.forward + flops.loss) / matmul_rate
+
+        # Seconds of reading caches, and of attention over them.
         # On average a row has its prompt and half of its answer.
         context = self.options.prompt + -(-self.options.new // 2)
-        read_cache = rows * self.count_cache_bytes(context) / self.read_bandwidth
+        cache_reading = rows * self.count_cache_bytes(context) / self.read_bandwidth
         attention = rows * self._count_attention_flops(context) / attention_rate
-        traffic = (moved.forward + moved.loss) / bandwidth
+
+        # Seconds of element-wise maps, and of what layers state beside products.
+        elementwise_bytes = estimate_elementwise_bytes(shape)
+        traffic = (elementwise_bytes.forward + elementwise_bytes.loss) / bandwidth
         extra = count_extra_forward_flops(shape) / chip.vector_flops
         parts = {
-            "weights": np.maximum(read_weights, products),
-            "cache": np.maximum(read_cache, attention),
+            "weights": np.maximum(weight_reading, products),
+            "cache": np.maximum(cache_reading, attention),
             "traffic": traffic + extra,
             "communication": time.communication,
             "overhead": DECODE_EFFICIENCY[chip.family].step_seconds,
@@ -358,11 +376,13 @@ class ServedModel:
                 continue
             width = heads.head_dim + heads.value_dim
             if layer.specs.value is None:
-                # Latent attention: the value is a part of the key.
-                vector = jax.tree.leaves(layer.specs.key)[0].shape[-1]
-                width = 2 * vector - heads.shared_key_dim
-            seen = min(context, layer.window or context)
-            flops += 2 * num_layers * heads.num_heads * width * seen / head_ways
+                # Latent attention: the value is the key's vector without its rotary
+                # part.
+                key_width = jax.tree.leaves(layer.specs.key)[0].shape[-1]
+                width = 2 * key_width - heads.shared_key_dim
+            num_seen = min(context, layer.window or context)
+            # A product and a sum for each element of the keys and values seen.
+            flops += 2 * num_layers * heads.num_heads * width * num_seen / head_ways
         return flops
 
 
@@ -386,7 +406,7 @@ class ServingPlan:
     """A model served on one split; plain data but for classes like this one."""
 
     name: str
-    machine: dict[str, Any]
+    machine: JsonObject
     devices: int
     mesh: dict[str, int]
     cache: CacheFormat
@@ -421,11 +441,14 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
     max_tpot = (options.tpot_ms or np.inf) / 1e3
     curve_rows = min(max(max_rows, 1), _MAX_ROWS)
     point = _choose_point(served, curve_rows, max_tpot)
-    memory = served.count_memory_bytes(-(-point.batch // replicas))
+    # The fullest replica's.
+    rows = -(-point.batch // replicas)
+    memory = served.count_memory_bytes(rows)
     memory |= {"total": sum(memory.values()), "limit": chip.memory_bytes}
     ttft_seconds = float(served.estimate_prefill_seconds())
     meets_tpot = point.tpot_seconds <= max_tpot
     meets_ttft = 1e3 * ttft_seconds <= (options.ttft_ms or np.inf)
+    # Rates at 1, 2, 4, ... rows of a replica, at the most that fit, and at the plan's.
     doubled = [replicas * 2**i for i in range(curve_rows.bit_length())]
     curve_batches = sorted({*doubled, replicas * curve_rows, point.batch})
     decode_efficiency = DECODE_EFFICIENCY[chip.family]._asdict()
@@ -473,22 +496,22 @@ def list_serving_points(
     time = served.estimate_decode_seconds(rows)
     # A token's share of the passes that compute all rows' prompts, several at once if
     # short.
-    together = np.clip(PREFILL_CHUNK // served.options.prompt, 1, rows)
-    passes_per_token = rows / together / served.options.new
-    prefill_share = passes_per_token * served.estimate_prefill_seconds(together)
-    tpot = time["total"] + prefill_share
+    prompts_per_pass = np.clip(PREFILL_CHUNK // served.options.prompt, 1, rows)
+    passes_per_token = rows / prompts_per_pass / served.options.new
+    pass_seconds = served.estimate_prefill_seconds(prompts_per_pass)
+    tpot = time["total"] + passes_per_token * pass_seconds
+    # A figure that is the same at every number of sequences is a single number.
     columns = np.broadcast_arrays(tpot, *time.values())
-    points = []
+    points: list[ServingPoint] = []
     for batch, *figures in zip(batches, *columns, strict=True):
-        tpot_seconds, *parts = (float(figure) for figure in figures)
-        points.append(
-            ServingPoint(
-                batch=batch,
-                tpot_seconds=tpot_seconds,
-                tokens_per_second=batch / tpot_seconds,
-                time=dict(zip(time, parts, strict=True)),
-            )
+        tpot_seconds, *part_seconds = (float(figure) for figure in figures)
+        point = ServingPoint(
+            batch=batch,
+            tpot_seconds=tpot_seconds,
+            tokens_per_second=batch / tpot_seconds,
+            time=dict(zip(time, part_seconds, strict=True)),
         )
+        points.append(point)
     return tuple(points)
 
 

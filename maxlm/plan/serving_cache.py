@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import cycle
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,11 @@ from maxlm.models.caches.config import (
     QuantizedCacheConfig,
     find_default_page_size,
 )
-from maxlm.models.caches.layout import CacheLayout, choose_feature_multiple
+from maxlm.models.caches.layout import (
+    CacheLayout,
+    LayerCache,
+    choose_feature_multiple,
+)
 
 CacheFormat = Literal["auto", "int8", "int4"]
 """auto: the compute dtype."""
@@ -24,13 +28,13 @@ PAGE_TOKENS = 32
 """Tokens of a page of those in the compute dtype."""
 
 
-class LayerCache(NamedTuple):
+class LayerCacheKind(NamedTuple):
     """Arrays that a layer keeps."""
 
     stack: str
     window: int | None
     """Most tokens that it needs."""
-    specs: Any
+    specs: LayerCache
     """A pytree of :class:`~maxlm.models.caches.CacheArraySpec`, for one row and one
     page."""
     dtype: DTypeLike
@@ -44,7 +48,7 @@ def count_layer_caches(
     cache: CacheFormat = "auto",
     platform: str = "cpu",
     head_ways: int = 1,
-) -> Counter[LayerCache]:
+) -> Counter[LayerCacheKind]:
     """Counts the layers that have each cache, by
     :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
@@ -59,21 +63,22 @@ def count_layer_caches(
         head_ways=head_ways,
     )
     specs_by_stack = model.cache_specs(layout)
-    counts: Counter[LayerCache] = Counter()
+    counts: Counter[LayerCacheKind] = Counter()
     for stack in model.config.layer_stacks:
         # Layers take their kinds in turns.
         kinds = cycle(stack.kinds)
         for specs, kind in zip(specs_by_stack[stack.name], kinds, strict=False):
-            counts[
-                LayerCache(stack.name, kind.window, specs, model.dtype, page_size)
-            ] += 1
+            cache_kind = LayerCacheKind(
+                stack.name, kind.window, specs, model.dtype, page_size
+            )
+            counts[cache_kind] += 1
     return counts
 
 
 def count_sequence_bytes(
-    caches: Mapping[LayerCache, int],
+    caches: Mapping[LayerCacheKind, int],
     length: int,
-    count_shards: Callable[[tuple[str | None, ...]], Any] = lambda axes: 1,
+    count_shards: Callable[[tuple[str | None, ...]], float] = lambda axes: 1,
 ) -> float:
     """Counts the bytes that a sequence of ``length`` tokens has on a device.
 
@@ -89,14 +94,18 @@ def count_sequence_bytes(
             window_pages = -(-(layer.window - 1) // layer.page_size) + 1
             pages = min(pages, window_pages)
         for array in jax.tree.leaves(layer.specs):
-            elements = prod(array.shape) * (pages if array.unit == "page" else 1)
+            # Shapes are of one page, or of what a row keeps whatever its length.
+            elements = prod(array.shape)
+            if array.unit == "page":
+                elements *= pages
             itemsize = jnp.dtype(array.dtype or layer.dtype).itemsize
+            # Without the first axis, which counts shards of the batch.
             num_shards = float(count_shards(array.axes[1:]))
             size += num_layers * elements * itemsize / num_shards
     return size
 
 
-def count_token_bytes(caches: Mapping[LayerCache, int]) -> float:
+def count_token_bytes(caches: Mapping[LayerCacheKind, int]) -> float:
     """Counts the bytes that one more token takes, before a window is full."""
     page = max(layer.page_size for layer in caches)
     one_page = count_sequence_bytes(caches, page)

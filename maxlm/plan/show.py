@@ -27,25 +27,32 @@ def format_bytes(size: float) -> str:
     sign = "-" if size < 0 else ""
     size = abs(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
+        # 1023.5 and more would be rounded to 1024 of the unit.
         if size < 1023.5:
             return f"{sign}{_three_digits(size)} {unit}"
         size /= 1024
     return f"{sign}{_three_digits(size)} TiB"
 
 
+_COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
 def format_count(count: float) -> str:
     """Formats ``6.74B``: thousands, millions, billions, trillions."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= limit:
-            return f"{_three_digits(count / limit)}{unit}"
+    for unit_size, unit in _COUNT_UNITS:
+        if count >= unit_size:
+            return f"{_three_digits(count / unit_size)}{unit}"
     return f"{count:.0f}"
 
 
 def format_seconds(seconds: float) -> str:
     """Formats ``1.5 ms``, ``12 s``, ``3.2 h``, ``14 days``."""
-    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
-        if seconds < limit:
-            return f"{_three_digits(seconds * scale)} {unit}"
+    if seconds < 1e-3:
+        return f"{_three_digits(seconds * 1e6)} µs"
+    if seconds < 1:
+        return f"{_three_digits(seconds * 1e3)} ms"
+    if seconds < 120:
+        return f"{_three_digits(seconds)} s"
     if seconds < 7200:
         return f"{_three_digits(seconds / 60)} min"
     hours = seconds / 3600
@@ -56,7 +63,9 @@ def format_seconds(seconds: float) -> str:
 
 def _three_digits(value: float) -> str:
     """Formats three significant digits, never in scientific notation."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+    if value >= 99.95:  # rounded to three digits, 100 or more
+        return f"{value:.0f}"
+    return f"{value:.3g}"
 
 
 def render_plan_tables(
@@ -65,20 +74,21 @@ def render_plan_tables(
     """Renders a plan, with the price of an accelerator's hour in whatever currency."""
     parts: list[RenderableType] = [render_layout_facts(plan.layout)]
     if plan.machine:
-        parts.append(Text(f"{plan.machine.name}: {plan.machine.topology.description}"))
+        machine = f"{plan.machine.name}: {plan.machine.topology.description}"
+        parts.append(Text(machine))
         parts.append(Text(format_fit_verdict(plan), style="bold"))
         parts.append(Text(format_run_estimate(plan, price_per_device_hour)))
         if plan.known_time_errors:
-            parts.append(
-                Text(format_known_time_errors(plan.known_time_errors), style="bold")
-            )
+            warning = format_known_time_errors(plan.known_time_errors)
+            parts.append(Text(warning, style="bold"))
     parts.append(_render_parameters(plan.layout))
     parts.append(_render_memory(plan))
-    cache_bytes = plan.shape.work.cache_bytes
-    if cache_bytes:
-        tokens = f"{plan.shape.work.tokens_per_row.decoder:,} tokens"
-        size = format_bytes(cache_bytes)
-        parts.append(Text(f"caches of one row of {tokens} in generation: {size}"))
+    work = plan.shape.work
+    if work.cache_bytes:
+        num_tokens = work.tokens_per_row.decoder
+        size = format_bytes(work.cache_bytes)
+        line = f"caches of one row of {num_tokens:,} tokens in generation: {size}"
+        parts.append(Text(line))
     if plan.collectives:
         parts.append(_render_communication(plan))
     if plan.time is not None:
@@ -88,29 +98,35 @@ def render_plan_tables(
 
 def render_layout_facts(layout: RunLayout) -> Text:
     """Renders a run's name, size, mesh, tokens and FLOPs, and notes on its layout."""
-    axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1)
+    split_axes = [f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1]
+    mesh = " ".join(split_axes) or "one of each axis"
     active = ""
     if layout.active_parameters < layout.parameters:
         active = f", {layout.active_parameters:,} of them active"
-    per_parameter = layout.tokens_total / layout.parameters
-    if per_parameter >= 1000:
-        tokens_per_parameter = format_count(per_parameter)
-    else:
-        tokens_per_parameter = f"{per_parameter:.3g}"
-    of_optimal = per_parameter / OPTIMAL_TOKENS_PER_PARAMETER
-    notes = [f"\n{note}" for note in layout.notes]
-    return Text.assemble(
-        (layout.name, "bold"),
+    size = (
         f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
-        f" ({axes or 'one of each axis'})\n",
+        f" ({mesh})\n"
+    )
+
+    tokens_per_parameter = layout.tokens_total / layout.parameters
+    if tokens_per_parameter >= 1000:
+        ratio = format_count(tokens_per_parameter)
+    else:
+        ratio = f"{tokens_per_parameter:.3g}"
+    share_of_optimal = tokens_per_parameter / OPTIMAL_TOKENS_PER_PARAMETER
+    tokens = (
         f"{layout.tokens_per_step:,} tokens a step · "
         f"{format_count(layout.tokens_total)} in the run"
-        f" ({tokens_per_parameter} a parameter, "
-        f"{of_optimal:.2g}× of {OPTIMAL_TOKENS_PER_PARAMETER}:1)\n",
-        f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
-        f" {layout.flops_per_token_full_attention:.4g} in full",
-        *notes,
+        f" ({ratio} a parameter, "
+        f"{share_of_optimal:.2g}× of {OPTIMAL_TOKENS_PER_PARAMETER}:1)\n"
     )
+
+    flops = (
+        f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
+        f" {layout.flops_per_token_full_attention:.4g} in full"
+    )
+    notes = [f"\n{note}" for note in layout.notes]
+    return Text.assemble((layout.name, "bold"), size, tokens, flops, *notes)
 
 
 def format_prediction(plan: RunPlan) -> str:
@@ -123,9 +139,12 @@ def format_prediction(plan: RunPlan) -> str:
 
 
 def _format_memory_need(plan: RunPlan) -> str:
+    """Formats ``61.2 GiB of 80 GiB a device``."""
+    need = format_bytes(float(plan.memory.total))
     limit = plan.memory_limit_bytes
-    of_limit = "" if limit is None else f" of {format_bytes(limit)}"
-    return f"{format_bytes(float(plan.memory.total))}{of_limit} a device"
+    if limit is None:
+        return f"{need} a device"
+    return f"{need} of {format_bytes(limit)} a device"
 
 
 def format_fit_verdict(plan: RunPlan) -> str:
@@ -170,31 +189,33 @@ def make_table(
 
 
 def _render_parameters(layout: RunLayout) -> Group:
-    dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
-    rows = [
-        (
+    rows = []
+    for row in layout.rows:
+        cells = (
             row.path,
             _format_dimensions(row),
             format_bytes(row.bytes_total),
             format_bytes(row.bytes_per_device),
             str(row.replicas),
         )
-        for row in layout.rows
-    ]
+        rows.append(cells)
     dimensions = "layout: logical axis = size → mesh axes"
     sizes = ("bytes", "a device", "copies")
     columns = ("parameter", dimensions, *sizes)
+    dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
     title = f"Parameters ({dtypes})"
     return make_table(title, columns, rows, right=sizes, wrap=(dimensions,))
 
 
 def _format_dimensions(row: ParamRow) -> str:
     """Formats ``layers=32 · embed=4096→fsdp · mlp=14336→tensor``."""
-    parts = []
+    dimensions = []
     for axis, size, mesh_axes in zip(row.axes, row.shape, row.spec, strict=True):
-        name = f"{axis}={size}" if axis else str(size)
-        parts.append(f"{name}→{'+'.join(mesh_axes)}" if mesh_axes else name)
-    return " · ".join(parts)
+        dimension = f"{axis}={size}" if axis else str(size)
+        if mesh_axes:
+            dimension += f"→{'+'.join(mesh_axes)}"
+        dimensions.append(dimension)
+    return " · ".join(dimensions)
 
 
 def _render_memory(plan: RunPlan) -> Group:
@@ -244,14 +265,15 @@ class _Traffic:
 
 def _render_communication(plan: RunPlan) -> Group:
     """Renders collectives: those of all kernels together, and both passes."""
-    names = (strip_stack_name(row.path) for row in plan.layout.rows)
-    kernels = {name.partition(".kernel")[0] for name in names} | {"head"}
+    paths = [strip_stack_name(row.path) for row in plan.layout.rows]
+    kernel_names = {path.partition(".kernel")[0] for path in paths} | {"head"}
     rows_by_key: dict[_TrafficKey, _Traffic] = {}
     for collective in plan.collectives:
+        # "mlp.up" or "mlp.up: gradient" of a kernel: a row for all kernels.
         content = collective.content
-        owner, _, of_owner = content.partition(": ")
-        if owner in kernels:
-            content = f"kernels: {of_owner}s" if of_owner else "kernels"
+        owner, _, array = content.partition(": ")
+        if owner in kernel_names:
+            content = f"kernels: {array}s" if array else "kernels"
         over = ", ".join(collective.axes)
         if collective.link:
             over = f"{over} ({collective.link})"
@@ -305,17 +327,22 @@ def format_run_estimate(
     """Formats rates, the whole run, and the cost of failures."""
     layout = plan.layout
     goodput = plan.goodput
-    step = plan.step_seconds
+    step_seconds = plan.step_seconds
     hours = plan.run_hours
-    assert step is not None
+    assert step_seconds is not None
     assert goodput is not None
-    rate = layout.tokens_per_step / step
-    lines = [
-        f"{format_seconds(step)} a step · {format_count(rate)} tokens/s, "
-        f"{format_count(rate / layout.devices)} a device · "
+
+    tokens_per_second = layout.tokens_per_step / step_seconds
+    tokens_per_device = tokens_per_second / layout.devices
+    rates = (
+        f"{format_seconds(step_seconds)} a step · "
+        f"{format_count(tokens_per_second)} tokens/s, "
+        f"{format_count(tokens_per_device)} a device · "
         f"MFU {plan.mfu():.1%} (attention at half), "
         f"{plan.mfu(full_attention=True):.1%} (in full)"
-    ]
+    )
+    lines = [rates]
+
     if hours is not None:
         steps = layout.tokens_total // layout.tokens_per_step
         device_hours = hours * layout.devices
@@ -325,8 +352,9 @@ def format_run_estimate(
             price = price_per_device_hour * hours * layout.devices
             line += f", {price:,.0f} at {price_per_device_hour:g} each"
         lines.append(line)
+
     best_interval = goodput.best_interval_seconds
-    best_steps = max(1, round(best_interval / step))
+    best_steps = max(1, round(best_interval / step_seconds))
     configured = "none are configured"
     if plan.checkpoint_every:
         configured = (
@@ -334,11 +362,12 @@ def format_run_estimate(
             f"as configured"
         )
     mtbf_seconds = 3600 * goodput.mtbf_hours
-    lines.append(
+    failures = (
         f"goodput {goodput.best:.1%} with a checkpoint every {best_steps:,} steps "
         f"({format_seconds(best_interval)}), {configured}; "
         f"a failure every {format_seconds(mtbf_seconds)}"
     )
+    lines.append(failures)
     return "\n".join(lines)
 
 
@@ -355,20 +384,24 @@ def render_candidates_table(
     """
     rows = []
     for place, candidate in enumerate(result.best):
-        sizes = [f"{axis}={size}" for axis, size in candidate.sizes.items() if size > 1]
-        row = [
-            " ".join(sizes) or "one device",
+        split_axes = [
+            f"{axis}={size}" for axis, size in candidate.sizes.items() if size > 1
+        ]
+        share_of_limit = candidate.memory / memory_limit_bytes
+        cells = [
+            " ".join(split_axes) or "one device",
             str(candidate.micro_batches),
             candidate.remat,
             ", ".join(candidate.residual) or "whole",
             format_seconds(candidate.seconds),
             format_bytes(candidate.memory),
-            f"{candidate.memory / memory_limit_bytes:.0%}",
+            f"{share_of_limit:.0%}",
         ]
-        if compiled_peak_bytes:
-            is_compiled = place < len(compiled_peak_bytes)
-            row.append(_format_peak(compiled_peak_bytes[place]) if is_compiled else "")
-        rows.append(row)
+        if place < len(compiled_peak_bytes):
+            cells.append(_format_peak(compiled_peak_bytes[place]))
+        elif compiled_peak_bytes:
+            cells.append("")
+        rows.append(cells)
     right = ("step", "memory", "of\nlimit")
     if compiled_peak_bytes:
         right = (*right, "by the\ncompiler")
@@ -386,68 +419,91 @@ def render_serving_tables(
     plan: ServingPlan, *, price_per_device_hour: float | None = None
 ) -> Group:
     """Renders a plan, with the price of an accelerator's hour in whatever currency."""
-    head = Text.assemble(
-        (plan.name, "bold"),
+    facts = (
         f" · {_describe_split(plan)} · cache {plan.cache} · "
         f"weights {plan.options.weights} · requests of "
         f"{plan.options.prompt:,} + {plan.options.new:,} tokens\n"
-        f"{plan.machine['name']}: {plan.machine['words']}\n",
-        (format_serving_verdict(plan), "bold"),
+        f"{plan.machine['name']}: {plan.machine['words']}\n"
     )
+    verdict = format_serving_verdict(plan)
+    head = Text.assemble((plan.name, "bold"), facts, (verdict, "bold"))
     estimate = Text(_format_serving_estimate(plan, price_per_device_hour))
-    memory_rows = [
+    return Group(
+        head,
+        estimate,
+        _render_serving_memory(plan),
+        _render_serving_step(plan),
+        _render_serving_curve(plan),
+    )
+
+
+def _render_serving_memory(plan: ServingPlan) -> Group:
+    rows = [
         (name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()
     ]
-    step_time = plan.point.time
-    step_rows = [
-        (name, format_seconds(seconds), f"{seconds / step_time['total']:.1%}")
-        for name, seconds in step_time.items()
+    sizes = ("bytes", "")
+    return make_table("Memory of each device", ("what", *sizes), rows, right=sizes)
+
+
+def _render_serving_step(plan: ServingPlan) -> Group:
+    """Renders the time of a step by its parts."""
+    total = plan.point.time["total"]
+    rows = [
+        (name, format_seconds(seconds), f"{seconds / total:.1%}")
+        for name, seconds in plan.point.time.items()
     ]
-    curve_rows = [
-        (
-            f"{point.batch:,} ←" if point == plan.point else f"{point.batch:,}",
+    times = ("time", "share")
+    title = f"A step of {_count_sequences(plan.point.batch)}"
+    return make_table(title, ("what", *times), rows, right=times)
+
+
+def _render_serving_curve(plan: ServingPlan) -> Group:
+    """Renders rates by the number of sequences at once; an arrow marks the plan's."""
+    rows = []
+    for point in plan.curve:
+        sequences = f"{point.batch:,}"
+        if point == plan.point:
+            sequences += " ←"
+        cells = (
+            sequences,
             format_seconds(point.time["total"]),
             format_seconds(point.tpot_seconds),
             f"{point.tokens_per_second:,.0f}",
             f"{point.tokens_per_second / plan.devices:,.0f}",
         )
-        for point in plan.curve
-    ]
-    sizes = ("bytes", "")
-    times = ("time", "share")
+        rows.append(cells)
     rates = ("step", "a token", "tokens/s", "a device")
-    step_title = f"A step of {_count_sequences(plan.point.batch)}"
-    return Group(
-        head,
-        estimate,
-        make_table("Memory of each device", ("what", *sizes), memory_rows, sizes),
-        make_table(step_title, ("what", *times), step_rows, times),
-        make_table("By sequences at once", ("sequences", *rates), curve_rows, rates),
-    )
+    columns = ("sequences", *rates)
+    return make_table("By sequences at once", columns, rows, right=rates)
 
 
 def _format_serving_estimate(
     plan: ServingPlan, price_per_device_hour: float | None
 ) -> str:
     """Formats the cache's bytes, the times of tokens, and their price."""
-    point = plan.point
-    rate = point.tokens_per_second
-    lines = [
+    cache = (
         f"cache: {format_bytes(plan.token_cache_bytes)} a token, "
         f"{format_bytes(plan.sequence_cache_bytes)} a sequence of "
-        f"{plan.options.length:,}",
+        f"{plan.options.length:,}"
+    )
+    point = plan.point
+    rate = point.tokens_per_second
+    times = (
         f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
         f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} "
-        f"a token, {rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device",
-    ]
+        f"a token, {rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device"
+    )
+    lines = [cache, times]
     if price_per_device_hour is not None:
         price_per_token = price_per_device_hour * plan.devices / 3600 / rate
-        lines.append(f"{1e6 * price_per_token:,.3g} for a million new tokens")
+        price_per_million = 1e6 * price_per_token
+        lines.append(f"{price_per_million:,.3g} for a million new tokens")
     return "\n".join(lines)
 
 
 def _count_sequences(count: int) -> str:
-    return f"{count:,} sequence{'' if count == 1 else 's'}"
+    """Formats ``1 sequence``, ``2 sequences``."""
+    return f"{count:,} sequence" if count == 1 else f"{count:,} sequences"
 
 
 def format_serving_verdict(plan: ServingPlan) -> str:
@@ -466,34 +522,39 @@ def format_serving_verdict(plan: ServingPlan) -> str:
             "or choose a smaller --cache, --batch or --prompt"
         )
     verdict = f"fits: {need}, {_count_sequences(plan.max_batch)} at most"
-    missed = []
-    for name, max_ms, seconds in (
-        ("first token", plan.options.ttft_ms, plan.ttft_seconds),
-        ("token", plan.options.tpot_ms, plan.point.tpot_seconds),
-    ):
-        if max_ms is not None and 1e3 * seconds > max_ms:
-            target = format_seconds(max_ms / 1e3)
-            missed.append(f"{format_seconds(seconds)} a {name}, not {target}")
-    if missed:
-        return f"{verdict}, but too slow: {' and '.join(missed)}"
+    missed_targets = [
+        *_list_missed_target("first token", plan.ttft_seconds, plan.options.ttft_ms),
+        *_list_missed_target("token", plan.point.tpot_seconds, plan.options.tpot_ms),
+    ]
+    if missed_targets:
+        return f"{verdict}, but too slow: {' and '.join(missed_targets)}"
     return verdict
+
+
+def _list_missed_target(name: str, seconds: float, max_ms: float | None) -> list[str]:
+    """Formats the time of a token where it is above its target, if there is one."""
+    if max_ms is None or 1e3 * seconds <= max_ms:
+        return []
+    target = format_seconds(max_ms / 1e3)
+    return [f"{format_seconds(seconds)} a {name}, not {target}"]
 
 
 def render_serving_search(plans: list[ServingPlan], top: int) -> Group:
     """Renders the best of a search: ``top`` of the plans that fit and are in time."""
     feasible = [plan for plan in plans if plan.is_feasible]
-    rows = [
-        (
+    rows = []
+    for plan in feasible[:top]:
+        tokens_per_device = plan.point.tokens_per_second / plan.devices
+        cells = (
             _describe_split(plan),
             plan.cache,
             f"{plan.point.batch:,}",
-            f"{plan.point.tokens_per_second / plan.devices:,.0f}",
+            f"{tokens_per_device:,.0f}",
             format_seconds(plan.point.tpot_seconds),
             format_seconds(plan.ttft_seconds),
             format_bytes(plan.memory["total"]),
         )
-        for plan in feasible[:top]
-    ]
+        rows.append(cells)
     figures = ("sequences", "tokens/s\na device", "a token", "first\ntoken", "memory")
     num_fitting = sum(plan.fits for plan in plans)
     title = f"{len(plans)} splits and caches, {num_fitting} fit, "

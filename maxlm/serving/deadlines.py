@@ -6,7 +6,6 @@ between requests.
 """
 
 import asyncio
-from typing import Any
 
 import h11
 from starlette.responses import JSONResponse
@@ -14,6 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from maxlm.runtime.json_types import JsonObject
 from maxlm.serving.errors import ApiError
 
 DEFAULT_REQUEST_SECONDS = 20.0
@@ -31,7 +31,7 @@ class DeadlineProtocol(H11Protocol):
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],
+        app_state: JsonObject,
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         request_seconds: float,

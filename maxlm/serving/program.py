@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jax.sharding import Mesh
 from pydantic import ValidationError
@@ -113,7 +113,7 @@ def serve(
         for option in adapter or ():
             adapter_name, adapter_folder = _split_adapter(option)
             adapters[adapter_name] = read_adapter(adapter_folder)
-        sampling_defaults: dict[str, Any] = {}
+        sampling_defaults: dict[str, float] = {}
         if generation_config == "auto":
             sampling_defaults = read_sampling_defaults(loaded.tokenizer)
         weights = {name: served.weights for name, served in adapters.items()}
@@ -173,7 +173,7 @@ def serve(
                 engine.close()
 
 
-def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
+def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, float]:
     """Returns the settings of sampling in the generation_config.json that a tokenizer
     came with. Raises MaxlmError: a value that cannot be."""
     text = tokenizer.extra_files.get(_GENERATION_CONFIG)
@@ -183,7 +183,7 @@ def read_sampling_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
     values = parse_json(text, _GENERATION_CONFIG, fix)
     if not isinstance(values, dict):
         return {}
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, float] = {}
     for name in _GENERATION_SETTINGS:
         value = values.get(name)
         if value is None:

@@ -74,21 +74,23 @@ class OutputItems:
         self._call_number = None
         events: list[Event] = []
         if item["type"] == "function_call":
-            about = {**place, "name": item["name"], "arguments": item["arguments"]}
-            events.append(("response.function_call_arguments.done", about))
+            call = {**place, "name": item["name"], "arguments": item["arguments"]}
+            events.append(("response.function_call_arguments.done", call))
         else:
+            # A message, or reasoning: an item with a single part.
             part = item["content"][0]
-            at = {**place, "content_index": 0}
-            done = {**at, "text": part["text"]}
+            part_place = {**place, "content_index": 0}
+            text = {**part_place, "text": part["text"]}
             if part["type"] == "output_text":
-                done["logprobs"] = []
-            events.append((f"response.{part['type']}.done", done))
-            events.append(("response.content_part.done", {**at, "part": part}))
-        about = {"output_index": place["output_index"], "item": item}
-        events.append(("response.output_item.done", about))
+                text["logprobs"] = []
+            events.append((f"response.{part['type']}.done", text))
+            events.append(("response.content_part.done", {**part_place, "part": part}))
+        whole_item = {"output_index": place["output_index"], "item": item}
+        events.append(("response.output_item.done", whole_item))
         return events
 
     def _add_arguments(self, call: JsonObject) -> list[Event]:
+        """Adds a piece of a call's arguments to the last item."""
         piece = call["function"].get("arguments", "")
         if not piece:
             return []
@@ -97,21 +99,12 @@ class OutputItems:
         return [("response.function_call_arguments.delta", fields)]
 
     def _add_text(self, kind: str, part_kind: str, text: str) -> list[Event]:
+        """Adds text to the last item, or to a new one where that is of another kind."""
         events: list[Event] = []
         is_open = self.items and self.items[-1]["status"] == "in_progress"
         if not is_open or self.items[-1]["type"] != kind:
             events += self.finish()
-            part: JsonObject = {"type": part_kind, "text": ""}
-            item: JsonObject = {"type": kind, "status": "in_progress"}
-            if kind == "message":
-                part |= {"annotations": [], "logprobs": []}
-                item |= {"id": f"msg_{uuid4().hex}", "role": "assistant"}
-            else:
-                item |= {"id": f"rs_{uuid4().hex}", "summary": []}
-            events.append(self._open({**item, "content": []}))
-            at = {**self._place(), "content_index": 0}
-            events.append(("response.content_part.added", {**at, "part": dict(part)}))
-            self.items[-1]["content"].append(part)
+            events += self._open_text(kind, part_kind)
         self.items[-1]["content"][0]["text"] += text
         delta = {**self._place(), "content_index": 0, "delta": text}
         if part_kind == "output_text":
@@ -119,7 +112,24 @@ class OutputItems:
         events.append((f"response.{part_kind}.delta", delta))
         return events
 
+    def _open_text(self, kind: str, part_kind: str) -> list[Event]:
+        """Begins an item with one part, still without text."""
+        part: JsonObject = {"type": part_kind, "text": ""}
+        item: JsonObject = {"type": kind, "status": "in_progress"}
+        if kind == "message":
+            part |= {"annotations": [], "logprobs": []}
+            item |= {"id": f"msg_{uuid4().hex}", "role": "assistant"}
+        else:
+            item |= {"id": f"rs_{uuid4().hex}", "summary": []}
+        item_added = self._open({**item, "content": []})
+        # A copy: the part that the item has gains text later.
+        part_fields = {**self._place(), "content_index": 0, "part": dict(part)}
+        part_added = ("response.content_part.added", part_fields)
+        self.items[-1]["content"].append(part)
+        return [item_added, part_added]
+
     def _open(self, item: JsonObject) -> Event:
+        """Begins an item."""
         self.items.append(item)
         # A copy: what is added to the item later is not in this event.
         copied = json.loads(json.dumps(item))
@@ -127,6 +137,7 @@ class OutputItems:
         return "response.output_item.added", fields
 
     def _place(self) -> JsonObject:
+        """Returns the fields by which an event names the last item."""
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
 
@@ -169,8 +180,8 @@ class ResponsesAnswer(ChatAnswer):
             yield write(f"response.{response['status']}", {"response": response})
         except Exception as error:
             # The status 200 is sent already: an error can only be the last event.
-            about = convert_error(error).to_json()["error"]
-            fields = {name: about[name] for name in ("code", "message", "param")}
+            api_error = convert_error(error).to_json()["error"]
+            fields = {name: api_error[name] for name in ("code", "message", "param")}
             yield write("error", fields)
 
     def describe_all_items(self, output: SequenceOutput) -> JsonObject:
@@ -191,21 +202,28 @@ class ResponsesAnswer(ChatAnswer):
         return self.describe_all_items(whole)
 
     def _describe_response(self, finish_reason: str | None) -> JsonObject:
-        """The response; ``finish_reason`` None: it goes on."""
+        """Returns the response; ``finish_reason`` None: it goes on."""
         body = self.responses_body
         assert body is not None
-        status = "in_progress" if finish_reason is None else "completed"
+        status = "in_progress"
+        incomplete_details = None
+        usage = None
+        if finish_reason is not None:
+            status = "completed"
+            usage = self._describe_response_usage()
         cause = _CAUSES.get(finish_reason)
         if cause is not None:
             status = "incomplete"
-        form = body.text.format
+            incomplete_details = {"reason": cause}
+        text_format = body.text.format.model_dump(by_alias=True, exclude_none=True)
+        tools = [tool.model_dump(exclude_unset=True) for tool in body.tools]
         return {
             "id": self._about["id"],
             "object": "response",
             "created_at": self._about["created"],
             "status": status,
             "error": None,
-            "incomplete_details": None if cause is None else {"reason": cause},
+            "incomplete_details": incomplete_details,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata,
@@ -216,17 +234,17 @@ class ResponsesAnswer(ChatAnswer):
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self._get_sampling("temperature"),
-            "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
+            "text": {"format": text_format},
             "tool_choice": body.describe_tool_choice(),
-            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools],
+            "tools": tools,
             "top_p": self._get_sampling("top_p"),
             "truncation": body.truncation,
-            "usage": None if finish_reason is None else self._describe_response_usage(),
+            "usage": usage,
         }
 
     def _get_sampling(self, name: str) -> float:
-        """A setting of sampling as it is used: the request's, the model's own, or
-        OpenAI's."""
+        """Returns a setting of sampling as it is used: the request's, the model's own,
+        or OpenAI's."""
         default = self.state.sampling_defaults.get(name, 1.0)
         extra = self.body.model_extra or {}
         return extra.get(name, default)

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -58,7 +58,7 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
+    def _drop_nulls(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value  # a mistake that pydantic names
         return {key: field for key, field in value.items() if field is not None}
@@ -154,7 +154,7 @@ class GenerationBody(ApiBody):
         prompt: tuple[int, ...],
         max_new_tokens: int,
         tokenizer: Tokenizer,
-        sampling_defaults: Mapping[str, Any],
+        sampling_defaults: Mapping[str, float],
     ) -> GenerationRequest:
         """Returns the engine's request; without a seed its own is drawn anew each time.
 
@@ -175,7 +175,7 @@ class GenerationBody(ApiBody):
             )
             raise ApiError(400, message, param="min_tokens")
         extra = self.model_extra or {}
-        sampling = dict(sampling_defaults)
+        sampling: JsonObject = dict(sampling_defaults)
         sampling |= {
             name: value for name, value in extra.items() if name in SAMPLING_FIELDS
         }

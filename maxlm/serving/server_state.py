@@ -12,7 +12,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -63,7 +63,7 @@ class ServerState:
     """Time that a request's head and body may take; see ``DeadlineProtocol``."""
     model_max_length: int | None = None
     """Tokens that the model was made for; None: not known."""
-    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     """Settings of sampling where a request says nothing."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose pages may ask, such as ``https://chat.example``; ``*``: all."""

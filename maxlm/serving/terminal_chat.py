@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer.chat import encode_chat
+from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 
 _HELP = """\
@@ -35,7 +35,7 @@ class ChatSession:
     """
 
     def __init__(
-        self, engine: Any, sampling: SamplingConfig, system: str | None = None
+        self, engine: Engine, sampling: SamplingConfig, system: str | None = None
     ):
         self._engine = engine
         self._sampling = sampling

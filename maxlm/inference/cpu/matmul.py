@@ -1,10 +1,10 @@
 """Products of few rows on a CPU, as decoding has, in the time of reading the kernel."""
 
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from maxlm.inference.cpu.library import MATMUL, load_library
 from maxlm.parallel.linear import multiply_by_xla
@@ -20,7 +20,7 @@ def multiply_few_rows(
     x: jax.Array,
     kernel: jax.Array,
     num_inputs: int,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     *,
     column_major: bool = False,
 ) -> jax.Array:

@@ -18,25 +18,33 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
     opcode = instruction.opcode
     if opcode not in ("dot", "convolution", "custom-call"):
         return 0
-    operands = [operand.shapes for operand in computation.operands(instruction)]
+    # Shapes are read below, of products alone: other custom calls may have none.
+    operands = list(computation.operands(instruction))
     if opcode == "dot":
         contracted = instruction.integers("lhs_contracting_dims")
-        return _count_dot_flops(operands[0][0], instruction.shapes[0], contracted)
+        lhs = operands[0].shapes[0]
+        return _count_dot_flops(lhs, instruction.shapes[0], contracted)
     if opcode == "convolution":
-        return _count_convolution_flops(instruction, operands[0][0], operands[1][0])
+        lhs = operands[0].shapes[0]
+        rhs = operands[1].shapes[0]
+        return _count_convolution_flops(instruction, lhs, rhs)
     if "gemm" in instruction.custom_call_target:
         # A matrix library's call states its dot in JSON.
         dims = _GEMM_CONTRACTED.search(instruction.attributes)
         if dims:
             contracted = tuple(int(digits) for digits in re.findall(r"\d+", dims[1]))
-            return _count_dot_flops(operands[0][0], instruction.shapes[0], contracted)
+            lhs = operands[0].shapes[0]
+            return _count_dot_flops(lhs, instruction.shapes[0], contracted)
     return 0
 
 
 def _count_dot_flops(
     lhs: HloShape, result: HloShape, contracted: tuple[int, ...]
 ) -> int:
-    return 2 * result.size * prod(lhs.dims[dim] for dim in contracted)
+    """Returns 2·M·N·K: a product and a sum for each element of the result and each
+    element that is summed over."""
+    contracted_size = prod(lhs.dims[dim] for dim in contracted)
+    return 2 * result.size * contracted_size
 
 
 def _count_convolution_flops(
@@ -51,21 +59,25 @@ def _count_convolution_flops(
     # A letter for each dimension: b batch, f features of input or output, i and o those
     # of the kernel, digits the spatial ones.
     lhs_labels, rhs_labels, result_labels = labels.groups()
+    lhs_sizes = dict(zip(lhs_labels, lhs.dims, strict=True))
+    rhs_sizes = dict(zip(rhs_labels, rhs.dims, strict=True))
     result = instruction.shapes[0]
+    result_sizes = dict(zip(result_labels, result.dims, strict=True))
+
     spatial_axes = sorted(label for label in lhs_labels if label.isdigit())
     windows = _list_windows(instruction, len(spatial_axes))
+    # Pairs of output and kernel positions that meet an element.
     positions = 1
     for axis, window in zip(spatial_axes, windows, strict=True):
         positions *= _count_positions(
-            lhs.dims[lhs_labels.index(axis)],
-            rhs.dims[rhs_labels.index(axis)],
-            result.dims[result_labels.index(axis)],
-            window,
+            inputs=lhs_sizes[axis],
+            kernel=rhs_sizes[axis],
+            outputs=result_sizes[axis],
+            window=window,
         )
-    batch = result.dims[result_labels.index("b")]
-    outputs = result.dims[result_labels.index("f")]
-    inputs = rhs.dims[rhs_labels.index("i")]
-    return 2 * inputs * outputs * batch * positions
+    features_in = rhs_sizes["i"]
+    features_out = result_sizes["f"]
+    return 2 * features_in * features_out * result_sizes["b"] * positions
 
 
 class _Window(NamedTuple):
@@ -101,10 +113,13 @@ def _list_windows(instruction: Instruction, count: int) -> list[_Window]:
 def _count_positions(inputs: int, kernel: int, outputs: int, window: _Window) -> int:
     """Counts pairs of output and kernel positions that meet an input element along one
     dimension."""
+    # Positions in the dilated input: an element, then lhs_dilate - 1 holes, and so on;
+    # below 0 and past the last element is padding.
     starts = np.arange(outputs) * window.stride - window.pad
     last = (inputs - 1) * window.lhs_dilate
+    kernel_offsets = range(0, kernel * window.rhs_dilate, window.rhs_dilate)
     count = 0
-    for offset in range(0, kernel * window.rhs_dilate, window.rhs_dilate):
+    for offset in kernel_offsets:
         positions = starts + offset
         is_inside = (positions >= 0) & (positions <= last)
         is_element = positions % window.lhs_dilate == 0

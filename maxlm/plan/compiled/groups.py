@@ -43,13 +43,20 @@ def find_device_group(
 
 @lru_cache(maxsize=4096)
 def _find_group(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[str, int]:
+    """Does what :func:`find_device_group` says, for the printed groups alone."""
     pairs = _PAIRS.match(text)
     if pairs:
-        moves = [pair for pair in _parse_id_lists(pairs[1]) if pair[0] != pair[1]]
-        return _find_varying_axes(moves, sizes), 2 if moves else 1
+        # A device that sends to itself moves nothing.
+        moves: list[list[int]] = []
+        for source, target in _parse_id_lists(pairs[1]):
+            if source != target:
+                moves.append([source, target])
+        num_members = 2 if moves else 1
+        return _find_varying_axes(moves, sizes), num_members
     devices = prod(size for _, size in sizes)
     groups = parse_replica_groups(text, devices)
-    return _find_varying_axes(groups, sizes), max(map(len, groups))
+    num_members = max(len(group) for group in groups)
+    return _find_varying_axes(groups, sizes), num_members
 
 
 def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
@@ -62,20 +69,23 @@ def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     one (of b = 2 · 2 the factor 2 that comes after a factor of 2), and
     ``device_ids=(...)`` between the two gives the ids where they do not just count up.
     """
+    all_devices = [list(range(devices))]
     explicit = _EXPLICIT.match(text)
     if explicit:
-        return _parse_id_lists(explicit[1]) or [list(range(devices))]
+        groups = _parse_id_lists(explicit[1])
+        return groups or all_devices
     assigned = _ASSIGNED.match(text)
     if assigned:
-        shape, base, order = assigned.groups()
-        return _count_up_ids(_parse_integers(shape), base, order).tolist()
+        shape_text, base_text, order_text = assigned.groups()
+        shape = _parse_integers(shape_text)
+        return _count_up_ids(shape, base_text, order_text).tolist()
     mesh = _MESH.match(text)
     if mesh:
         axes, device_ids, spanned = mesh.groups()
         return _parse_mesh_groups(axes, device_ids, spanned)
     if text.startswith("replica_groups="):
         raise ValueError(f"unknown form: {text[:120]}")
-    return [list(range(devices))]
+    return all_devices
 
 
 def _count_up_ids(shape: Sequence[int], base: str, order: str | None) -> np.ndarray:
@@ -97,23 +107,34 @@ class _AxisPart(NamedTuple):
     ``[before, before * size)``."""
     size: int
 
+    @property
+    def end(self) -> int:
+        """Product of the axis's factors up to it, itself included."""
+        return self.before * self.size
+
 
 def _parse_mesh_groups(
     axes: str, device_ids: str | None, spanned: str
 ) -> list[list[int]]:
+    """Parses the three texts of ``mesh[axes], device_ids=(device_ids) {spanned}``."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
-    parts = [
-        _AxisPart(name, int(before or 1), int(size or sizes[name]))
-        for name, before, size in _SPANNED_AXIS.findall(spanned)
-    ]
-    # Every axis is cut where one of the parts that a group spans begins or ends.
+    parts: list[_AxisPart] = []
+    for name, before, size in _SPANNED_AXIS.findall(spanned):
+        if size:
+            parts.append(_AxisPart(name, int(before), int(size)))
+        else:  # the whole axis
+            parts.append(_AxisPart(name, 1, sizes[name]))
+
+    # Every axis is cut where one of the parts that a group spans begins or ends, so
+    # that a dimension lies either within a group or across groups.
     dims: list[int] = []
+    # By the axis and the product of its factors before: the dimension's place.
     dim_of_cut: dict[tuple[str, int], int] = {}
     for axis, size in sizes.items():
         cuts = {1, size}
         for part in parts:
             if part.axis == axis:
-                cuts |= {part.before, part.before * part.size}
+                cuts |= {part.before, part.end}
         for low, high in pairwise(sorted(cuts)):
             dim_of_cut[axis, low] = len(dims)
             dims.append(high // low)
@@ -121,13 +142,12 @@ def _parse_mesh_groups(
     # The dimensions that a group spans, those of its first part first.
     spanned_dims: list[int] = []
     for part in parts:
-        lows = sorted(
-            low
-            for axis, low in dim_of_cut
-            if axis == part.axis and part.before <= low < part.before * part.size
-        )
-        spanned_dims += [dim_of_cut[part.axis, low] for low in lows]
+        # Cuts of an axis are in ascending order.
+        for (axis, low), dim in dim_of_cut.items():
+            if axis == part.axis and part.before <= low < part.end:
+                spanned_dims.append(dim)
 
+    # Ids in the shape of the dimensions.
     counted = _COUNTED_IDS.fullmatch(device_ids or "")
     if counted:
         ids = _count_up_ids(dims, counted[1], counted[2])
@@ -135,10 +155,12 @@ def _parse_mesh_groups(
         ids = np.reshape(_parse_integers(device_ids), dims)
     else:
         ids = np.arange(np.prod(dims)).reshape(dims)
+
+    # [other dimensions..., spanned dimensions...] -> [groups, members]
     other_dims = [dim for dim in range(len(dims)) if dim not in spanned_dims]
-    members = prod(dims[dim] for dim in spanned_dims)
+    num_members = prod(dims[dim] for dim in spanned_dims)
     ids = ids.transpose(*other_dims, *spanned_dims)
-    return ids.reshape(-1, members).tolist()
+    return ids.reshape(-1, num_members).tolist()
 
 
 def _find_varying_axes(
@@ -149,17 +171,21 @@ def _find_varying_axes(
     dims = [size for _, size in sizes]
     varies = np.zeros(len(dims), bool)
     for members in groups:
-        coords = np.stack(np.unravel_index(np.array(members), dims))
-        varies |= (coords != coords[:, :1]).any(axis=1)
-    varying = (
+        # [mesh axes, members]
+        coordinates = np.stack(np.unravel_index(np.array(members), dims))
+        first_member = coordinates[:, :1]
+        varies |= (coordinates != first_member).any(axis=1)
+    varying_names = [
         name for name, is_varying in zip(names, varies, strict=True) if is_varying
-    )
-    return "+".join(varying)
+    ]
+    return "+".join(varying_names)
 
 
 def _parse_id_lists(text: str) -> list[list[int]]:
+    """Parses ``{0,1},{2,3}``."""
     return [_parse_integers(inner) for inner in re.findall(r"\{([\d, ]*)\}", text)]
 
 
 def _parse_integers(text: str) -> list[int]:
+    """Returns the numbers in a text, whatever stands between them."""
     return [int(digits) for digits in re.findall(r"\d+", text)]

@@ -54,8 +54,7 @@ class CompiledStep:
     """A training step as the machine's own compiler made it."""
 
     setup: RunSetup
-    compiled: Any
-    """``jax.stages.Compiled``."""
+    compiled: jax.stages.Compiled
     seconds: float
     """Seconds to trace and to compile it."""
 
@@ -187,7 +186,7 @@ def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def get_topology_devices(topology: Topology) -> list[Any]:
+def get_topology_devices(topology: Topology) -> Sequence[jax.Device]:
     """Returns devices to compile for; nothing can be run on them.
 
     Sets two variables of the TPU library's, unless they are set: not to ask a metadata
