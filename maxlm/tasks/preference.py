@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from maxlm.data.row_files import RowFiles
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.rows import (
     Arrays,
@@ -117,15 +118,16 @@ class ExtendedRows(RowFiles):
     """Whether a row has the completion of the row before it too; the first, that of the
     last."""
 
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
+    def __getitem__(self, index: int, /) -> JsonObject:
         row = super().__getitem__(index)
         if self.log_probs is not None:
             row = row | {LOG_PROBS: _open_array(self.log_probs)[index]}
         if self.with_mismatched:
-            row = row | {MISMATCHED: self._read_completion((index - 1) % len(self))}
+            previous_index = (index - 1) % len(self)
+            row = row | {MISMATCHED: self._read_completion(previous_index)}
         return row
 
-    def _read_completion(self, index: int) -> Any:
+    def _read_completion(self, index: int) -> object:
         """Returns a row's completion; None where it has none, or cannot be read, which
         is reported when that row is read itself."""
         try:
@@ -212,7 +214,7 @@ class ReferenceTask(PreferenceTask):
             message = f"an array {[*shape]}, where the files and the task need "
             message += f"{[*required]}"
             raise MaxlmError(message, where=str(path), fix=_FIX)
-        return ExtendedRows(**vars(file), log_probs=path)
+        return ExtendedRows(file.paths, file.starts, file.columns, log_probs=path)
 
 
 class PairTask(PreferenceTask):
@@ -288,8 +290,13 @@ class MarginPairTask(LogProbPairTask):
         margins = self.beta * margins - target_margin
         if self.loss_type == "hinge":
             return jax.nn.relu(1 - margins)
+
+        def compute_loss(sign: int) -> jax.Array:
+            return -jax.nn.log_sigmoid(sign * margins)
+
         # As if the label is right, and as if it is wrong.
-        right, wrong = (-jax.nn.log_sigmoid(sign * margins) for sign in (1, -1))
+        right = compute_loss(1)
+        wrong = compute_loss(-1)
         if self.loss_type == "robust":
             # Unbiased under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409).
             return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
@@ -353,8 +360,9 @@ class ReferenceFreePairTask(LogProbPairTask):
     def compute_nll(self, answers: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
         """Returns each pair's share of the cross-entropy, [..., E]."""
         nll = -answers.per_token * batch["nll_weights"]
+        by_segment = sum_by_segment(nll, batch["segment_ids"], self.num_segments)
         # Chosen answers are every other segment.
-        return sum_by_segment(nll, batch["segment_ids"], self.num_segments)[..., ::2]
+        return by_segment[..., ::2]
 
 
 class CpoTask(ReferenceFreePairTask, MarginPairTask):
