@@ -31,10 +31,26 @@ from maxlm.tasks.text import ENCODER_ARRAYS, Row, TextTask
 
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
-# Rows are as long as a multiple of this, as tiles and shards like.
 _LENGTH_MULTIPLE = 8
-# The texts of published tokenizers' sentinels.
+"""Rows are as long as a multiple of this, as tiles and shards like."""
 _SENTINEL = "<extra_id_{}>"
+"""Texts of published tokenizers' sentinels, by their number."""
+
+
+class NoiseAndSpans(NamedTuple):
+    """What a denoiser takes out of a document."""
+
+    num_noise: int
+    """Tokens taken out."""
+    num_spans: int
+    """Spans that they lie in."""
+
+
+class InputsAndTargets(NamedTuple):
+    """Lengths, in tokens, of what the encoder reads and the decoder writes."""
+
+    inputs: int
+    targets: int
 
 
 class SentinelIds(NamedTuple):
@@ -62,56 +78,64 @@ class Denoiser(NamedTuple):
     """An id put before the inputs, which tells the model the kind of task; None puts
     none."""
 
-    def count_noise_and_spans(self, n: int) -> tuple[int, int]:
-        """Counts (tokens taken out of n, spans they lie in); for a suffix the most.
-        Neither falls as n grows, and nothing is taken out of fewer than two tokens."""
+    def count_noise_and_spans(self, n: int) -> NoiseAndSpans:
+        """Counts what is taken out of n tokens; for a suffix the most. Neither count
+        falls as n grows, and nothing is taken out of fewer than two tokens."""
         if n < 2:
-            return 0, 0
+            return NoiseAndSpans(0, 0)
         if self.mean_span is None:
             # The mean of 1 ... m is (m + 1) / 2.
             longest_suffix = round(2 * self.density * n) - 1
-            return min(max(longest_suffix, 1), n - 1), 1
-        noise = min(max(round(n * self.density), 1), n - 1)
-        spans = max(round(noise / self.mean_span), 1)
+            return NoiseAndSpans(_clamp(longest_suffix, 1, n - 1), 1)
+        num_noise = _clamp(round(n * self.density), 1, n - 1)
+        num_spans = max(round(num_noise / self.mean_span), 1)
         # Each span has a token, and one that stays before it.
-        return noise, min(spans, noise, n - noise)
+        num_spans = min(num_spans, num_noise, n - num_noise)
+        return NoiseAndSpans(num_noise, num_spans)
 
-    def max_lengths(self, n: int) -> tuple[int, int]:
-        """Returns the most (inputs, targets) of n tokens, mode and ends included;
+    def max_lengths(self, n: int) -> InputsAndTargets:
+        """Returns the longest inputs and targets of n tokens, mode and ends included;
         neither falls as n grows. A row of several documents takes more: each has its
         own ends and spans."""
-        noise, spans = self.count_noise_and_spans(n)
+        num_noise, num_spans = self.count_noise_and_spans(n)
         # A suffix is of one token at least: a span.
-        fewest_taken = noise if self.mean_span else spans
-        mode = int(self.mode_token_id is not None)
-        end = 1
-        inputs = n - fewest_taken + spans + end + mode
-        targets = noise + spans + end
-        return inputs, targets
+        fewest_taken = num_noise if self.mean_span else num_spans
+        # A sentinel for each span, an end, and the mode's token.
+        num_mode = int(self.mode_token_id is not None)
+        inputs = n - fewest_taken + num_spans + 1 + num_mode
+        targets = num_noise + num_spans + 1
+        return InputsAndTargets(inputs, targets)
 
     def draw_noise(self, n: int, rng: Generator) -> Flags:
         """Draws which of n tokens are taken out, bool [n]: runs of both kinds in turn,
         the first one kept, of lengths as likely as any others that add up; or a
         suffix."""
-        noise, spans = self.count_noise_and_spans(n)
-        if spans == 0:
+        num_noise, num_spans = self.count_noise_and_spans(n)
+        if num_spans == 0:
             return np.zeros(n, bool)
         if self.mean_span is None:
-            suffix = rng.integers(1, noise, endpoint=True)
+            suffix = rng.integers(1, num_noise, endpoint=True)
             return np.arange(n) >= n - suffix
-        staying = _draw_composition(n - noise, spans, rng)
-        taken = _draw_composition(noise, spans, rng)
+        staying = _draw_composition(n - num_noise, num_spans, rng)
+        taken = _draw_composition(num_noise, num_spans, rng)
+        # Runs in turn: staying, taken, staying, taken, ...
         run_lengths = np.stack([staying, taken], axis=1).ravel()
-        is_taken = np.arange(2 * spans) % 2 == 1
+        is_taken = np.arange(2 * num_spans) % 2 == 1
         return np.repeat(is_taken, run_lengths)
 
 
-def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
-    """Returns (inputs, targets) lengths that hold one document of at most n tokens,
-    whichever denoiser is drawn."""
+def _clamp(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)
+
+
+def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> InputsAndTargets:
+    """Returns lengths that hold one document of at most n tokens, whichever denoiser is
+    drawn."""
     lengths = [denoiser.max_lengths(n) for denoiser in denoisers]
-    inputs, targets = zip(*lengths, strict=True)
-    return max(inputs), max(targets)
+    return InputsAndTargets(
+        inputs=max(length.inputs for length in lengths),
+        targets=max(length.targets for length in lengths),
+    )
 
 
 def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
@@ -119,12 +143,16 @@ def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids,
     all spans: see :meth:`DenoisingTask.check`."""
     follows_noise = np.concatenate([[False], noise[:-1]])
     opens_span = noise & ~follows_noise
+    # The sentinel of each token's span, or of the span before it; [n].
     span_number = np.cumsum(opens_span) - 1
     sentinels = special.first_sentinel - span_number
     # Of the inputs a span keeps its first place, which becomes its sentinel.
-    inputs = np.where(opens_span, sentinels, tokens)[opens_span | ~noise]
-    starts = np.flatnonzero(opens_span[noise])
-    targets = np.insert(tokens[noise], starts, sentinels[opens_span])
+    stays = opens_span | ~noise
+    inputs = np.where(opens_span, sentinels, tokens)[stays]
+    # Of the targets each span has its sentinel before it.
+    taken = tokens[noise]
+    span_starts = np.flatnonzero(opens_span[noise])
+    targets = np.insert(taken, span_starts, sentinels[opens_span])
     inputs = np.append(inputs, special.eos).astype(np.int32)
     targets = np.append(targets, special.eos).astype(np.int32)
     return inputs, targets
@@ -187,7 +215,8 @@ def corrupt_row(
         free_targets = decoder_len - num_targets
         inputs, targets = corrupt_tokens(piece, denoiser, special, rng)
         if inputs.size > free_inputs or targets.size > free_targets:
-            free = (free_inputs - len(special.bos_ids), free_targets)
+            # A denoiser's lengths are without the tokens that inputs begin with.
+            free = InputsAndTargets(free_inputs - len(special.bos_ids), free_targets)
             num_fitting = _count_fitting(piece.size, denoiser, free)
             if num_fitting == 0:
                 continue
@@ -200,6 +229,7 @@ def corrupt_row(
         row["input_segment_ids"][span] = segment_id
         num_inputs += inputs.size
 
+        # The decoder reads each target one step later, behind the start id.
         span = slice(num_targets, num_targets + targets.size)
         shifted = np.concatenate([[special.decoder_start_id], targets[:-1]])
         row["tokens"][span] = shifted
@@ -224,21 +254,21 @@ def _split_segments(tokens: Ids, segment_ids: Ids) -> Iterator[tuple[Ids, int]]:
 def _draw_composition(total: int, parts: int, rng: Generator) -> NDArray[np.integer]:
     """Draws ``parts`` positive numbers that add up to ``total``, all such equally
     likely."""
+    # parts − 1 of the total − 1 places between two units are cut at.
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
-def _count_fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
-    """Counts how many of n tokens surely fit (inputs, targets) of these lengths; 0: too
-    few to take any out of."""
-
-    free_inputs, free_targets = free
+def _count_fitting(n: int, denoiser: Denoiser, free: InputsAndTargets) -> int:
+    """Counts how many of n tokens surely fit inputs and targets of these lengths; 0:
+    too few to take any out of."""
 
     def is_too_long(m: int) -> bool:
-        inputs, targets = denoiser.max_lengths(m)
-        return inputs > free_inputs or targets > free_targets
+        lengths = denoiser.max_lengths(m)
+        return lengths.inputs > free.inputs or lengths.targets > free.targets
 
-    # Lengths fall with m nowhere. Of 2, 3, ... tokens so many fit: up to one more.
+    # Lengths fall with m nowhere, so that the sizes 2, 3, ... that fit come first. Of k
+    # such sizes the largest is k + 1.
     num_sizes = bisect_left(range(2, n + 1), True, key=is_too_long)
     return num_sizes + 1 if num_sizes else 0
 
@@ -270,9 +300,9 @@ class DenoisingTask(TextTask):
         """The denoisers, one of which is drawn for each document."""
 
     def row_lengths(self, seq_len: int) -> tuple[int, int]:
-        encoder, decoder = compute_max_lengths(seq_len, self.denoisers)
-        encoder_len = self.encoder_len or _round_up(encoder)
-        decoder_len = self.decoder_len or _round_up(decoder)
+        lengths = compute_max_lengths(seq_len, self.denoisers)
+        encoder_len = self.encoder_len or _round_up(lengths.inputs)
+        decoder_len = self.decoder_len or _round_up(lengths.targets)
         return decoder_len, encoder_len
 
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
@@ -339,28 +369,30 @@ class DenoisingTask(TextTask):
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
-        spans = 0
-        for denoiser in self.denoisers:
-            _, denoiser_spans = denoiser.count_noise_and_spans(seq_len)
-            spans = max(spans, denoiser_spans)
-        if spans > self.sentinels:
+        max_spans = max(
+            denoiser.count_noise_and_spans(seq_len).num_spans
+            for denoiser in self.denoisers
+        )
+        if max_spans > self.sentinels:
             raise MaxlmError(
-                f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and "
-                f"there are {self.sentinels} sentinels",
+                f"data.seq_len={seq_len} tokens can have {max_spans} spans taken out, "
+                f"and there are {self.sentinels} sentinels",
                 where="task.sentinels",
-                fix=f"set it to {spans} or more, or shorten the sequences",
+                fix=f"set it to {max_spans} or more, or shorten the sequences",
             )
-        inputs, targets = compute_max_lengths(seq_len, self.denoisers)
+        lengths = compute_max_lengths(seq_len, self.denoisers)
         for setting, length, min_length in (
-            ("encoder_len", self.encoder_len, inputs),
-            ("decoder_len", self.decoder_len, targets),
+            ("encoder_len", self.encoder_len, lengths.inputs),
+            ("decoder_len", self.decoder_len, lengths.targets),
         ):
             if length is not None and length < min_length:
-                message = f"{length} is too short for what data.seq_len={seq_len} "
-                message += "tokens become"
-                fix = f"set it to {min_length} or more, to null, or shorten the "
-                fix += "sequences"
-                raise MaxlmError(message, where=f"task.{setting}", fix=fix)
+                raise MaxlmError(
+                    f"{length} is too short for what data.seq_len={seq_len} tokens "
+                    "become",
+                    where=f"task.{setting}",
+                    fix=f"set it to {min_length} or more, to null, or shorten the "
+                    "sequences",
+                )
 
     @model_validator(mode="after")
     def _check_sentinels(self) -> Self:
@@ -413,7 +445,7 @@ class Ul2Task(DenoisingTask):
 
     @property
     def denoisers(self) -> tuple[Denoiser, ...]:
-        # (density, mean span, id): table 1 of the paper.
+        # Density, mean span and mode: table 1 of the paper.
         return (
             Denoiser(0.15, 3, self.regular_id),
             Denoiser(0.15, 8, self.regular_id),

@@ -26,8 +26,8 @@ from maxlm.tasks.sft import AnswerTask
 from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, TaskModels
 from maxlm.tasks.text import TextTask, TokenPredictionTask
 
-# Both are ends of the generalised Jensen–Shannon divergence's range.
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
+"""Both are ends of the generalised Jensen–Shannon divergence's range."""
 
 
 class TeacherTask(TokenPredictionTask):

@@ -1,7 +1,6 @@
 """Kahneman-Tversky optimization: learns from answers that are good or bad, without
 pairs."""
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -42,8 +41,8 @@ from maxlm.tasks.task import (
     map_micro_batches,
 )
 
-# Prefix of the arrays of a prompt with another row's completion.
-_KL = "kl_"
+_MISMATCHED_PREFIX = "kl_"
+"""Prefix of the arrays of a prompt with another row's completion."""
 
 
 class KtoTask(ReferenceTask):
@@ -79,23 +78,25 @@ class KtoTask(ReferenceTask):
     ) -> Arrays:
         """Adds the label, and the prompt with another row's completion, cut to what a
         row has room for."""
-        encode = partial(
-            encode_answer,
-            encoder.tokenizer,
-            row["prompt"],
-            variables=read_template_variables(row),
-        )
+        tokenizer = encoder.tokenizer
+        prompt = row["prompt"]
+        variables = read_template_variables(row)
         try:
-            tokens, is_target = encode(row[MISMATCHED])
+            encoded = encode_answer(tokenizer, prompt, row[MISMATCHED], variables)
         except MaxlmError:
             # The fault is of another row, and reported when that one is read.
-            tokens, is_target = encode(row["completion"])
+            encoded = encode_answer(tokenizer, prompt, row["completion"], variables)
         length = encoder.max_length
-        mismatched = EncodedSequence(tokens[:length], is_target[:length])
+        mismatched = EncodedSequence(
+            encoded.tokens[:length], encoded.is_target[:length]
+        )
         joined = join_sequences([mismatched], encoder.num_virtual_tokens)
-        added: Arrays = {"labels": 1.0 if get_label(row) else -1.0}
-        added |= {_KL + name: array for name, array in joined.items()}
-        return super().extend_example(encoder, row, arrays) | added
+        label_arrays: Arrays = {"labels": 1.0 if get_label(row) else -1.0}
+        mismatched_arrays = {
+            _MISMATCHED_PREFIX + name: array for name, array in joined.items()
+        }
+        extended = super().extend_example(encoder, row, arrays)
+        return extended | label_arrays | mismatched_arrays
 
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         return super().example_shapes() | {"labels": ()}
@@ -103,7 +104,9 @@ class KtoTask(ReferenceTask):
     def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
         arrays = super().batch_arrays(seq_len)
         mismatched = {
-            _KL + name: array for name, array in arrays.items() if "seq" in array.axes
+            _MISMATCHED_PREFIX + name: array
+            for name, array in arrays.items()
+            if "seq" in array.axes
         }
         return arrays | mismatched
 
@@ -112,7 +115,15 @@ class KtoTask(ReferenceTask):
         if len(file) < 2:
             message = "one row, where each is compared with another's completion"
             raise MaxlmError(message, where=str(file.paths[0]), fix="give two or more")
-        return ExtendedRows(**{**vars(file), "with_mismatched": True})
+        # A reference's stored log-probabilities are columns already.
+        log_probs = file.log_probs if isinstance(file, ExtendedRows) else None
+        return ExtendedRows(
+            file.paths,
+            file.starts,
+            file.columns,
+            log_probs=log_probs,
+            with_mismatched=True,
+        )
 
     def compute_reference_log_probs(
         self, model: BoundModel, batch: DeviceBatch
@@ -123,25 +134,28 @@ class KtoTask(ReferenceTask):
 
     def _compute_mismatched(self, model: BoundModel, batch: DeviceBatch) -> jax.Array:
         """Computes log-probabilities of the other rows' completions, [..., E, 1]."""
-        return self.compute_sequence_log_probs(model, batch, _KL).sums
+        return self.compute_sequence_log_probs(model, batch, _MISMATCHED_PREFIX).sums
 
     def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
         batch = super().prepare_batch(models, batch)
-        is_present = batch["labels"] != 0
+        is_present = batch["labels"] != 0  # [M, B, E]; padding has the label 0
         mismatched = map_micro_batches(self._compute_mismatched, models.trained, batch)
+        # The reference's columns are of the matched completion and of the mismatched.
         ratios = mismatched[..., 0] - batch[LOG_PROBS][..., 1]
         ratios = jnp.where(is_present, ratios, 0)
         # The paper's reference point z0, of the whole batch.
-        kl = jnp.maximum(ratios.sum() / jnp.maximum(is_present.sum(), 1), 0)
+        mean_ratio = ratios.sum() / jnp.maximum(is_present.sum(), 1)
+        kl = jnp.maximum(mean_ratio, 0)
         return batch | {"kl": jnp.where(is_present, kl, 0)}
 
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
         answers = self.compute_sequence_log_probs(models.trained, batch)
-        labels = batch["labels"]
+        labels = batch["labels"]  # [..., E]: 1, −1, or 0 of padding
         is_good = batch["labels"] > 0
         ratios = answers.sums[..., 0] - batch[LOG_PROBS][..., 0]
+        # The paper's value function v; a label's sign makes one formula of its two.
         values = jax.nn.sigmoid(labels * self.beta * (ratios - batch["kl"]))
         weights = jnp.where(is_good, self.desirable_weight, self.undesirable_weight)
         losses = jnp.where(labels != 0, weights * (1 - values), 0)
@@ -160,7 +174,7 @@ class KtoTask(ReferenceTask):
         chosen = average(rewards, is_good)
         rejected = average(rewards, labels < 0)
         sums = {
-            "tokens": examples,
+            "tokens": examples,  # what is logged is divided by their number
             "accuracy": accuracy,
             "kl": kl,
             "chosen_reward": chosen,

@@ -74,12 +74,15 @@ class MlmTask(TextTask):
         is_special = vocabulary.is_special
         is_candidate = (segment_ids != 0) & ~is_special[tokens]
         places = np.flatnonzero(is_candidate)
-        budget = max(1, round(self.share * places.size)) if places.size else 0
+        budget = 0
+        if places.size:
+            budget = max(1, round(self.share * places.size))
         if self.whole_words:
             begins_word = vocabulary.starts_word[tokens] | ~is_candidate
             begins_word[1:] |= segment_ids[1:] != segment_ids[:-1]
             word_numbers = np.cumsum(begins_word)[places]
-            chosen = places[_choose_whole_words(word_numbers, budget, rng)]
+            is_chosen = _choose_whole_words(word_numbers, budget, rng)
+            chosen = places[is_chosen]
         else:
             chosen = rng.choice(places, budget, replace=False)
         chosen = np.sort(chosen)

@@ -111,8 +111,13 @@ def compute_margin_losses(
     margins = beta * margins - target_margin
     if loss_type == "hinge":
         return jax.nn.relu(1 - margins)
+
+    def compute_loss(sign: int) -> jax.Array:
+        return -jax.nn.log_sigmoid(sign * margins)
+
     # As if the label is right, and as if it is wrong.
-    right, wrong = (-jax.nn.log_sigmoid(sign * margins) for sign in (1, -1))
+    right = compute_loss(1)
+    wrong = compute_loss(-1)
     if loss_type == "robust":
         # Unbiased under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409).
         smoothed = (1 - label_smoothing) * right - label_smoothing * wrong

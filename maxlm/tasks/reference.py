@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.row_files import RowFiles
+from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.preference import PreferenceTask
 from maxlm.tasks.rows import Arrays, ExampleEncoder, FileRow, FilesSetting
@@ -90,7 +91,7 @@ class ReferenceTask(PreferenceTask):
             message = f"an array {[*shape]}, where the files and the task need "
             message += f"{[*required]}"
             raise MaxlmError(message, where=str(path), fix=_FIX)
-        return ExtendedRows(**vars(file), log_probs=path)
+        return ExtendedRows(file.paths, file.starts, file.columns, log_probs=path)
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,16 @@ class ExtendedRows(RowFiles):
     """Whether a row has the completion of the row before it too; the first, that of the
     last."""
 
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
+    def __getitem__(self, index: int, /) -> JsonObject:
         row = super().__getitem__(index)
         if self.log_probs is not None:
             row = row | {LOG_PROBS: _open_array(self.log_probs)[index]}
         if self.with_mismatched:
-            row = row | {MISMATCHED: self._read_completion((index - 1) % len(self))}
+            previous_index = (index - 1) % len(self)
+            row = row | {MISMATCHED: self._read_completion(previous_index)}
         return row
 
-    def _read_completion(self, index: int) -> Any:
+    def _read_completion(self, index: int) -> object:
         """Returns a row's completion; None where it has none, or cannot be read, which
         is reported when that row is read itself."""
         try:

@@ -80,8 +80,9 @@ class ReferenceFreeTask(PreferenceTask):
     def compute_nll(self, answers: SequenceLogProbs, batch: DeviceBatch) -> jax.Array:
         """Returns each pair's share of the cross-entropy, [..., E]."""
         nll = -answers.per_token * batch["nll_weights"]
+        by_segment = sum_by_segment(nll, batch["segment_ids"], self.num_segments)
         # Chosen answers are every other segment.
-        return sum_by_segment(nll, batch["segment_ids"], self.num_segments)[..., ::2]
+        return by_segment[..., ::2]
 
 
 class CpoTask(ReferenceFreeTask):

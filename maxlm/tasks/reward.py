@@ -43,7 +43,8 @@ class RewardTask(PreferenceTask):
     def encode_example(
         self, tokenizer: Tokenizer, row: FileRow
     ) -> list[EncodedSequence]:
-        # With a token behind the last one, which rows have as a target alone.
+        # Rows have a sequence's last token as a target alone. The score is read at the
+        # answer's last token, so that one more goes behind it.
         return [
             EncodedSequence([*answer.tokens, 0], [*answer.is_target, True])
             for answer in encode_pair(tokenizer, row)
@@ -62,20 +63,23 @@ class RewardTask(PreferenceTask):
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
+        # E pairs a row, in 2·E segments.
         segment_ids = batch["segment_ids"]
         hidden, aux = models.trained(batch["tokens"], batch["positions"], segment_ids)
         # Of each segment, the score at its last token; 0 of padding.
         positions = batch["positions"][..., None]
-        numbers = jnp.arange(1, self.num_segments + 1)
-        is_in_segment = segment_ids[..., None] == numbers
-        last = jnp.where(is_in_segment, positions, -1).max(-2, keepdims=True)
-        is_last = is_in_segment & (positions == last)
-        token_scores = models.trained.apply_head(SCORE, hidden)
-        scores = jnp.where(is_last, token_scores, 0).sum(-2)
-        scores = scores.reshape(*scores.shape[:-1], -1, 2)
+        segment_numbers = jnp.arange(1, self.num_segments + 1)
+        is_in_segment = segment_ids[..., None] == segment_numbers  # [..., S, 2·E]
+        last_position = jnp.where(is_in_segment, positions, -1).max(-2, keepdims=True)
+        is_last = is_in_segment & (positions == last_position)
+        token_scores = models.trained.apply_head(SCORE, hidden)  # [..., S, 1]
+        segment_scores = jnp.where(is_last, token_scores, 0).sum(-2)
+        # Chosen and rejected, [..., E, 2].
+        scores = segment_scores.reshape(*segment_scores.shape[:-1], -1, 2)
         lengths = sum_by_segment(batch["weights"], segment_ids, self.num_segments)
         # −log σ(chosen − rejected − margin) (Ouyang et al. 2022, arXiv 2203.02155,
         # equation 1; the margin as in Llama 2, arXiv 2307.09288, equation 2).
         losses = -jax.nn.log_sigmoid(scores[..., 0] - scores[..., 1] - batch["margins"])
         losses += self.center_rewards * jnp.square(scores.sum(-1))
-        return sum_pairs(losses, scores, lengths[..., ::2] > 0, aux, batch)
+        is_present = lengths[..., ::2] > 0
+        return sum_pairs(losses, scores, is_present, aux, batch)

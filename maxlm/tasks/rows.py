@@ -20,23 +20,24 @@ from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import RowSource, encode_row, make_row_source
 from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress, show_progress
 from maxlm.tasks.task import SourceInputs, Task
 
-# So many rows take longer to encode than processes to start: seconds.
 _MANY_ROWS = 16384
-# Rows that a process encodes at once.
+"""So many rows take longer to encode than processes to start: seconds."""
 _PART_ROWS = 1024
-# Refused rows whose faults a run says at its start; a file in its folder lists all.
+"""Rows that a process encodes at once."""
 _REFUSED_ROWS_SHOWN = 3
+"""Refused rows whose faults a run says at its start; a file in its folder lists all."""
 TooLong = Literal["drop", "cut_end", "cut_start"]
 FilesSetting = Literal["files", "validation_files"]
 """Settings of a task that name files."""
-FileRow = Mapping[str, Any]
+FileRow = JsonMapping
 """A row of a file, by column."""
 Arrays = dict[str, Any]
-"""An example's arrays, by name."""
+"""An example's arrays and numbers, by name."""
 
 
 class RowTask(Task):
@@ -109,9 +110,10 @@ class RowTask(Task):
         """Returns what encodes rows for batches of ``seq_len`` tokens."""
         room = seq_len // self.sequences_per_example
         # A sequence's last token is a target alone: one more than a row has room for.
-        most = room + 1 - num_virtual_tokens
-        length = min(self.max_length or most, most)
-        return ExampleEncoder(self, tokenizer, length, num_virtual_tokens)
+        max_length = room + 1 - num_virtual_tokens
+        if self.max_length is not None:
+            max_length = min(self.max_length, max_length)
+        return ExampleEncoder(self, tokenizer, max_length, num_virtual_tokens)
 
     def open_files(self, setting: FilesSetting) -> RowFiles:
         """Opens the files to train or evaluate on."""
@@ -260,7 +262,8 @@ def scan_examples(
             MaxlmError is raised.
     """
     is_long = len(examples) >= _MANY_ROWS
-    parts = np.array_split(examples, max(1, len(examples) // _PART_ROWS))
+    num_parts = max(1, len(examples) // _PART_ROWS)
+    parts = np.array_split(examples, num_parts)
     scans: dict[int, ExampleScan] = {}
     num_done = 0
     with ExitStack() as stack:
@@ -302,6 +305,7 @@ def _scan_part(
             continue
         if not arrays:  # the example is left out
             continue
+        # KTO's examples have another array of tokens (kl_tokens).
         lengths[i] = max(
             len(array) for name, array in arrays.items() if name.endswith("tokens")
         )
@@ -320,16 +324,17 @@ class ExampleEncoder:
     """Tokens of a sequence at most, without virtual ones."""
     num_virtual_tokens: int = 0
 
-    def __call__(self, row: FileRow) -> Mapping[str, Any]:
+    def __call__(self, row: FileRow) -> Arrays:
         """Returns an example's arrays by name (see :data:`maxlm.data.rows.Encode`);
         none of an example that is left out."""
-        whole = self.task.encode_example(self.tokenizer, row)
-        sequences = [self._cut(sequence) for sequence in whole]
+        uncut = self.task.encode_example(self.tokenizer, row)
+        sequences = [self._cut(sequence) for sequence in uncut]
+        # Dropped, or cut to a part with nothing to learn.
         if not all(sequence.num_targets for sequence in sequences):
             return {}
         arrays: Arrays = join_sequences(sequences, self.num_virtual_tokens)
         arrays["was_cut"] = any(
-            len(sequence.tokens) > self.max_length for sequence in whole
+            len(sequence.tokens) > self.max_length for sequence in uncut
         )
         return self.task.extend_example(self, row, arrays)
 
@@ -359,10 +364,14 @@ def join_sequences(
 ) -> dict[str, np.ndarray]:
     """Lays sequences out one after the other, each a segment that begins with virtual
     tokens."""
+    # An adapter sets what the model sees in the place of these.
+    virtual_ids = [0] * num_virtual_tokens
+    virtual_targets = [False] * num_virtual_tokens
     parts = []
     for segment, sequence in enumerate(sequences, 1):
-        ids = np.array([0] * num_virtual_tokens + sequence.tokens, np.int32)
-        is_learnt = np.array([False] * num_virtual_tokens + sequence.is_target)
+        ids = np.array(virtual_ids + sequence.tokens, np.int32)
+        is_learnt = np.array(virtual_targets + sequence.is_target)
+        # Every token but the last is read, every one but the first is a target.
         length = len(ids) - 1
         part = {
             "tokens": ids[:-1],

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -174,9 +175,7 @@ def write_counting_rows(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def smoke(
-    config: RunConfig, devices: Sequence[jax.Device] | None = None
-) -> Iterator[Check]:
+def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as
     it is made.
 

@@ -23,6 +23,7 @@ from maxlm.tasks import TASKS, TaskConfig
 from maxlm.tasks.rows import RowTask, scan_examples
 
 _STYLES = {(True, False): "bold green", (True, True): "green", (False, True): "dim"}
+"""Styles of spans by (is learnt, is special)."""
 
 
 class ExampleSettings(Config):
@@ -60,6 +61,50 @@ def describe_examples(
         settings: a run's, such as ``task.turns=last`` or ``data.seq_len=512``.
         kind: of the task; None infers it from the columns of the first row.
     """
+    config = _load_settings(path, settings, kind)
+    task = config.task
+    assert isinstance(task, RowTask)
+    tokenizer = open_tokenizer(model)
+    add_chat_template(tokenizer, config.tokenizer)
+    file = task.open_files("files")
+    encoder = task.make_encoder(tokenizer, config.data.seq_len)
+    all_rows = np.arange(len(file))
+    scan = scan_examples(encoder, file, all_rows, workers=None, keep_errors=True)
+    used_rows = np.flatnonzero(scan.lengths)
+    lengths = scan.lengths[used_rows]
+    length_quantiles = [0, 0, 0]
+    if used_rows.size:
+        length_quantiles = [int(np.quantile(lengths, q)) for q in (0, 0.5, 1)]
+    share_learnt = float(scan.num_targets.sum() / max(1, lengths.sum()))
+
+    sequence_names = [""]
+    if task.sequences_per_example == 2:
+        sequence_names = ["chosen", "rejected"]
+    examples = []
+    for row in used_rows[:num_examples].tolist():
+        encoded = encode_row(encoder, file, row)
+        for segment, name in enumerate(sequence_names, 1):
+            place = f"{file.locate(row)} {name}".rstrip()
+            spans = list(_list_spans(tokenizer, encoded, segment))
+            examples.append({"where": place, "spans": spans})
+    return {
+        "kind": task.kind,
+        "rows": len(file),
+        "rows_used": int(used_rows.size),
+        "rows_unreadable": len(scan.errors),
+        "errors": [str(error) for error in scan.errors],
+        "notes": task.describe_scan(scan, encoder.max_length),
+        "tokens": length_quantiles,
+        "share_learnt": share_learnt,
+        "examples": examples,
+    }
+
+
+def _load_settings(
+    path: str | Path, settings: Sequence[str], kind: str | None
+) -> ExampleSettings:
+    """Loads the settings that decide what becomes of a file's rows; raises MaxlmError
+    for a kind of task that reads no rows."""
     # The kind may have to be told from the columns, under the task's names for them.
     column_settings = [
         setting.removeprefix("task.")
@@ -67,48 +112,15 @@ def describe_examples(
         if _is_column_setting(setting)
     ]
     column_names = load_config(ColumnSettings, None, column_settings).value.columns
-    columns = open_rows(path, columns=column_names)[0]
-    kind = kind or infer_task_kind(columns)
+    first_row = open_rows(path, columns=column_names)[0]
+    kind = kind or infer_task_kind(first_row)
     task_class = TASKS.find(kind)
     if task_class is None or not issubclass(task_class, RowTask):
         message = f"no task on rows of files is called {kind!r}"
-        fix = f"name another with --kind; the columns are {', '.join(columns)}"
+        fix = f"name another with --kind; the columns are {', '.join(first_row)}"
         raise MaxlmError(message, where="--kind", fix=fix)
     task_settings = (f"task.kind={kind}", f"task.files={[str(path)]}")
-    config = load_config(ExampleSettings, None, [*task_settings, *settings]).value
-    task = config.task
-    tokenizer = open_tokenizer(model)
-    assert isinstance(task, RowTask)
-    add_chat_template(tokenizer, config.tokenizer)
-    file = task.open_files("files")
-    encoder = task.make_encoder(tokenizer, config.data.seq_len)
-    scan = scan_examples(encoder, file, np.arange(len(file)), None, keep_errors=True)
-    example_rows = np.flatnonzero(scan.lengths)
-    lengths = scan.lengths[example_rows]
-    examples = []
-    for row in example_rows[:num_examples].tolist():
-        encoded = encode_row(encoder, file, row)
-        sequence_names = [""]
-        if task.sequences_per_example == 2:
-            sequence_names = ["chosen", "rejected"]
-        for segment, name in enumerate(sequence_names, 1):
-            place = f"{file.locate(row)} {name}".rstrip()
-            spans = list(_list_spans(tokenizer, encoded, segment))
-            examples.append({"where": place, "spans": spans})
-    length_quantiles = [0, 0, 0]
-    if example_rows.size:
-        length_quantiles = [int(np.quantile(lengths, q)) for q in (0, 0.5, 1)]
-    return {
-        "kind": kind,
-        "rows": len(file),
-        "rows_used": int(example_rows.size),
-        "rows_unreadable": len(scan.errors),
-        "errors": [str(error) for error in scan.errors],
-        "notes": task.describe_scan(scan, encoder.max_length),
-        "tokens": length_quantiles,
-        "share_learnt": float(scan.num_targets.sum() / max(1, lengths.sum())),
-        "examples": examples,
-    }
+    return load_config(ExampleSettings, None, [*task_settings, *settings]).value
 
 
 def infer_task_kind(columns: Iterable[str]) -> str:
@@ -163,20 +175,21 @@ def render_examples(report: JsonMapping, *, in_colour: bool) -> Text:
 
 
 def _list_spans(
-    tokenizer: Tokenizer, encoded: JsonMapping, segment: int
+    tokenizer: Tokenizer, encoded: Mapping[str, np.ndarray], segment: int
 ) -> Iterator[JsonObject]:
-    special_ids = {*tokenizer.special_tokens.values()}
+    """Yields the spans of a segment's text whose tokens are alike: learnt or not,
+    special or not."""
+    special_ids = set(tokenizer.special_tokens.values())
     is_of_segment = encoded["segment_ids"] == segment
     # Targets are the tokens from the second on; the first is never learnt.
     first_id = int(encoded["tokens"][is_of_segment][0])
-    ids = [first_id, *encoded["targets"][is_of_segment].tolist()]
-    learnt = [False, *(encoded["weights"][is_of_segment] > 0).tolist()]
-    kinds = [
-        (is_learnt, token_id in special_ids)
-        for is_learnt, token_id in zip(learnt, ids, strict=True)
-    ]
+    target_ids = encoded["targets"][is_of_segment].tolist()
+    is_target = encoded["weights"][is_of_segment] > 0
+    ids = [first_id, *target_ids]
+    learnt = [False, *is_target.tolist()]
+    special = [token_id in special_ids for token_id in ids]
     stop = 0
-    for (is_learnt, is_special), group in groupby(kinds):
+    for (is_learnt, is_special), group in groupby(zip(learnt, special, strict=True)):
         start = stop
         stop = start + len(list(group))
         text = tokenizer.decode_bytes(ids[start:stop], continued=start > 0)

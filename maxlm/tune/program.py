@@ -2,12 +2,13 @@
 
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError
+from maxlm.data.rows import RowSource
 from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.optim.schedule import make_schedule
 from maxlm.run.config import RunConfig
@@ -54,10 +55,12 @@ def tune_model(
         schedule = config.schedule.model_copy(update={"warmup_steps": warmup_steps})
         config = config.model_copy(update={"train": train, "schedule": schedule})
     if precompute_reference:
-        stored = Path(config.folder, config.name, "reference")
-        if not (stored / "files.npy").exists():
-            precompute_reference_log_probs(config, stored)
-        task = config.task.model_copy(update={"reference_log_probs": str(stored)})
+        log_probs_folder = Path(config.folder, config.name, "reference")
+        if not (log_probs_folder / "files.npy").exists():
+            precompute_reference_log_probs(config, log_probs_folder)
+        task = config.task.model_copy(
+            update={"reference_log_probs": str(log_probs_folder)}
+        )
         config = config.model_copy(update={"task": task})
     return train_model(config, resume=resume, profile=profile, say=say)
 
@@ -70,8 +73,8 @@ def count_steps(config: RunConfig, epochs: float) -> int:
         message = "--epochs counts rows of files, with the base's tokenizer"
         raise MaxlmError(message, where="--epochs", fix="set train.steps")
     inputs = make_source_inputs(config, load_tokenizer(folder))
-    # Sources of rows alone have epochs, and the task reads rows.
-    source: Any = config.task.batch_source(inputs)
+    # Tasks that read no text make their batches of rows.
+    source = cast(RowSource, config.task.batch_source(inputs))
     num_rows = source.rows_per_epoch * epochs
     return max(1, ceil(num_rows / config.data.batch_size))
 
@@ -98,15 +101,16 @@ def convert_sources(config: RunConfig) -> RunConfig:
 
 
 def _convert_once(source: str, target: Path) -> str:
+    """Makes a run of a Hugging Face checkpoint, unless it is there; returns its
+    folder."""
     if jax.process_index() == 0 and not (target / "config.yaml").exists():
         with show_progress() as progress:
-            message = f"reading {source}"
-            convert(
-                source,
-                target,
-                progress=lambda _, done, total: progress(message, done, total),
-            )
-    multihost_utils.sync_global_devices(str(target))
+
+            def show_reading(_: str, done: int, total: int) -> None:
+                progress(f"reading {source}", done, total)
+
+            convert(source, target, progress=show_reading)
+    multihost_utils.sync_global_devices(str(target))  # the others read it next
     return str(target)
 
 

@@ -65,14 +65,14 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
             file, np.arange(len(file)), inputs, shuffle=False, endless=False
         )
         log_probs = np.full((len(file), task.num_reference_columns), np.nan, np.float32)
+        batch_values = []
         with open_evaluation_batches(setup, source) as batches:
-            values = [
-                process_allgather(run(params, device_batch), True)
-                for device_batch in batches
-            ]
+            for device_batch in batches:
+                values = run(params, device_batch)
+                batch_values.append(process_allgather(values, tiled=True))
         # The last batch is filled up: what is behind the examples is nobody's.
         example_indices = source.example_indices
-        rows = np.concatenate(values).reshape(-1, task.num_reference_columns)
+        rows = np.concatenate(batch_values).reshape(-1, task.num_reference_columns)
         log_probs[example_indices] = rows[: len(example_indices)]
         if jax.process_index() == 0:
             np.save(Path(folder, f"{name}.npy"), log_probs)

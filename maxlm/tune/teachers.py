@@ -2,12 +2,12 @@
 answers."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,9 +20,11 @@ from maxlm.data.documents.streams import import_pyarrow
 from maxlm.data.row_files import open_rows
 from maxlm.data.rows import encode_row
 from maxlm.data.tokenizer.chat import check_tools_are_written, encode_chat
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.inference.embedding import compute_padded_states, iterate_padded_batches
 from maxlm.inference.requests import GenerationRequest
+from maxlm.models.architectures import Model
 from maxlm.models.params import Params, bind
 from maxlm.parallel.divergence import StoredTeacher, compute_top_log_probs
 from maxlm.run.load import LoadedRun
@@ -34,8 +36,8 @@ from maxlm.sharding import bind_mesh
 from maxlm.tasks.distillation import write_stored_teacher
 from maxlm.tasks.sft import SftTask
 
-# Rows that are held, and written together.
-_BLOCK = 256
+_BLOCK_ROWS = 256
+"""Rows that are held, and written together."""
 
 
 def store_teacher_logits(
@@ -81,35 +83,30 @@ def store_teacher_logits(
         "teacher_vocab_size": config.vocab_size,
         "teacher_temperature": temperature,
     }
-    rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(len(file))]))
+    num_rows = len(file)
+    rows = pa.Table.from_struct_array(pa.array([file[i] for i in range(num_rows)]))
     num_written = 0
     writer = None
     with ExitStack() as stack:
         progress = stack.enter_context(show_progress("rows"))
         stack.enter_context(convert_write_errors(out))
         path = stack.enter_context(replace_file(out))
-        for start in range(0, len(file), _BLOCK):
-            block = range(len(file))[start : start + _BLOCK]
+        for start in range(0, num_rows, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, num_rows)
+            # Rows by index, without those that the encoder leaves out.
             encoded_rows = {}
-            for index in block:
+            for index in range(start, stop):
                 encoded_row = encode_row(encoder, file, index)
                 if encoded_row:
                     encoded_rows[index] = encoded_row
-            row_tokens = [row["tokens"] for row in encoded_rows.values()]
-            row_tops = _find_top(loaded, row_tokens, k, temperature)
-            # Only of the tokens to learn is anything stored.
-            records = []
-            for row, top in zip(encoded_rows.values(), row_tops, strict=True):
-                ids, log_probs = top
-                places = np.flatnonzero(row["weights"])
-                record = write_stored_teacher(
-                    ids[places], log_probs[places], row["targets"][places]
-                )
-                records.append(record | metadata)
+            records = _make_records(loaded, [*encoded_rows.values()], k, temperature)
             if records:
                 table = rows.take([*encoded_rows])
                 for name in records[0]:
                     column = pa.array([record[name] for record in records])
+                    table = table.append_column(name, column)
+                for name, value in metadata.items():
+                    column = pa.array([value] * len(records))
                     table = table.append_column(name, column)
                 # The first rows that fit tell the schema.
                 if writer is None:
@@ -118,12 +115,31 @@ def store_teacher_logits(
                     )
                 writer.write_table(table)
             num_written += len(records)
-            progress("teacher", block[-1] + 1, len(file))
+            progress("teacher", stop, num_rows)
         if writer is None:
             message = f"no row has at most {encoder.max_length} tokens"
             fix = "raise seq_len"
             raise MaxlmError(message, where=str(files[0]), fix=fix)
-    return num_written, len(file) - num_written
+    return num_written, num_rows - num_written
+
+
+def _make_records(
+    loaded: LoadedRun,
+    encoded_rows: Sequence[Mapping[str, np.ndarray]],
+    k: int,
+    temperature: float,
+) -> list[dict[str, bytes]]:
+    """Returns what the teacher says of each row, of its tokens to learn alone."""
+    row_tokens = [row["tokens"] for row in encoded_rows]
+    row_tops = _find_top(loaded, row_tokens, k, temperature)
+    records = []
+    for row, top in zip(encoded_rows, row_tops, strict=True):
+        places = np.flatnonzero(row["weights"])
+        record = write_stored_teacher(
+            top.ids[places], top.log_probs[places], row["targets"][places]
+        )
+        records.append(record)
+    return records
 
 
 def generate_answers(
@@ -161,20 +177,12 @@ def generate_answers(
     num_requested = len(prompts) * num_answers
     # By answer: (index of the row, number of the answer to it).
     texts: dict[tuple[int, int], str] = {}
-    ended = set[tuple[int, int]]()
+    ended: set[tuple[int, int]] = set()
     num_done = 0
 
-    def requests() -> Iterator[GenerationRequest]:
+    def make_requests() -> Iterator[GenerationRequest]:
         for i, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                (tokens,) = encode_prompts(
-                    loaded.tokenizer, [prompt], as_documents=False
-                )
-            else:
-                variables = read_template_variables(rows[i])
-                check_tools_are_written(loaded.tokenizer, prompt, **variables)
-                variables["add_generation_prompt"] = True
-                tokens = encode_chat(loaded.tokenizer, prompt, **variables)
+            tokens = _encode_prompt(loaded.tokenizer, prompt, rows[i])
             if len(tokens) < engine.config.max_length:
                 yield GenerationRequest(str(i), tuple(tokens), sampling, num_answers)
 
@@ -183,7 +191,7 @@ def generate_answers(
         convert_write_errors(out),
         replace_file(out) as path,
     ):
-        for output in engine.run(requests()):
+        for output in engine.run(make_requests()):
             answer = (int(output.request_id), output.sequence_index)
             texts[answer] = texts.get(answer, "") + output.text
             if output.finish_reason is not None:
@@ -192,7 +200,7 @@ def generate_answers(
                 if output.finish_reason == "stop":
                     ended.add(answer)
         finished_answers = [answer for answer in sorted(ended) if texts[answer].strip()]
-        with path.open("w", encoding="utf-8") as lines:
+        with path.open("w", encoding="utf-8") as file_of_answers:
             for answer in finished_answers:
                 row_index, _ = answer
                 prompt_row = rows[row_index]
@@ -201,15 +209,38 @@ def generate_answers(
                 for name in ("tools", "chat_template_kwargs"):
                     if prompt_row.get(name):
                         row[name] = prompt_row[name]
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file_of_answers.write(json.dumps(row, ensure_ascii=False) + "\n")
     num_finished = len(finished_answers)
     return num_finished, num_requested - num_finished
 
 
+def _encode_prompt(
+    tokenizer: Tokenizer, prompt: str | list[JsonObject], row: JsonObject
+) -> Sequence[int]:
+    """Encodes a row's prompt, a text or messages to answer."""
+    if isinstance(prompt, str):
+        (tokens,) = encode_prompts(tokenizer, [prompt], as_documents=False)
+        return tokens
+    variables = read_template_variables(row)
+    check_tools_are_written(tokenizer, prompt, **variables)
+    variables["add_generation_prompt"] = True
+    return encode_chat(tokenizer, prompt, **variables)
+
+
+class _TopLogProbs(NamedTuple):
+    """What a teacher says of each token of a row, on the host."""
+
+    ids: np.ndarray
+    """int32 [S, k]."""
+    log_probs: np.ndarray
+    """fp32 [S, k + 1], the last of all other tokens together."""
+
+
 def _find_top(
     loaded: LoadedRun, rows: Sequence[np.ndarray], k: int, temperature: float
-) -> list[tuple[np.ndarray, ...]]:
-    """Ids [S, k] and log-probabilities [S, k + 1] of each of some rows of S tokens."""
+) -> list[_TopLogProbs]:
+    """Finds the likeliest tokens behind each token of each row [S]; ``k`` of them, or as
+    many as the teacher knows."""
     model_config = loaded.config.model
     num_top = min(k, model_config.vocab_size)
     num_batch_shards = prod(
@@ -220,20 +251,20 @@ def _find_top(
         [row.tolist() for row in rows], model_config.max_seq_len, num_batch_shards
     )
     # Batches are of rows of like lengths, in another order than the rows'.
-    row_tops: dict[int, tuple[np.ndarray, ...]] = {}
+    row_tops: dict[int, _TopLogProbs] = {}
     for indices, tokens, lengths in batches:
         top = jax.device_get(
             run(loaded.model, num_top, temperature, loaded.params, tokens, lengths)
         )
         for place, index in enumerate(indices):
             length = lengths[place]
-            row_tops[index] = tuple(array[place, :length] for array in top)
+            row_tops[index] = _TopLogProbs(*(array[place, :length] for array in top))
     return [row_tops[index] for index in range(len(rows))]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _compute_top(
-    model: Any,
+    model: Model,
     k: int,
     temperature: float,
     params: Params,
