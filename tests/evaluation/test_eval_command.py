@@ -6,11 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from maxlm.data.tokenizer import export_tokenizer
 from tests.serving.running import train_chat_tokenizer
 from tests.train.tiny import environment
+
+pytestmark = pytest.mark.heavy
 
 PROGRAM = """
 import sys

@@ -19,6 +19,8 @@ from maxlm.evaluation.ratings import (
 )
 from tests.errors import message
 
+pytestmark = pytest.mark.heavy
+
 ELO = 400 / np.log(10)
 
 

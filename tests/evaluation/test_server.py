@@ -10,6 +10,8 @@ from maxlm.evaluation.program import evaluate_model, open_server
 from tests.evaluation.fake_endpoint import run_endpoint
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
+pytestmark = pytest.mark.heavy
+
 
 def test_a_server_continues_texts_and_has_no_log_likelihoods_without_a_tokenizer():
     with run_in_thread(

@@ -24,6 +24,8 @@ from maxlm.parallel.terms import AttentionTerms
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA
 
+pytestmark = pytest.mark.heavy
+
 
 class RingCacheConfig(CacheConfig):
     """The last tokens of a sequence, in the compute dtype."""

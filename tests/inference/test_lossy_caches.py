@@ -308,6 +308,7 @@ def check(outputs, expected, known) -> None:
         )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
@@ -321,6 +322,7 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     check(outputs[0], both, known)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["paged", "int8", "int4"])
 @pytest.mark.parametrize("name", ["gqa", "mla"])
 def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
@@ -388,6 +390,7 @@ def test_heavy_hitters_over_many_steps(one_device_mesh):
     check_eviction(Case(parse(kind="h2o", budget=12, recent=5)), one_device_mesh, steps)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["gqa", "mla", "cap, slopes"])
 def test_eight_devices_answer_alike(mesh, name):
     eight = mesh(data=2, fsdp=2, tensor=2)
@@ -403,6 +406,7 @@ def test_eight_devices_answer_alike(mesh, name):
         check(outputs[d], expected, known)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tensor", [2, 4])  # of 2 kv heads
 @pytest.mark.parametrize("kind", ["paged", "int8", "h2o"])
 def test_devices_that_compute_all_keys_answer_alike(
@@ -451,6 +455,7 @@ SCARCE = {
 SIZES = {"max_sequences": 3, "max_length": 48, "page_size": 4, "prefill_tokens": 16}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("cache", "scarce"),
     [

@@ -13,6 +13,8 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.speculation import DraftModel
 
+pytestmark = pytest.mark.heavy
+
 VOCAB = 8
 PROMPT = (3, 1)
 NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES", 8_000))

@@ -24,6 +24,8 @@ from tests.models.building import QUICK
 from tests.plan import architectures
 from tests.train.cells import CAPACITY, MODELS
 
+pytestmark = pytest.mark.heavy
+
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so
 # small, the more with experts, whose routing sends a few numbers a token. `make test`
 # tries those in which every collective is and every kind of layer (architectures.py),

@@ -76,6 +76,7 @@ def parameters(folder: Path) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, flatten_names(load_run(folder).params))
 
 
+@pytest.mark.heavy
 def test_a_published_folder_is_used_without_conversion(llama, tmp_path):
     folder = tmp_path / "published"
     convert(llama, folder)
@@ -173,6 +174,7 @@ def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.heavy
 def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
     done = convert(llama, tmp_path / "published", family="mistral")
     assert done.family == "mistral"
@@ -254,6 +256,7 @@ def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
         ).read_bytes(), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["phi3", "deepseek_v2"])
 def test_a_tied_head_may_be_stored_again(name, tmp_path):
     tensors = dict(golden(name).tensors)
@@ -363,6 +366,7 @@ MARKS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", MARKS)
 def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
     make, marks = MARKS[name]

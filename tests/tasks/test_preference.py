@@ -30,6 +30,8 @@ from tests.tasks.row_cases import (
     make_task,
 )
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = building.LLAMA_GQA.model_copy(
     update={"vocab_size": VOCAB, "max_seq_len": 96, "heads": {"score": 1}}
 )

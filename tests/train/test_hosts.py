@@ -19,6 +19,8 @@ from tests.ports import free_port
 from tests.train import cells, tiny
 from tests.train.test_parity import differences, with_metrics
 
+pytestmark = pytest.mark.heavy
+
 NAMES = [
     f"{model}/{name}"
     for name, cell in cells.HOST_CELLS.items()

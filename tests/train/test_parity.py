@@ -12,6 +12,8 @@ from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.run.setup import set_up_run
 from tests.train import cells
 
+pytestmark = pytest.mark.heavy
+
 TOLERANCE = 1e-5
 
 

@@ -62,6 +62,7 @@ SHIPPED = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_config_passes(name, tmp_path, monkeypatch):
     (tmp_path / "corpora/demo").mkdir(parents=True)  # `make corpus-demo` makes it
@@ -82,6 +83,7 @@ def two_devices(monkeypatch, compiled_once):
     monkeypatch.setattr(smoke_program.jax, "devices", lambda: devices)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("two_devices")
 def test_it_passes_on_all_devices_and_says_so(capsys):
     assert main(["smoke", "smollm2_135m", "compilation_cache=null"]) == 0
@@ -95,6 +97,7 @@ def test_it_passes_on_all_devices_and_says_so(capsys):
     assert last == "smollm2_135m: works"
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("two_devices")
 def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(
     monkeypatch, capsys

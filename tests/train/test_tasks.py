@@ -14,6 +14,8 @@ from maxlm.tasks import TaskModels
 from maxlm.train.smoke import make_counting_batch_source
 from tests.models.building import QUICK, change, on_devices
 
+pytestmark = pytest.mark.heavy
+
 SEQ_LEN, STEPS = 48, 3
 BLOCK = {
     "vocab_size": 160,

@@ -11,7 +11,7 @@ from maxlm.run.load import load_run
 from maxlm.train import program as program
 from tests.train import tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
@@ -91,6 +91,7 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
     )
 
 
+@pytest.mark.more
 def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
     how = {"train": {"steps": 2}, "reporting": {"tensorboard": False}}
     path = tiny.write_config(tmp_path, text, **how)

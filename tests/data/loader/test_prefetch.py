@@ -25,6 +25,8 @@ from tests.data.loader.memory import (
     take_until_workers_make,
 )
 
+pytestmark = pytest.mark.heavy
+
 REPOSITORY = Path(__file__).parents[3]
 
 

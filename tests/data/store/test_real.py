@@ -10,6 +10,8 @@ from maxlm.data.documents import SourceConfig, is_heldout
 from maxlm.data.store import TokenStore, build_store
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def texts():
