@@ -282,7 +282,11 @@ def test_dropout_is_the_same_on_any_mesh_and_new_in_each_step(make_config, train
 
 
 @pytest.mark.parametrize(
-    "schedule", ["circular", pytest.param("1f1b", marks=pytest.mark.slow)]
+    "schedule",
+    [
+        pytest.param("circular", marks=pytest.mark.more),
+        pytest.param("1f1b", marks=pytest.mark.slow),
+    ],
 )
 def test_a_pipeline_drops_inputs_too(make_config, train, base, schedule):
     start: dict[str, Any] = {

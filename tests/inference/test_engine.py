@@ -156,7 +156,7 @@ def test_a_shared_prefix_is_computed_once(llama):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("window", [3, 8])
+@pytest.mark.parametrize("window", [pytest.param(3, marks=pytest.mark.more), 8])
 def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window):
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": window}
     with jax.set_mesh(one_device_mesh):
@@ -218,7 +218,10 @@ def test_log_probabilities_are_the_model_s_own(llama):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 5, "num_pages": 14}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.more), {"prefill_tokens": 5, "num_pages": 14}],
+)
 def test_continuations_are_scored_behind_what_they_share(llama, settings):
     """Each token of several continuations has the log-probability of a whole pass,
     whatever else runs, on few pages too; a context may end anywhere in a page, and is

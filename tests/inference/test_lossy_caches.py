@@ -323,7 +323,14 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["paged", "int8", "int4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("paged", marks=pytest.mark.more),
+        pytest.param("int8", marks=pytest.mark.more),
+        "int4",
+    ],
+)
 @pytest.mark.parametrize("name", ["gqa", "mla"])
 def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
     recent = {} if kind == "paged" else {"recent": 3}

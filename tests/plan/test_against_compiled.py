@@ -183,7 +183,14 @@ def test_bytes_sent_and_products(layout, model, off):
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
 
 
-@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param("none", marks=pytest.mark.more),
+        pytest.param("mlp", marks=pytest.mark.more),
+        "full",
+    ],
+)
 def test_every_remat_policy(remat):
     """The peak is a CPU's, whose compiler keeps other copies than a TPU's;
     benchmarks/plan_memory.py has the machines that matter."""

@@ -367,7 +367,7 @@ MARKS = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("name", ["bert", pytest.param("t5", marks=pytest.mark.more)])
 def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
     make, marks = MARKS[name]
     source = folder_of(name, tmp_path / "their")

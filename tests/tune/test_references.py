@@ -125,7 +125,8 @@ def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
 
 
 @pytest.mark.parametrize(
-    ("kind", "adapter"), [("dpo", {"kind": "lora"}), ("kto", None)]
+    ("kind", "adapter"),
+    [pytest.param("dpo", {"kind": "lora"}, marks=pytest.mark.more), ("kto", None)],
 )
 def test_a_stored_reference_gives_the_losses_of_one_that_is_held(
     home, kind, adapter, tmp_path

@@ -63,7 +63,9 @@ def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text, other):
     )  # whatever became of the newest
 
 
-@pytest.mark.parametrize("how", ["start_from", "resume"])
+@pytest.mark.parametrize(
+    "how", ["start_from", pytest.param("resume", marks=pytest.mark.more)]
+)
 def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
     tmp_path, text, other, monkeypatch, how
 ):
