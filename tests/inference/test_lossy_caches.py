@@ -398,7 +398,14 @@ def test_heavy_hitters_over_many_steps(one_device_mesh):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["gqa", "mla", "cap, slopes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gqa",
+        pytest.param("mla", marks=pytest.mark.more),
+        pytest.param("cap, slopes", marks=pytest.mark.more),
+    ],
+)
 def test_eight_devices_answer_alike(mesh, name):
     eight = mesh(data=2, fsdp=2, tensor=2)
     for kind in EVICTING:
@@ -414,7 +421,9 @@ def test_eight_devices_answer_alike(mesh, name):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("tensor", [2, 4])  # of 2 kv heads
+@pytest.mark.parametrize(
+    "tensor", [pytest.param(2, marks=pytest.mark.more), 4]
+)  # of 2 kv heads
 @pytest.mark.parametrize("kind", ["paged", "int8", "h2o"])
 def test_devices_that_compute_all_keys_answer_alike(
     mesh, one_device_mesh, kind, tensor
@@ -467,7 +476,7 @@ SIZES = {"max_sequences": 3, "max_length": 48, "page_size": 4, "prefill_tokens":
     ("cache", "scarce"),
     [
         ({"kind": "h2o", "budget": 48, "recent": 4}, {}),
-        ({"kind": "int4", "recent": 48}, SCARCE),
+        pytest.param({"kind": "int4", "recent": 48}, SCARCE, marks=pytest.mark.more),
     ],
 )
 def test_sequences_within_the_budget_are_exact(

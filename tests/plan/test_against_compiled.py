@@ -28,17 +28,19 @@ pytestmark = pytest.mark.heavy
 
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so
 # small, the more with experts, whose routing sends a few numbers a token. `make test`
-# tries those in which every collective is and every kind of layer (architectures.py),
-# `make test-layouts` the rest too.
+# tries a few, `make test-more` all others in which a collective or a kind of layer is
+# for the first time (architectures.py), `make test-layouts` the rest too.
 CASES = (
-    ("cp all-gather", "gqa_window", 0.01),
-    ("cp ulysses", "mha", 0.02),
     ("fsdp × cp ring × tp+sp", "gqa_window", 0.01),
     ("ep × zero2", "moe", 0.03),
     ("fsdp × tp+sp × pp circular", "gqa_window", 0.01),
     ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
-    ("fsdp", "pattern", 0.01),
     ("tp+sp", "latent", 0.03),
+)
+MORE = (
+    ("cp all-gather", "gqa_window", 0.01),
+    ("cp ulysses", "mha", 0.02),
+    ("fsdp", "pattern", 0.01),
     ("tp+sp", "encoder_decoder", 0.01),
 )
 REST = (
@@ -73,7 +75,7 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
     ("layout", "kind"),
     [
         ("fsdp", "sft"),
-        ("tp+sp", "dpo"),
+        pytest.param("tp+sp", "dpo", marks=pytest.mark.more),
         pytest.param("fsdp", "dpo", marks=pytest.mark.slow),
         pytest.param("tp+sp", "sft", marks=pytest.mark.slow),
     ],
@@ -150,7 +152,11 @@ def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("layout", "model", "off"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+    [
+        *CASES,
+        *(pytest.param(*case, marks=pytest.mark.more) for case in MORE),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in REST),
+    ],
 )
 def test_bytes_sent_and_products(layout, model, off):
     if OLD and "pp" in layout:
