@@ -171,7 +171,7 @@ def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

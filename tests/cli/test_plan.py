@@ -110,7 +110,7 @@ def test_no_compiler_here(run, monkeypatch):
     assert (code, "pip install" in err) == (2, True)
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_on_this_machine_with_its_own_compiler(run):
     settings = ["data.batch_size=8", "model.num_layers=2", "optimizer.kind=adamw"]
     out = json.loads(

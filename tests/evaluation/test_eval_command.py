@@ -80,6 +80,7 @@ def test_the_harness_makes_a_model_of_its_arguments(tmp_path):
     assert isinstance(text, str)
 
 
+@pytest.mark.more
 def test_a_checkpoint_to_result_files_without_torch(tmp_path):
     folder, data = tmp_path / "model", tmp_path / "data"
     folder.mkdir()

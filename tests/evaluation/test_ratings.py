@@ -61,7 +61,11 @@ def test_ratings_are_choixs(num_models, number):
 
 @pytest.mark.parametrize(
     ("num_models", "number"),
-    [(2, 60), (3, 150), pytest.param(5, 250, marks=pytest.mark.more)],
+    [
+        (2, 60),
+        pytest.param(3, 150, marks=pytest.mark.more),
+        pytest.param(5, 250, marks=pytest.mark.more),
+    ],
 )
 def test_intervals_cover_the_truth_95_times_in_100(num_models, number):
     rng = np.random.default_rng(0)

@@ -168,7 +168,7 @@ def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window
     assert engine.stats().num_pages < 3 * 48 / 4
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
     """With no time for a second step, a measured dispatch has one of them."""
     engine = make_engine(llama, dispatch_seconds=1e-9, max_sequences=2)
@@ -319,7 +319,7 @@ def test_steps_find_what_was_compiled_behind_them(llama, caplog):
     assert tokens == cold
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_steps_do_not_wait_for_programs_that_they_do_not_need(llama):
     engine = make_engine(llama, max_length=46)  # no other test's
     engine.warm_up_behind()

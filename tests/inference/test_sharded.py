@@ -88,6 +88,7 @@ def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
     assert run(one) == run(four)
 
 
+@pytest.mark.more
 def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
     pairs = [(head, tail) for head in PROMPTS for tail in ([3], [1, 4, 1, 5], [9, 2])]
 

@@ -47,6 +47,7 @@ def make_engine(models, num_drafts: int, rows: int) -> Engine:
     )
 
 
+@pytest.mark.more
 def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
     """Guessed by another model, temperature and nucleus on; probabilities from whole
     passes."""

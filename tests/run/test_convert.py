@@ -366,9 +366,10 @@ MARKS = {
 }
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("name", ["bert", pytest.param("t5", marks=pytest.mark.more)])
-def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
+@pytest.fixture(params=MARKS)
+def marked(request, tmp_path):
+    """A converted run, and the marks that its tokenizer has."""
+    name = request.param
     make, marks = MARKS[name]
     source = folder_of(name, tmp_path / "their")
     tiny_tokenizers.save(make(), source, pad_token=make().id_to_token(0))
@@ -376,9 +377,18 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
         tiny_tokenizers.save(make(), source, bos_token="[CLS]", eos_token="[SEP]")
     done = convert(source, tmp_path / "run")
     assert not [note for note in done.notes if "marks" in note]
-    path = tmp_path / "run/config.yaml"
+    return tmp_path / "run/config.yaml", marks
+
+
+def test_a_converted_run_has_the_tokenizers_own_marks(marked):
+    path, marks = marked
     task = load_config(RunConfig, path).value.task.model_dump()
     assert task | marks == task
+
+
+@pytest.mark.more
+def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(marked, tmp_path):
+    path, _ = marked
     text = tiny.write_text(tmp_path / "text")
     tiny.train(
         path,

@@ -50,15 +50,13 @@ def read(name: str, *settings: str) -> RunConfig:
     return load_config(RunConfig, name, ["compilation_cache=null", *settings]).value
 
 
-# An encoder with a decoder; the most complex decoder; `make test-layouts` tries all.
-MARKS = {
-    "models/t5_v1_1_xxl": [],
-    "models/deepseek_v2_lite": [pytest.mark.more],
-}
+# `make test-more` tries a decoder, and an encoder with one, `make test-layouts` all.
+FEW = ("models/deepseek_v2_lite", "models/t5_v1_1_xxl")
 # Methods take their model from the one that they tune.
 COMPLETE = [name for name in list_shipped_configs() if not name.startswith("methods/")]
 SHIPPED = [
-    pytest.param(name, marks=MARKS.get(name, [pytest.mark.slow])) for name in COMPLETE
+    pytest.param(name, marks=pytest.mark.more if name in FEW else pytest.mark.slow)
+    for name in COMPLETE
 ]
 
 

@@ -124,9 +124,10 @@ def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
         score_texts(home / "base", texts)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("kind", "adapter"),
-    [pytest.param("dpo", {"kind": "lora"}, marks=pytest.mark.more), ("kto", None)],
+    [("dpo", {"kind": "lora"}), ("kto", None)],
 )
 def test_a_stored_reference_gives_the_losses_of_one_that_is_held(
     home, kind, adapter, tmp_path

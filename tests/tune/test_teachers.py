@@ -58,6 +58,7 @@ def train_student(home, name, *settings, **task):
     return [(r["loss"], r["divergence"]) for r in tiny.read_metrics(result.folder)]
 
 
+@pytest.mark.more
 def test_all_log_probabilities_stored_are_the_teacher(home):
     teacher = home / "tiny"
     rows = str(home / "rows.jsonl")
