@@ -16,11 +16,11 @@ base := $(venv)/base
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train serve-demo tune-demo corpus-demo test test-corpus test-layouts test-parity test-aot test-browser \
-	test-cluster torture check format docs clean
+.PHONY: help setup train serve-demo tune-demo corpus-demo test-fast test test-more test-corpus test-layouts \
+	test-parity test-aot test-browser test-cluster torture check format docs clean
 
 help: ## show this
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 	@echo
 	@echo '  PYTHON=python3.13 picks the interpreter; TEXT=path/or/glob is your own text for make train'
 
@@ -53,10 +53,19 @@ quick = --xla_cpu_collective_call_terminate_timeout_seconds=600 \
 pytest = XLA_FLAGS="$(quick) $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 --dist loadfile \
 	--no-loadscope-reorder
 corpus_tests := tests/corpus tests/data/documents
+# These have targets of their own.
+elsewhere = $(addprefix --ignore=,tests/aot tests/parity tests/cluster tests/browser $(corpus_tests))
 
-test: $(ready) ## run the test suite
-	$(pytest) -m 'not slow' \
-		$(addprefix --ignore=,tests/aot tests/parity tests/cluster $(corpus_tests))
+# The markers (pyproject.toml) say what a test costs: of `heavy`, `more` and `slow`, each costs more
+# than the one before it. tests/test_targets.py sees that each test is in one of the targets.
+test-fast: $(ready) ## run the tests that take less than a second (three minutes)
+	$(pytest) -m 'not heavy and not more and not slow' $(elsewhere)
+
+test: $(ready) ## run the tests that each keep a promise at the least cost (eight minutes; has test-fast's)
+	$(pytest) -m 'not more and not slow' --durations=12 --durations-min=4 $(elsewhere)
+
+test-more: $(ready) ## run the tests that make test leaves out: other cases, rarer faults (K=name: some)
+	$(pytest) -m 'more and not slow' $(elsewhere) $(if $(K),-k '$(K)')
 
 test-corpus: $(ready) ## run the tests of the corpus and of reading documents
 	$(pytest) $(corpus_tests) $(if $(K),-k '$(K)')

@@ -75,6 +75,7 @@ def run(model: Any, params: Any) -> jax.Array:
     return bound.logits(bound(TOKENS, POSITIONS)[0])
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_fresh_adapter_changes_no_bit_and_a_merged_one_computes_the_same(name):
@@ -146,6 +147,7 @@ def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 def test_experts_have_a_pair_of_maps_each():
     settings = {
@@ -205,6 +207,7 @@ def test_an_unknown_target_is_refused_with_near_names(target, near):
     assert near in str(caught.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 def test_dropout_zeroes_a_share_of_inputs_and_keeps_their_mean():
     """Seen through A and B that are identities: what is added is what is left of x."""

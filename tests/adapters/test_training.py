@@ -23,7 +23,7 @@ from maxlm.tasks import TASKS, ClmTask, TaskModels
 from maxlm.train.program import train_model
 from tests.train import tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
 SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
 ADAPTERS = {
@@ -267,6 +267,7 @@ def test_optimizer_and_gradients_are_the_trained_parameters_alone(make_config, n
     assert layout.optimizer_bytes + layout.gradient_bytes <= 1.05 * 3 * 4 * trained
 
 
+@pytest.mark.more
 def test_dropout_is_the_same_on_any_mesh_and_new_in_each_step(make_config, train, base):
     start: dict[str, Any] = {"train": {"steps": 3, "start_from": str(base.folder)}}
     adapter = ADAPTERS["lora"] | {"dropout": 0.5}
@@ -281,7 +282,11 @@ def test_dropout_is_the_same_on_any_mesh_and_new_in_each_step(make_config, train
 
 
 @pytest.mark.parametrize(
-    "schedule", ["circular", pytest.param("1f1b", marks=pytest.mark.slow)]
+    "schedule",
+    [
+        pytest.param("circular", marks=pytest.mark.more),
+        pytest.param("1f1b", marks=pytest.mark.slow),
+    ],
 )
 def test_a_pipeline_drops_inputs_too(make_config, train, base, schedule):
     start: dict[str, Any] = {

@@ -145,6 +145,7 @@ def test_a_prompt_of_given_tokens_begins_as_these_tokens(one_device_mesh):
         np.testing.assert_array_equal(adapted.logits(PROMPTS[1])[0], expected)
 
 
+@pytest.mark.heavy
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
     """Of one layer, whose keys and values of a token are known without attention."""
     config = CONFIGS["no_positions"].model_copy(
@@ -170,6 +171,7 @@ def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(one_device_mesh):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -201,6 +203,7 @@ def test_greedy_rows_equal_full_forward_passes(
     assert 0 < stats.cached_prompt_tokens_total < sum(map(len, PROMPTS))
 
 
+@pytest.mark.more
 def test_logprobs_scores_beams_and_penalties_leave_virtual_tokens_out(adapted, kind):
     engine = adapted.engine()
     prompt = PROMPTS[1]
@@ -235,6 +238,7 @@ def test_logprobs_scores_beams_and_penalties_leave_virtual_tokens_out(adapted, k
     assert output.token_ids == [0]
 
 
+@pytest.mark.more
 def test_the_longest_sequence_is_that_of_real_tokens(built, kind):
     adapted = built["gpt2", kind]
     engine = adapted.engine(max_length=99)
@@ -249,6 +253,7 @@ def test_the_longest_sequence_is_that_of_real_tokens(built, kind):
     )
 
 
+@pytest.mark.heavy
 def test_embeddings_pool_real_tokens(adapted, one_device_mesh):
     embedder = Embedder(adapted.model, adapted.params, one_device_mesh, 40)
     tokens = [*[0] * N, *PROMPTS[1], *[0] * (41 - N)]
@@ -326,6 +331,7 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.heavy
 def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
     random = np.random.default_rng(0)
     sizes = [(12 + row, 13, 7 - row) for row in range(8)]

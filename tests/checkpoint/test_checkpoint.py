@@ -128,6 +128,7 @@ print("done")
 """
 
 
+@pytest.mark.heavy
 def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_path):
     one, eight, two = tmp_path / "one", tmp_path / "eight", tmp_path / "two"
     save(one, 12)

@@ -131,6 +131,7 @@ def test_damaged_newest_checkpoint_is_skipped_and_reported(tmp_path, here, damag
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20.damaged"]
 
 
+@pytest.mark.heavy
 def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
     """In a sample of all files of a checkpoint in all places: arrays, metadata, Orbax's
     own."""
@@ -287,6 +288,7 @@ def s3():
     server.stop()
 
 
+@pytest.mark.heavy
 def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
     config = {"every_steps": 10, "keep_last": 2, "remote_folder": "s3://models/a"}
     write(tmp_path / "run", here, 10, 20, 30, **config)
@@ -425,6 +427,7 @@ with Checkpointer(folder / "run", "run", config) as tiers:
 """
 
 
+@pytest.mark.heavy
 def test_process_that_ends_while_a_copy_is_made_keeps_its_exit_code(tmp_path):
     """A thread in TensorStore at that time would abort it, mostly."""
     command = [sys.executable, "-c", LEAVES, tmp_path]

@@ -48,6 +48,7 @@ def test_a_page_made_from_the_code_is_what_the_code_says(name, monkeypatch):
     assert (DOCS / name).read_text() == pages[name], "write it anew: make docs"
 
 
+@pytest.mark.more
 def test_the_example_of_the_api_runs(tmp_path):
     """A model is trained, saved, loaded and asked to continue a text."""
     code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[

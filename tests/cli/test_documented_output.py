@@ -11,6 +11,7 @@ PAGES = OUTPUTS["list_pages"]()
 TABLE = ["name    seconds", "", "one       1.5 s", "two        12 s", "three     2 min"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_show_what_commands_print(page):
     """Fails too where a block shows output without its command or a reason not to run

@@ -32,6 +32,7 @@ HEAVY |= {"jax.experimental.pallas.tpu", "jax.experimental.pallas.triton"}
 FITS = ["plan", "llama2_7b", "data.batch_size=128", "--on", "v5p-64"]
 
 
+@pytest.mark.heavy
 def test_starts_without_what_it_does_not_need():
     """No heavy module, no source read for docstrings, no search for garbage at the
     end."""
@@ -109,6 +110,7 @@ def test_no_compiler_here(run, monkeypatch):
     assert (code, "pip install" in err) == (2, True)
 
 
+@pytest.mark.more
 def test_on_this_machine_with_its_own_compiler(run):
     settings = ["data.batch_size=8", "model.num_layers=2", "optimizer.kind=adamw"]
     out = json.loads(
@@ -210,6 +212,7 @@ def test_known_errors_stand_below_the_speeds_and_below_a_search(run):
     assert "known to be wrong" not in run(*FITS).out
 
 
+@pytest.mark.heavy
 def test_a_search_in_vain(run):
     search = ["plan", "llama3_405b", "--on", "v5e-8", "--search"]
     code, out, _ = run(*search)
@@ -221,6 +224,7 @@ def test_a_search_in_vain(run):
     assert (code, "none divides" in out) == (1, True)
 
 
+@pytest.mark.heavy
 def test_where_the_compiler_finds_no_room(run, monkeypatch):
     def no_room(run, machine):
         if run.train.micro_batches < 4:

@@ -24,6 +24,7 @@ def test_list(run, tmp_path):
     assert run("runs", "list", tmp_path / "empty").out.startswith("no runs in ")
 
 
+@pytest.mark.heavy
 def test_show(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     folder = write_run(tmp_path / "seven")

@@ -151,6 +151,7 @@ def test_a_faulty_override(message, override, expected):
     assert message("include: base.yaml", override) == expected
 
 
+@pytest.mark.heavy
 def test_overrides_have_the_same_limits(message):
     assert ENDLESS in message("", f"name={'[' * 5000}")
     assert "is not an override" in message("", f"{'.'.join('a' * 900)}=1")
@@ -281,6 +282,7 @@ ODD = [
 ]
 
 
+@pytest.mark.heavy
 def test_whatever_is_put_in_place_of_a_value(tmp_path):
     choose = random.Random(5).choice
     demo = load_config(RunConfig, "demo").value

@@ -66,6 +66,7 @@ leaves = (
 )
 
 
+@pytest.mark.heavy
 @given(
     st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(text, inner))
 )

@@ -72,6 +72,7 @@ def test_names_come_with_the_vote_alone(client, fakes, tmp_path):
     assert fakes[0].bodies[0]["max_tokens"] == 99
 
 
+@pytest.mark.heavy
 def test_sides_are_random_and_votes_rate(client):
     sides = Counter()
     for n in range(24):

@@ -64,6 +64,7 @@ def mutate(problem: dict[str, str], kind: str) -> str:
     return code.build_check_program(problem | {"prompt": ""}, ast.unparse(tree) + "\n")
 
 
+@pytest.mark.more
 def test_canonical_solutions_pass_and_mutated_ones_fail(problems):
     assert len(problems) == 164
     canonical = [
@@ -127,6 +128,7 @@ def test_completions_end_at_the_usual_sequences():
         assert code.truncate_completion(body + end + "\ndef other") == body
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "task", ["humaneval", "humaneval_instruct", "mbpp", "mbpp_instruct"]
 )

@@ -122,7 +122,8 @@ def test_perplexities_that_are_far_apart_differ():
     assert comparison.p < 1e-9
 
 
-@pytest.mark.parametrize("metric", ["acc", "f1"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("metric", ["acc", pytest.param("f1", marks=pytest.mark.more)])
 def test_equal_models_seldom_fail_the_gate(metric):
     """Of five tasks in each of 400 simulations; documents differ in how hard they
     are."""

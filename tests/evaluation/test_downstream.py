@@ -14,6 +14,8 @@ from maxlm.inference.scoring import Scorer
 from tests.inference.conftest import CONFIGS, build
 from tests.train import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 def write_rows(folder) -> str:
     words = tiny.TEXT.split()
@@ -31,6 +33,7 @@ def write_rows(folder) -> str:
     return str(folder)
 
 
+@pytest.mark.more
 def test_tasks_while_training_are_those_of_the_checkpoint(tmp_path):
     data = write_rows(tmp_path / "data")
     downstream = {

@@ -6,11 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from maxlm.data.tokenizer.load import export_tokenizer
 from tests.serving.running import train_chat_tokenizer
 from tests.train.tiny import environment
+
+pytestmark = pytest.mark.heavy
 
 PROGRAM = """
 import sys
@@ -77,6 +80,7 @@ def test_the_harness_makes_a_model_of_its_arguments(tmp_path):
     assert isinstance(text, str)
 
 
+@pytest.mark.more
 def test_a_checkpoint_to_result_files_without_torch(tmp_path):
     folder, data = tmp_path / "model", tmp_path / "data"
     folder.mkdir()

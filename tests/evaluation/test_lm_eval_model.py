@@ -62,6 +62,7 @@ def score_directly(tiny, context, tail):
     return chosen.sum(), bool((logits.argmax(-1) == tail).all())
 
 
+@pytest.mark.heavy
 def test_loglikelihoods_are_those_of_plain_forward_passes(model, tiny, tokenizer):
     texts = [
         ("the model", " answers what"),
@@ -120,6 +121,7 @@ def test_rolling_predicts_each_token_once(model, tiny, tokenizer, monkeypatch):
     assert totals[0] == pytest.approx(single[0], abs=1e-4)
 
 
+@pytest.mark.more
 def test_generation_stops_where_it_is_told(model, tiny, tokenizer):
     prompt = [tokenizer.bos_id, *tokenizer.encode("the model ")]
     ids = tiny.greedy(prompt, 12)

@@ -246,6 +246,7 @@ OFFICIAL = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_rows(name, manager, tmp_path):
     write(tmp_path / f"{name}.jsonl", OFFICIAL[name])

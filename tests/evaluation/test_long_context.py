@@ -108,6 +108,7 @@ def test_windows_lie_evenly_in_a_text(tmp_path):
     assert fault.startswith(f"{text}: 100 tokens give no window of 200; ")
 
 
+@pytest.mark.more
 def test_tables_of_a_checkpoint(tmp_path, capfd):
     model, text = tmp_path / "model", tmp_path / "text.txt"
     model.mkdir()

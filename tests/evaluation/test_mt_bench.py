@@ -100,6 +100,7 @@ def test_answers_and_judgments_have_fastchats_fields(folder, tmp_path):
     assert result["summaries"]["poor"]["all"]["both"] == expected
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pairwise", [False, True])
 def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, pairwise):
     """Either endpoint goes down after some requests, with a line half written; then all

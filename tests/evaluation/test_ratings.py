@@ -19,6 +19,8 @@ from maxlm.evaluation.ratings import (
 )
 from tests.errors import message
 
+pytestmark = pytest.mark.heavy
+
 ELO = 400 / np.log(10)
 
 
@@ -57,7 +59,14 @@ def test_ratings_are_choixs(num_models, number):
         )
 
 
-@pytest.mark.parametrize(("num_models", "number"), [(2, 60), (3, 150), (5, 250)])
+@pytest.mark.parametrize(
+    ("num_models", "number"),
+    [
+        (2, 60),
+        pytest.param(3, 150, marks=pytest.mark.more),
+        pytest.param(5, 250, marks=pytest.mark.more),
+    ],
+)
 def test_intervals_cover_the_truth_95_times_in_100(num_models, number):
     rng = np.random.default_rng(0)
     skills = np.linspace(-0.8, 0.8, num_models)

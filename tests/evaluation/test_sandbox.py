@@ -113,6 +113,7 @@ def test_hostile_program_fails_and_does_no_harm(name, tmp_path):
     assert not count_processes(marker)
 
 
+@pytest.mark.heavy
 def test_endless_programs_end():
     programs = {
         "while True: pass": ("timed_out", "longer than 1.5 s"),

@@ -10,6 +10,8 @@ from maxlm.evaluation.program import evaluate_model, open_server
 from tests.evaluation.fake_endpoint import run_endpoint
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
+pytestmark = pytest.mark.heavy
+
 
 def test_a_server_continues_texts_and_has_no_log_likelihoods_without_a_tokenizer():
     with run_in_thread(
@@ -27,6 +29,7 @@ def test_a_server_continues_texts_and_has_no_log_likelihoods_without_a_tokenizer
         open_server("http://127.0.0.1:9/v1")
 
 
+@pytest.mark.more
 def test_an_evaluation_that_is_cut_off_asks_for_the_rest(tmp_path):
     numbers = [14, 25, 36, 47, 58, 69, 70]
     rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in numbers]

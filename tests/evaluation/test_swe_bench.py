@@ -72,6 +72,7 @@ def evaluate(benchmark, patch, **options):
     return report, report["instances"][instance["instance_id"]]
 
 
+@pytest.mark.heavy
 def test_command_reports_that_the_gold_patch_resolves(benchmark, tmp_path, capsys):
     from maxlm.cli.eval import evaluate_swe_bench
 
@@ -113,6 +114,7 @@ def test_patches_that_are_empty_stale_or_wrong(benchmark):
     ]
 
 
+@pytest.mark.heavy
 def test_patch_that_breaks_other_tests_does_not_resolve(benchmark):
     report, instance_report = evaluate(
         benchmark, benchmark[2](sums=FIXED.replace("a * 2", "a * 3"))
@@ -125,6 +127,7 @@ def test_patch_that_breaks_other_tests_does_not_resolve(benchmark):
     assert report["unresolved_ids"] == ["someone__sums-1"]
 
 
+@pytest.mark.heavy
 def test_patch_of_the_tests_has_no_effect(benchmark):
     """The test patch's files are as the benchmark has them, also one that the model
     adds."""
@@ -141,6 +144,7 @@ def test_patch_of_the_tests_has_no_effect(benchmark):
     ]["resolved"]
 
 
+@pytest.mark.heavy
 def test_hostile_patch_does_no_harm(benchmark, tmp_path):
     if detect_isolation() == "limits":
         pytest.skip("this machine isolates nothing but by limits")

@@ -27,6 +27,8 @@ from maxlm.train.program import train_model
 from tests.models.building import LLAMA_GQA
 from tests.train import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 @ARCHITECTURES.register("gained_decoder")
 class GainedDecoderConfig(DecoderConfig):

@@ -24,6 +24,8 @@ from maxlm.parallel.terms import AttentionTerms
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA
 
+pytestmark = pytest.mark.heavy
+
 
 class RingCacheConfig(CacheConfig):
     """The last tokens of a sequence, in the compute dtype."""
@@ -125,7 +127,7 @@ def make_ring_spec(layout: CacheLayout, sizes: KeyValueSizes) -> Any:
 CACHES.register("test_ring", RegisteredCache(RingCacheConfig, make_ring_spec))
 
 
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("length", [1, pytest.param(5, marks=pytest.mark.more)])
 def test_a_model_attends_as_one_with_a_window(length, one_device_mesh):
     """More prompts than rows, in chunks that end anywhere; compared with a forward
     pass of whole sequences."""

@@ -183,6 +183,7 @@ def test_a_packed_row_is_its_documents_apart(model):
     np.testing.assert_allclose(together, np.concatenate(apart), rtol=0, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_generation_equals_the_full_forward_pass(model):
     """More prompts than rows, in chunks that end anywhere; rows are used again, and
     forked."""
@@ -256,6 +257,7 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
         assert count_sequence_bytes(count_layer_caches(model), length) == LAYERS * F * 4
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("compiled_once")
 def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
     shape, cost, _ = compiled(make_run(tmp_path, mesh={"fsdp": 4, "tensor": 2}))
@@ -267,6 +269,7 @@ def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
             assert ours[key] == pytest.approx(size, rel=0.03), key
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("compiled_once")
 def test_it_trains_and_resumes_as_any_model_does(tmp_path):
     tiny.write_text(tmp_path / "text")

@@ -13,6 +13,8 @@ from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.building import GPT2
 
+pytestmark = pytest.mark.heavy
+
 PATCH, PATCHES, TOKENS = 15, 4, 7
 
 

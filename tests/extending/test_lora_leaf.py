@@ -241,6 +241,7 @@ def are_equal(a: Any, b: Any) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("compiled_once")
 def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_config):
     mesh = {"fsdp": 4, "tensor": 2}

@@ -19,6 +19,8 @@ from maxlm.run.config import RunConfig
 from maxlm.train.program import train_model
 from tests.train import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 class SignumConfig(OptimizerConfig):
     kind: Literal["test_signum"] = "test_signum"  # pyright: ignore

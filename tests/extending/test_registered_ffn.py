@@ -21,6 +21,8 @@ from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA
 
+pytestmark = pytest.mark.heavy
+
 
 class SquaredReluConfig(Config):
     kind: Literal["squared_relu"] = "squared_relu"

@@ -100,7 +100,7 @@ def tinies(one_device_mesh) -> dict[str, Tiny]:
     return {name: build(config, one_device_mesh) for name, config in CONFIGS.items()}
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.more)])
 def tiny(request, tinies, one_device_mesh) -> Iterator[Tiny]:
     """Each of the two, for what depends on the architecture."""
     with jax.set_mesh(one_device_mesh):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from maxlm.adapters.lora import LoraAdapter
 from maxlm.config.sampling import SamplingConfig
@@ -104,6 +105,7 @@ def check(tiny: Tiny, outputs: list, adapter: str | None, seed: int = 0) -> None
     np.testing.assert_allclose([logprob for _, logprob in outputs], want, atol=2e-5)
 
 
+@pytest.mark.heavy
 def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
     engine = make_engine(tiny)
     for name in ADAPTERS:
@@ -115,6 +117,7 @@ def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
     assert tokens["None"] != tokens["out"]
 
 
+@pytest.mark.heavy
 def test_adapters_come_and_go_between_steps_and_nothing_compiles(llama):
     engine = make_engine(llama, max_adapters=2)
     outputs = {}
@@ -192,6 +195,7 @@ def test_what_no_slot_holds_is_refused_in_one_line(llama):
     assert "no adapter 'small'" in message(lambda: none.add_request(request("small")))
 
 
+@pytest.mark.more
 def test_adapters_on_four_devices_with_drafts(mesh, build_tiny, tinies):
     four = build_tiny("llama", mesh(data=2, tensor=2))
     speculation = {"kind": "draft_model", "folder": "", "num_drafts": 2}

@@ -15,6 +15,8 @@ from maxlm.sharding import ShardingConfig
 from tests.inference.conftest import CONFIGS, build
 from tests.models import building
 
+pytestmark = pytest.mark.heavy
+
 ENCODER = CONFIGS["gpt2"] | {
     "token_types": 2,
     "head_activation": "gelu",

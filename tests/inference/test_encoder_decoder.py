@@ -89,11 +89,13 @@ def _forward(model, params, source, output):
     return bound.logits(hidden)
 
 
+@pytest.mark.heavy
 def test_greedy_rows_equal_whole_passes(both):
     """More prompts than rows, and two outputs of one of them."""
     check_greedy_rows(*both)
 
 
+@pytest.mark.more
 def test_devices_that_hold_all_keys_answer_alike(mesh):
     two = mesh(tensor=2)
     with jax.set_mesh(two):
@@ -129,6 +131,7 @@ def check_greedy_rows(model: EncoderDecoder, params: Any) -> None:
     )  # the input matters
 
 
+@pytest.mark.heavy
 def test_outputs_that_are_given_are_scored(both):
     """Behind the token that outputs begin with, with the input read once for all of its
     outputs."""

@@ -66,6 +66,7 @@ def rows(engine: Engine, prompts, sampling, **options) -> list[list[int]]:
     return [rows_by_key[str(number), 0] for number in range(len(prompts))]
 
 
+@pytest.mark.heavy
 def test_greedy_rows_equal_full_forward_passes(tiny):
     """Four prompts in three rows: one is longer than a chunk, one waits, and all share
     steps."""
@@ -74,6 +75,7 @@ def test_greedy_rows_equal_full_forward_passes(tiny):
     assert len(set(map(tuple, expected))) == len(expected)
 
 
+@pytest.mark.more
 def test_pages_have_room_for_whole_lanes(llama, monkeypatch):
     """As on a TPU, for heads of 6 features."""
     monkeypatch.setattr(
@@ -121,6 +123,7 @@ def test_requests_that_come_and_go_at_any_moment(llama):
     assert engine.stats().num_free_pages == engine.stats().num_pages
 
 
+@pytest.mark.heavy
 def test_preempted_rows_are_computed_again_to_the_same_tokens(llama):
     """Pages for one and a half sequences: someone has to wait, and computes prompt and
     output again in small chunks, without log-probabilities of the output's tokens as
@@ -152,7 +155,8 @@ def test_a_shared_prefix_is_computed_once(llama):
         assert collect(outputs)[str(number), 0] == llama.greedy(prompt, 9)
 
 
-@pytest.mark.parametrize("window", [3, 8])
+@pytest.mark.heavy
+@pytest.mark.parametrize("window", [pytest.param(3, marks=pytest.mark.more), 8])
 def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window):
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": window}
     with jax.set_mesh(one_device_mesh):
@@ -164,6 +168,7 @@ def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window
     assert engine.stats().num_pages < 3 * 48 / 4
 
 
+@pytest.mark.more
 def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
     """With no time for a second step, a measured dispatch has one of them."""
     engine = make_engine(llama, dispatch_seconds=1e-9, max_sequences=2)
@@ -212,7 +217,11 @@ def test_log_probabilities_are_the_model_s_own(llama):
         assert {len(one.top) for one in request_outputs[0].logprobs} == {3}
 
 
-@pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 5, "num_pages": 14}])
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.more), {"prefill_tokens": 5, "num_pages": 14}],
+)
 def test_continuations_are_scored_behind_what_they_share(llama, settings):
     """Each token of several continuations has the log-probability of a whole pass,
     whatever else runs, on few pages too; a context may end anywhere in a page, and is
@@ -260,6 +269,7 @@ def test_penalties_see_the_prompt_and_what_several_steps_wrote(llama):
         text.append(token)
 
 
+@pytest.mark.more
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(llama):
     uniform = SamplingConfig(temperature=1e6, max_new_tokens=8)
     config = EngineConfig(**SMALL)
@@ -272,6 +282,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn(llama):
     assert all(len(set(row)) > 4 for row in drawn)
 
 
+@pytest.mark.heavy
 def test_nothing_compiles_after_warm_up(llama):
     engine = make_engine(llama, max_length=44)  # no other test's
     engine.warm_up()
@@ -286,6 +297,7 @@ def test_nothing_compiles_after_warm_up(llama):
     assert count_compilations() == before
 
 
+@pytest.mark.more
 def test_steps_find_what_was_compiled_behind_them(llama, caplog):
     """No step compiles what the thread did, and its tokens are those of an engine
     without one."""
@@ -307,6 +319,7 @@ def test_steps_find_what_was_compiled_behind_them(llama, caplog):
     assert tokens == cold
 
 
+@pytest.mark.more
 def test_steps_do_not_wait_for_programs_that_they_do_not_need(llama):
     engine = make_engine(llama, max_length=46)  # no other test's
     engine.warm_up_in_background()
@@ -315,6 +328,7 @@ def test_steps_do_not_wait_for_programs_that_they_do_not_need(llama):
     assert rows(engine, PROMPTS, GREEDY) == rows(make_engine(llama), PROMPTS, GREEDY)
 
 
+@pytest.mark.heavy
 def test_only_those_who_want_log_probabilities_pay_for_them(llama):
     """The likeliest tokens of a small chunk's logits are found under a condition in the
     compiled step: a loop's invariant part is computed whether or not the loop is
@@ -335,6 +349,7 @@ def test_only_those_who_want_log_probabilities_pay_for_them(llama):
     assert not sorts.search(main)
 
 
+@pytest.mark.more
 def test_angles_that_grow_with_the_sequence_are_each_row_s_own(
     one_device_mesh, build_tiny
 ):
@@ -370,6 +385,7 @@ def shallow(one_device_mesh, build_tiny):
     return build_tiny("llama", one_device_mesh, num_layers=1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}])
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_guessed_tokens_change_nothing(llama, shallow, settings, temperature):

@@ -308,6 +308,7 @@ def check(outputs, expected, known) -> None:
         )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
@@ -321,7 +322,15 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     check(outputs[0], both, known)
 
 
-@pytest.mark.parametrize("kind", ["paged", "int8", "int4"])
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("paged", marks=pytest.mark.more),
+        pytest.param("int8", marks=pytest.mark.more),
+        "int4",
+    ],
+)
 @pytest.mark.parametrize("name", ["gqa", "mla"])
 def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
     recent = {} if kind == "paged" else {"recent": 3}
@@ -388,6 +397,7 @@ def test_heavy_hitters_over_many_steps(one_device_mesh):
     check_eviction(Case(parse(kind="h2o", budget=12, recent=5)), one_device_mesh, steps)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
     [
@@ -410,6 +420,7 @@ def test_eight_devices_answer_alike(mesh, name):
         check(outputs[d], expected, known)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "tensor", [pytest.param(2, marks=pytest.mark.more), 4]
 )  # of 2 kv heads
@@ -460,6 +471,7 @@ SCARCE = {
 SIZES = {"max_sequences": 3, "max_length": 48, "page_size": 4, "prefill_tokens": 16}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("cache", "scarce"),
     [

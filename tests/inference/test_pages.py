@@ -7,6 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from maxlm.inference.pages import PagePool, PrefixTree, count_spanned_pages
 
+pytestmark = pytest.mark.heavy
+
 SIZE, NUM_PAGES = 2, 14
 
 

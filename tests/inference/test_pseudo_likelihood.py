@@ -10,6 +10,8 @@ from maxlm.inference.scoring import MaskedScorer
 from maxlm.models.params import bind
 from tests.inference.test_embedding import make_encoder
 
+pytestmark = pytest.mark.heavy
+
 FIRST, LAST, MASK = 1, 2, 3
 
 

@@ -200,6 +200,7 @@ def test_no_setting_compiles_anything():
     assert one._cache_size() == 1
 
 
+@pytest.mark.heavy
 def test_draws_follow_the_probabilities():
     """A vocabulary of several groups, the last one not full."""
     draws, vocab = 100_000, 301
@@ -351,6 +352,7 @@ def test_positions_of_a_draft_are_as_one_after_another(batch):
         np.testing.assert_allclose(together[:, g], alone, rtol=1e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shards", [None, 4])
 def test_rows_split_over_devices_draw_as_on_one(batch, mesh, shards):
     expected_logits, expected = step(*batch.arrays())

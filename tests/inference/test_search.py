@@ -128,6 +128,7 @@ def read(result) -> list[tuple[tuple[int, ...], Any]]:
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
 def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty):
     """Three tokens, the last of which ends an output: 31 outputs of four tokens at
@@ -190,6 +191,7 @@ def test_equally_likely_beams_go_by_rank():
     assert not search.finished  # the end is likely, but third
 
 
+@pytest.mark.more
 def test_beams_of_a_window_and_of_more_prompts_than_there_is_room_for(gpt2):
     """Beams of a prompt are those that it has alone; one or two prompts fit at once, of
     five."""
@@ -207,6 +209,7 @@ def test_beams_of_a_window_and_of_more_prompts_than_there_is_room_for(gpt2):
         assert read(result) == search_naively(logprobs, prompt, 3, None, config)
 
 
+@pytest.mark.heavy
 def test_beams_of_an_encoder_s_prompt(one_device_mesh):
     """Beams are forked with the row of the encoder's output."""
     with jax.set_mesh(one_device_mesh):
@@ -222,6 +225,7 @@ def test_beams_of_an_encoder_s_prompt(one_device_mesh):
         check_pages(engine)
 
 
+@pytest.mark.heavy
 def test_budgets_are_kept_to(llama):
     engine = make_engine(llama)
     config = BeamSearchConfig(num_beams=3, max_new_tokens=6, num_return_sequences=3)

@@ -25,6 +25,8 @@ from maxlm.sharding import ShardingConfig
 from maxlm.sharding.mesh import MESH_AXES
 from tests.inference.conftest import CONFIGS, Tiny
 
+pytestmark = pytest.mark.heavy
+
 PROMPTS = [
     [1, 2],
     [5, 9, 2, 40, 3],
@@ -59,6 +61,7 @@ def test_the_same_tokens_on_eight_devices_as_on_one(sharded, tinies, sampling):
     assert tokens(sharded, sampling) == tokens(tinies["llama"], sampling)
 
 
+@pytest.mark.more
 def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 4}
     one, four = (
@@ -85,6 +88,7 @@ def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
     assert run(one) == run(four)
 
 
+@pytest.mark.more
 def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
     pairs = [(head, tail) for head in PROMPTS for tail in ([3], [1, 4, 1, 5], [9, 2])]
 
@@ -123,6 +127,7 @@ def test_caches_stay_split_and_are_never_sent(sharded):
     check_split_caches(engine, (1, 17, 1, 4, 6))
 
 
+@pytest.mark.more
 def test_fewer_kv_heads_than_devices_are_kept_once_a_device(mesh, build_tiny):
     """Four devices have copies of two kv heads, one each; forward passes without a
     cache too."""

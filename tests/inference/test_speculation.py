@@ -18,6 +18,8 @@ from maxlm.inference.speculation import DraftModel
 from maxlm.models.architectures.encoder import EncoderConfig
 from maxlm.sharding import AxisRules
 
+pytestmark = pytest.mark.heavy
+
 VOCAB = 8
 PROMPT = (3, 1)
 NUM_SAMPLES = int(os.environ.get("NUM_SAMPLES", 8_000))
@@ -64,6 +66,7 @@ def test_an_encoder_guesses_for_no_model(models):
         make_engine([models[0], SimpleNamespace(model=encoder, params={})], 2, 4)
 
 
+@pytest.mark.more
 def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
     """Guessed by another model, temperature and nucleus on; probabilities from whole
     passes."""
@@ -107,7 +110,7 @@ def next_distribution(tiny, text) -> np.ndarray:
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("num_drafts", [2, 5])
+@pytest.mark.parametrize("num_drafts", [pytest.param(2, marks=pytest.mark.more), 5])
 def test_tokens_a_step_follow_from_the_rate_of_acceptance(
     models, num_drafts, monkeypatch
 ):

@@ -25,6 +25,8 @@ from maxlm.sharding import AxisRules
 from maxlm.train import report
 from tests.train import tiny
 
+pytestmark = pytest.mark.heavy
+
 BOS, EOS, NAMED = 0, 1, 258
 SAMPLING = SamplingConfig(temperature=2.0, max_new_tokens=40, seed=3)
 
@@ -146,6 +148,7 @@ def sampling_run(folder, **top):
     return RunConfig.model_validate(settings)
 
 
+@pytest.mark.more
 def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
     """Training may split the sequence and the layers; generation cannot."""
     texts = []

@@ -40,6 +40,7 @@ def test_the_worst_code_is_the_drivers(codes, worst, rendered, tmp_path, monkeyp
     assert watch(hosts, []) == worst
 
 
+@pytest.mark.more
 def test_processes_are_started_again_and_a_signal_reaches_all(
     ray_cluster, program, rendered, tmp_path
 ):

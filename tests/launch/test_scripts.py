@@ -128,6 +128,7 @@ def test_tpu_worker_restarts(codes, retries, starts, last, program, rendered, tm
     assert (tmp_path / "log").read_text().count("start") == starts
 
 
+@pytest.mark.heavy
 def test_tpu_worker_told_to_stop_waits_until_the_state_is_saved(
     program, rendered, tmp_path
 ):

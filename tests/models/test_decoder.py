@@ -60,6 +60,7 @@ def test_hidden_states_logits_and_loss_equal_the_reference(run):
     )
 
 
+@pytest.mark.heavy
 def test_gradient_of_every_parameter_equals_finite_differences(run):
     """Along one random direction for each parameter, central differences in float64."""
     rng = np.random.default_rng(2)
@@ -85,6 +86,7 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
         assert abs(computed_slope - slope) <= 2e-5 * size + 1e-6, name
 
 
+@pytest.mark.heavy
 def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device_mesh):
     """Five layers of two kinds are two periods and a rest; as a pattern of five, one
     period, in which every layer is written out."""

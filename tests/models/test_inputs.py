@@ -104,6 +104,7 @@ def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(
         assert 1e-5 < error < 5e-2  # neither exact (fp32 by mistake) nor far away
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["llama_gqa", "pattern", "parallel", "relative"])
 def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(
     name, one_device_mesh

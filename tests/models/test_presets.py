@@ -32,6 +32,7 @@ def test_every_preset_and_every_family_has_a_published_model():
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_preset_is_the_published_model(name):
     preset = SCRIPT["preset"](name)

@@ -11,6 +11,7 @@ from tests.models.building import GPT2, LLAMA_GQA, SEGMENTS
 POLICIES = ("none", "matmuls", "mlp", "attention", "full")
 
 
+@pytest.mark.heavy
 def test_loss_and_gradients_are_the_same_under_every_policy(one_device_mesh):
     mesh = one_device_mesh
     results = {}

@@ -137,6 +137,7 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
     config = building.LLAMA_GQA
     random = np.random.default_rng(3)

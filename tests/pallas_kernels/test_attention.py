@@ -48,6 +48,7 @@ def test_all_features_at_once(place):
 LONG, HALF = (2, 256, 257, 4, 2, 4, 3), (1, 256, 256, 4, 2, 32, 32)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "case",
     [

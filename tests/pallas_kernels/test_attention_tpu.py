@@ -80,6 +80,7 @@ CASES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 def test_it_equals_the_reference_and_memory_that_nobody_wrote_is_never_read(name):
     check_tpu(*CASES[name])

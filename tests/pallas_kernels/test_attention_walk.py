@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,8 @@ from pallas_kernels.attention.walk import (
     visit_key_blocks,
 )
 from tests.pallas_kernels import reference
+
+pytestmark = pytest.mark.heavy
 
 LENGTHS = (1, 100, 128, 129, 255, 256, 300, 384, 511, 512, 640)
 BLOCKS = ((128, 128), (256, 128), (128, 256), (256, 256), (512, 128), (384, 128))

@@ -13,6 +13,8 @@ from tests.pallas_kernels.test_paged_attention import (
     check_independence,
 )
 
+pytestmark = pytest.mark.heavy
+
 POISONED = pltpu.InterpretParams(
     uninitialized_memory="nan", out_of_bounds_reads="raise"
 )

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pallas_kernels
+
+pytestmark = pytest.mark.heavy
 
 SHOW = """
 import sys

@@ -43,6 +43,7 @@ def on_one_device(one_device_mesh):
     return get
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("config", "axes", "rules"),
     [
@@ -155,6 +156,7 @@ def _accumulated(mesh, config, remat, *, staged, options=QUICK):
         return jax.tree.map(np.asarray, compiled(params, x, d_y)), compiled.as_text()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("config", [MIXTRAL, CAPACITY])
 def test_it_runs_inside_a_pipeline_stage(config, mesh, one_device_mesh):
     want, _ = _accumulated(one_device_mesh, config, "none", staged=False)
@@ -163,6 +165,7 @@ def test_it_runs_inside_a_pipeline_stage(config, mesh, one_device_mesh):
     assert_equal(got, want)
 
 
+@pytest.mark.heavy
 def test_the_backward_pass_repeats_no_exchange_but_the_one_it_needs(mesh):
     # There: rows and their weights; back: outputs. Then the first two again under
     # remat, and cotangents there, gradients of rows and of weights back.

@@ -24,6 +24,8 @@ from tests.models.building import QUICK
 from tests.plan import architectures
 from tests.train.cells import CAPACITY, MODELS
 
+pytestmark = pytest.mark.heavy
+
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so
 # small, the more with experts, whose routing sends a few numbers a token. `make test`
 # tries a few, `make test-more` all others in which a collective or a kind of layer is
@@ -187,7 +189,14 @@ def test_bytes_sent_and_products(layout, model, off):
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
 
 
-@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param("none", marks=pytest.mark.more),
+        pytest.param("mlp", marks=pytest.mark.more),
+        "full",
+    ],
+)
 def test_every_remat_policy(remat):
     """The peak is a CPU's, whose compiler keeps other copies than a TPU's;
     benchmarks/plan_memory.py has the machines that matter."""

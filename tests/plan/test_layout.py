@@ -33,6 +33,7 @@ def llama(**settings) -> RunConfig:
     ).value
 
 
+@pytest.mark.heavy
 def test_a_run_makes_the_arrays_that_were_planned():
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh=axes)
@@ -133,6 +134,7 @@ def test_tables(capsys, monkeypatch, tmp_path):
     assert [line for line in TABLES.splitlines() if line not in out] == []
 
 
+@pytest.mark.heavy
 def test_words_of_tables_are_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     mesh = ["--mesh", "fsdp=8,tensor=2,context=2,expert=2"]

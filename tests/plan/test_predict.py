@@ -57,6 +57,7 @@ def test_a_pipeline_idles_as_its_schedule_says():
     assert float(time.idle / time.total) == pytest.approx(3 / 11, rel=0.15)
 
 
+@pytest.mark.more
 def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
     """As glibc's mallopt(3) has it: blocks of up to 32 MiB are kept, larger ones given
     back."""

@@ -52,6 +52,7 @@ def test_divisors_of_a_large_number_are_those_of_a_count():
     assert len(list_divisors(10**9)) == 100  # (9 + 1)², of 2⁹ · 5⁹
 
 
+@pytest.mark.heavy
 def test_nothing_better_is_missed():
     config = run(**{"data.batch_size": 32})
     machine = Machine.from_name("h100x4")
@@ -105,6 +106,7 @@ def test_the_snippet_is_the_candidate(tmp_path):
         assert yaml.safe_load(file.read_text())["include"] == str(source)
 
 
+@pytest.mark.heavy
 def test_slices_are_crossed_by_data_or_stages_alone():
     machine = Machine.from_name("2xv5e-16")
     result = search_layouts(run(**{"data.batch_size": 64}), machine, top=20)

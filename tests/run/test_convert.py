@@ -78,6 +78,7 @@ def parameters(folder: Path) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, flatten_names(load_run(folder).params))
 
 
+@pytest.mark.heavy
 def test_a_published_folder_is_used_without_conversion(llama, tmp_path):
     folder = tmp_path / "published"
     convert(llama, folder)
@@ -175,6 +176,7 @@ def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.heavy
 def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
     done = convert(llama, tmp_path / "published", family="mistral")
     assert done.family == "mistral"
@@ -256,6 +258,7 @@ def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
         ).read_bytes(), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["phi3", "deepseek_v2"])
 def test_a_tied_head_may_be_stored_again(name, tmp_path):
     tensors = dict(golden(name).tensors)
@@ -365,8 +368,10 @@ MARKS = {
 }
 
 
-@pytest.mark.parametrize("name", MARKS)
-def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
+@pytest.fixture(params=MARKS)
+def marked(request, tmp_path):
+    """A converted run, and the marks that its tokenizer has."""
+    name = request.param
     make, marks = MARKS[name]
     source = folder_of(name, tmp_path / "their")
     tiny_tokenizers.save(make(), source, pad_token=make().id_to_token(0))
@@ -374,9 +379,18 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
         tiny_tokenizers.save(make(), source, bos_token="[CLS]", eos_token="[SEP]")
     done = convert(source, tmp_path / "run")
     assert not [note for note in done.notes if "marks" in note]
-    path = tmp_path / "run/config.yaml"
+    return tmp_path / "run/config.yaml", marks
+
+
+def test_a_converted_run_has_the_tokenizers_own_marks(marked):
+    path, marks = marked
     task = load_config(RunConfig, path).value.task.model_dump()
     assert task | marks == task
+
+
+@pytest.mark.more
+def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(marked, tmp_path):
+    path, _ = marked
     text = tiny.write_text(tmp_path / "text")
     tiny.train(
         path,

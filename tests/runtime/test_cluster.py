@@ -270,6 +270,7 @@ def test_processes_meet_among_strangers_and_those_that_died_while_they_waited():
         assert early.result() == late.result() == [[HERE] * 4] * 2
 
 
+@pytest.mark.heavy
 def test_missing_processes():
     port = free_port()
     with ThreadPoolExecutor() as pool:
@@ -370,6 +371,7 @@ def start(tmp_path) -> Iterator[Callable[..., list[Process]]]:
         process.end()
 
 
+@pytest.mark.heavy
 def test_a_killed_process_0_ends_the_others_busy_or_not(start):
     """JAX, which needs no turn in Python, would abort the busy one without a word."""
     processes = start("loop", "loop", "busy")
@@ -383,6 +385,7 @@ def test_a_killed_process_0_ends_the_others_busy_or_not(start):
         assert (code, line in err) == (76, True), err
 
 
+@pytest.mark.more
 def test_process_0_that_still_works_notices_that_one_which_is_done_is_killed(start):
     """JAX would abort it."""
     processes = start("late", "late")
@@ -392,6 +395,7 @@ def test_process_0_that_still_works_notices_that_one_which_is_done_is_killed(sta
     assert processes[0].ended()[0] == 76
 
 
+@pytest.mark.heavy
 def test_a_mistake_found_by_one_process_ends_all_alike(start):
     healthy, faulty = start("loop", "fault")
     healthy_code, _, healthy_errors = healthy.ended()

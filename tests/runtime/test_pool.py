@@ -13,6 +13,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.runtime.pool import WorkerPool
 
+pytestmark = pytest.mark.heavy
+
 
 def test_results_errors_and_several_maps():
     with WorkerPool(2) as pool:

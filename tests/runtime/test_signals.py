@@ -69,6 +69,7 @@ os._exit(76)
 """
 
 
+@pytest.mark.heavy
 def test_the_reason_stays_the_last_line_when_workers_leave_something_behind():
     # The tracker holds this pipe too, so that what it says at its end is read.
     command = [sys.executable, "-c", LEAVES_A_SEMAPHORE]

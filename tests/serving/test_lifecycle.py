@@ -190,6 +190,7 @@ def test_another_name_of_the_host_is_refused(start_server):
         assert "start it with an API key" in answer.json()["error"]["message"]
 
 
+@pytest.mark.heavy
 def test_requests_that_do_not_come_are_closed(start_server):
     server = start_server(request_seconds=0.4)
     port = int(server.url.rpartition(":")[2])
@@ -323,6 +324,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert "the key is empty" in message(read_api_key, file)
 
 
+@pytest.mark.heavy
 def test_sigterm_finishes_what_runs_and_refuses_what_comes():
     command = [sys.executable, "-m", "tests.serving.serve_fake"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -347,6 +349,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
         assert running.stderr.read() == "finishing 1 that run; Ctrl-C ends now\n"
 
 
+@pytest.mark.heavy
 def test_a_second_sigterm_ends_at_once_without_a_traceback():
     command = [sys.executable, "-m", "tests.serving.serve_fake"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -47,6 +47,7 @@ def server(tiny, chat_tokenizer):
         yield running
 
 
+@pytest.mark.heavy
 def test_mixed_requests_at_once_are_as_alone(server, tiny, chat_tokenizer):
     def make_body(number: int) -> dict:
         sampling = (
@@ -153,6 +154,7 @@ def test_a_schema_is_kept_and_a_bad_one_is_a_400(server):
     assert answer.status_code == 400, answer.text
 
 
+@pytest.mark.heavy
 def test_scores_are_log_likelihoods(server, tiny, chat_tokenizer, one_device_mesh):
     head = [chat_tokenizer.bos_id, *chat_tokenizer.encode("ab")]
     tail = chat_tokenizer.encode(" the end")

@@ -5,12 +5,15 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import flatten_names, init_params, param_specs
 from maxlm.sharding import jit_sharded
 from tests.models import building
 from tests.models.building import QUICK
+
+pytestmark = pytest.mark.heavy
 
 CONFIG = DecoderConfig.model_validate(
     {

@@ -71,6 +71,7 @@ def recover(inputs, targets):
     return np.array(tokens, np.int32)
 
 
+@pytest.mark.heavy
 @given(sizes, denoisers, seeds)
 def test_every_token_can_be_put_back(n, denoiser, seed):
     tokens = text(n, seed)

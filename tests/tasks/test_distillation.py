@@ -28,6 +28,8 @@ from tests.tasks.row_cases import (
     make_inputs,
 )
 
+pytestmark = pytest.mark.heavy
+
 SEQ = 24
 ROWS = 4
 WIDTH = 20

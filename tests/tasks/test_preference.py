@@ -31,12 +31,17 @@ from tests.tasks.row_cases import (
     make_task,
 )
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = building.LLAMA_GQA.model_copy(
     update={"vocab_size": VOCAB, "max_seq_len": 96, "heads": {"score": 1}}
 )
 SEQ = 42
 ROWS = 6
 every = pytest.mark.parametrize("name", PREFERENCE_CASES)
+# One of each task: its forms differ in a line of the loss, which every form's formula
+# is compared with.
+FEW = ("reward", "dpo_sigmoid", "kto", "orpo", "cpo_sigmoid")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +202,13 @@ def test_a_loss_is_its_formula(name, seed, models, tmp_path):
         assert (sums["kl"] > 0) == (seed == 3)  # both sides of the clamp are seen
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FEW else pytest.mark.more)
+        for name in PREFERENCE_CASES
+    ],
+)
 def test_packed_rows_and_micro_batches_change_nothing(name, models, tmp_path):
     settings = PREFERENCE_CASES[name]
     rows = draw_rows(4, ROWS)
@@ -244,7 +255,12 @@ STAGES = {"stage": 2}
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("reward", RING), ("dpo_sigmoid", RING), ("kto", CUBE), ("orpo", STAGES)],
+    [
+        pytest.param("reward", RING, marks=pytest.mark.more),
+        pytest.param("dpo_sigmoid", RING, marks=pytest.mark.more),
+        ("kto", CUBE),
+        pytest.param("orpo", STAGES, marks=pytest.mark.more),
+    ],
 )
 def test_a_mesh_trains_as_one_device_does(name, layout, tmp_path):
     """Packed, with the reference on the same mesh."""

@@ -100,6 +100,7 @@ def compute_loss_and_gradient(config, batch):
     return jax.device_get(run(setup.init_train_state().params, put))
 
 
+@pytest.mark.heavy
 def test_labels_of_prompts_do_not_matter(home, tmp_path):
     config = make_config(home, tmp_path)
     batch = config.task.batch_source(make_inputs(config)).rows(0, range(4))
@@ -113,6 +114,7 @@ def test_labels_of_prompts_do_not_matter(home, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, gradient, again)
 
 
+@pytest.mark.heavy
 def test_packed_rows_give_what_rows_of_their_own_do(home, tmp_path):
     results = []
     for most in (None, 1):
@@ -131,6 +133,7 @@ def test_packed_rows_give_what_rows_of_their_own_do(home, tmp_path):
         np.testing.assert_allclose(got, one, atol=1e-6 * scale)
 
 
+@pytest.mark.more
 def test_micro_batches_of_unequal_lengths_are_one_batch(home, tmp_path):
     records = []
     for parts in (1, 4):
@@ -191,6 +194,7 @@ def test_a_fault_names_the_file_and_the_row(home, tmp_path):
         make_source(home, tmp_path, [(1, 1), (2, 0)])
 
 
+@pytest.mark.heavy
 def test_refused_rows_end_a_run_or_are_left_out_and_listed(home, tmp_path):
     lines = [*map(json.dumps, make_rows(24)), '{"messages": [', '{"messages": []}']
     path = tmp_path / "own.jsonl"
@@ -219,6 +223,7 @@ def test_refused_rows_end_a_run_or_are_left_out_and_listed(home, tmp_path):
     assert records[1]["fault"] == "no list of messages"
 
 
+@pytest.mark.heavy
 def test_many_rows_are_encoded_in_processes_alike(home, tmp_path, monkeypatch, capfd):
     config = make_config(home, tmp_path)
     inputs = make_inputs(config)
@@ -248,6 +253,7 @@ def test_validation_rows_are_others_than_those_trained_on(
     assert not sources or sources["validation"].num_steps is not None
 
 
+@pytest.mark.heavy
 def test_a_run_resumes_bit_for_bit_and_says_what_is_left_out(home, tmp_path):
     lines = []
     task = {"validation_fraction": 0.25, "max_length": 40}

@@ -23,6 +23,8 @@ from tests.train import tiny
 from tests.train.jobs import HERE
 from tests.train.tiny import read_events, read_results
 
+pytestmark = pytest.mark.heavy
+
 STEPS = 18
 RESUME = "run the same command to resume"
 FULL = "No space left on device"
@@ -189,6 +191,7 @@ LOST_EVENTS = {
 }
 
 
+@pytest.mark.more
 def test_a_run_whose_events_are_lost_goes_on_from_its_checkpoints(runs):
     for kind in ("lost", "garbled"):
         run = shutil.copytree(runs.folder / "one", runs.folder / f"events_{kind}")
@@ -229,6 +232,7 @@ def test_a_newest_checkpoint_that_is_gone_is_told_of(runs):
     runs.check_same(run.name)
 
 
+@pytest.mark.more
 def test_where_hosts_disks_alone_have_checkpoints_of_another_mesh_a_run_begins_anew(
     runs, tmp_path, monkeypatch
 ):
@@ -312,6 +316,7 @@ def test_a_second_run_in_the_same_folder_is_refused(runs):
     )
 
 
+@pytest.mark.more
 def test_a_folder_that_is_deleted_under_the_run_ends_it_and_its_copy_is_gone_on_from(
     runs, tmp_path, monkeypatch
 ):
@@ -365,6 +370,7 @@ def test_a_folder_that_cannot_be_written(runs, disk):
     )
 
 
+@pytest.mark.more
 def test_a_disk_that_fills_up_costs_no_checkpoint(runs, disk, monkeypatch):
     home = shutil.copytree(runs.folder / "one", disk / "full") / "checkpoints"
     for step in (12, 18):  # as if it had been killed before them

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from maxlm.train.goodput import PARTS, summarize_run_events
 
+pytestmark = pytest.mark.heavy
+
 KINDS = (
     "start",
     "resume",

@@ -5,6 +5,8 @@ import pytest
 from maxlm.train.display import plot_loss
 from tests.train import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

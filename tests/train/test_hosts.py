@@ -19,18 +19,26 @@ from tests.ports import free_port
 from tests.train import cells, tiny
 from tests.train.test_parity import differences, with_metrics
 
+pytestmark = pytest.mark.heavy
+
 NAMES = [
     f"{model}/{name}"
     for name, cell in cells.HOST_CELLS.items()
     for model in cell.models
 ]
-# `make test` takes the one in which most meets.
+# `make test-more` takes the one in which most meets, `make test-layouts` the rest.
 FEW = ["/".join(reversed(cells.HOSTS_COVER))]
 REST = [name for name in NAMES if name not in FEW]
 assert len(REST) == len(NAMES) - 1
 
 
-@pytest.mark.parametrize("names", [FEW, pytest.param(REST, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(FEW, marks=pytest.mark.more),
+        pytest.param(REST, marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_equal_one_device(tmp_path, names):
     for model in sorted({name.split("/")[0] for name in names}):
         config = cells.config_of(model, cells.ALONE)

@@ -81,6 +81,7 @@ def written(page: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
+@pytest.mark.heavy
 def test_the_page_shows_which_layouts_are_refused_and_why():
     page = PAGE.read_text()
     compiled = list[str]()

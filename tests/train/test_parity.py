@@ -12,6 +12,8 @@ from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.run.setup import set_up_run
 from tests.train import cells
 
+pytestmark = pytest.mark.heavy
+
 TOLERANCE = 1e-5
 
 
@@ -27,11 +29,17 @@ def _stored_over(name: str) -> tuple[frozenset[str], str]:
 WRITTEN = {
     _stored_over(name): (name, model) for name, model in [*cells.TRAINED, *cells.COVER]
 }
-# `make test` takes a cover of the matrix, `make test-layouts` all of it.
-TRAINED = [
-    pytest.param(*each, marks=[] if each in cells.COVER else pytest.mark.slow)
-    for each in cells.TRAINED
-]
+
+
+def _mark(cell: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    """`make test` takes each part of the matrix, `make test-more` each two that meet,
+    `make test-layouts` all of it."""
+    if cell in cells.SMALL_COVER:
+        return []
+    return [pytest.mark.more if cell in cells.COVER else pytest.mark.slow]
+
+
+TRAINED = [pytest.param(*cell, marks=_mark(cell)) for cell in cells.TRAINED]
 
 
 def with_metrics(

@@ -57,6 +57,7 @@ def as_if_saved_elsewhere(path: Path) -> None:
     save_file(arrays, path, header | {"metadata": json.dumps(metadata)})
 
 
+@pytest.mark.more
 def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_path):
     own = [
         "checkpoint.every_steps=6",

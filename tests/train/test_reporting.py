@@ -44,6 +44,7 @@ def shown_on_board(folder):
     return shown
 
 
+@pytest.mark.heavy
 def test_tensorboard_shows_what_the_records_hold(tmp_path):
     with MetricsLog(tmp_path) as log:
         for step in range(1, 7):
@@ -177,6 +178,7 @@ def test_a_scrape_has_the_newest_numbers_and_what_happened(tmp_path):
         assert scrape(port, "127.0.0.2")[1]["maxlm_events"] == "counter"
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("compiled_once")
 def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
     """Scraped where it draws its plot: all is logged then, and the port is still

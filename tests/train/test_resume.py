@@ -17,7 +17,7 @@ from maxlm.data.tokenizer.train import train_tokenizer
 from tests.train import tiny
 from tests.train.tiny import train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
 NEW = (
     ("temperature", "phases", "verify"),
@@ -166,6 +166,7 @@ def build_alike(folder):
     return path, store, texts
 
 
+@pytest.mark.more
 def test_a_run_told_to_verify_refuses_another_stores_tokens(tmp_path):
     """Which the store reads as its own without; a store of before is told of once."""
     path, store, _ = build_alike(tmp_path)

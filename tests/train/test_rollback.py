@@ -16,7 +16,7 @@ from maxlm.train.resume import StateRestorer
 from tests.train import tiny
 from tests.train.tiny import read_events, read_metrics
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
 STEPS = 18
 WRONG = ("[3]", "[7, 3]", '["1", "2"]')
@@ -167,6 +167,7 @@ def test_a_record_of_batches_that_is_none_is_refused(tmp_path, record):
         read_skips(tmp_path)
 
 
+@pytest.mark.more
 def test_checkpoints_of_bad_steps_are_not_gone_on_from_also_after_a_kill_in_a_rollback(
     train, monkeypatch
 ):

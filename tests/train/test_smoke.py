@@ -50,18 +50,17 @@ def read(name: str, *settings: str) -> RunConfig:
     return load_config(RunConfig, name, ["compilation_cache=null", *settings]).value
 
 
-# A decoder, and an encoder with one; `make test-layouts` tries all.
-FEW = ["deepseek_v2_lite", "t5_v1_1_xxl"]
+# `make test-more` tries a decoder, and an encoder with one, `make test-layouts` all.
+FEW = ("models/deepseek_v2_lite", "models/t5_v1_1_xxl")
 # Methods take their model from the one that they tune.
 COMPLETE = [name for name in list_shipped_configs() if not name.startswith("methods/")]
 SHIPPED = [
-    pytest.param(
-        name, marks=[] if name.removeprefix("models/") in FEW else pytest.mark.slow
-    )
+    pytest.param(name, marks=pytest.mark.more if name in FEW else pytest.mark.slow)
     for name in COMPLETE
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_config_passes(name, tmp_path, monkeypatch):
     (tmp_path / "corpora/demo").mkdir(parents=True)  # `make corpus-demo` makes it
@@ -82,6 +81,7 @@ def two_devices(monkeypatch, compiled_once):
     monkeypatch.setattr(smoke_program.jax, "devices", lambda: devices)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("two_devices")
 def test_it_passes_on_all_devices_and_says_so(capsys):
     assert main(["smoke", "smollm2_135m", "compilation_cache=null"]) == 0
@@ -95,6 +95,7 @@ def test_it_passes_on_all_devices_and_says_so(capsys):
     assert last == "smollm2_135m: works"
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("two_devices")
 def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(
     monkeypatch, capsys

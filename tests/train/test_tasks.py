@@ -14,6 +14,8 @@ from maxlm.tasks import TaskModels
 from maxlm.train.smoke import make_counting_batch_source
 from tests.models.building import QUICK, change, on_devices
 
+pytestmark = pytest.mark.heavy
+
 SEQ_LEN, STEPS = 48, 3
 BLOCK = {
     "vocab_size": 160,
@@ -92,7 +94,9 @@ def trained(setup: RunSetup) -> tuple[Any, list[float]]:
     return state, losses
 
 
-@pytest.mark.parametrize("kind", ["mlm", "span_corruption"])
+@pytest.mark.parametrize(
+    "kind", ["mlm", pytest.param("span_corruption", marks=pytest.mark.more)]
+)
 def test_a_mesh_trains_as_one_device_does(kind):
     alone, losses = trained(prepared(kind))
     spread, same = trained(prepared(kind, data=2, fsdp=2, tensor=2))

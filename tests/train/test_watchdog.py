@@ -106,6 +106,7 @@ def test_work_done_in_time_ends_nothing(tmp_path, monkeypatch):
     assert (ends, events) == ([], [])
 
 
+@pytest.mark.heavy
 def test_what_comes_before_the_process_is_ended_spares_it(tmp_path, capfd):
     watchdog, ends, _ = watch(tmp_path, QUICK.model_copy(update={"idle_seconds": 0.3}))
     steps = []

@@ -17,7 +17,7 @@ from maxlm.train.program import train_model
 from maxlm.tune.references import precompute_reference_log_probs, score_texts
 from tests.train import tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 WORDS = tiny.TEXT.split()
 
 
@@ -74,6 +74,7 @@ def read_records(result):
     )
 
 
+@pytest.mark.more
 def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
     config = make_config(home, "reward", {"kind": "reward"})
     result = train(
@@ -123,8 +124,10 @@ def test_a_reward_model_learns_from_a_language_model_and_scores_texts(home):
         score_texts(home / "base", texts)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
-    ("kind", "adapter"), [("dpo", {"kind": "lora"}), ("kto", None)]
+    ("kind", "adapter"),
+    [("dpo", {"kind": "lora"}), ("kto", None)],
 )
 def test_a_stored_reference_gives_the_losses_of_one_that_is_held(
     home, kind, adapter, tmp_path

@@ -11,7 +11,7 @@ from maxlm.run.load import load_run
 from maxlm.train import program as program
 from tests.train import tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
@@ -63,7 +63,9 @@ def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text, other):
     )  # whatever became of the newest
 
 
-@pytest.mark.parametrize("how", ["start_from", "resume"])
+@pytest.mark.parametrize(
+    "how", ["start_from", pytest.param("resume", marks=pytest.mark.more)]
+)
 def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
     tmp_path, text, other, monkeypatch, how
 ):
@@ -91,6 +93,7 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
     )
 
 
+@pytest.mark.more
 def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
     how = {"train": {"steps": 2}, "reporting": {"tensorboard": False}}
     path = tiny.write_config(tmp_path, text, **how)

@@ -17,7 +17,7 @@ from maxlm.serving.program import make_engine
 from maxlm.tune.teachers import generate_answers, store_teacher_logits
 from tests.train import tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 QUIET = {"reporting": {"tensorboard": False}}
 VOCAB = 304
 
@@ -58,6 +58,7 @@ def train_student(home, name, *settings, **task):
     return [(r["loss"], r["divergence"]) for r in tiny.read_metrics(result.folder)]
 
 
+@pytest.mark.more
 def test_all_log_probabilities_stored_are_the_teacher(home):
     teacher = home / "tiny"
     rows = str(home / "rows.jsonl")
@@ -105,6 +106,7 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(home):
         train_student(home, "strange", teacher=str(home / "other/tiny"), files=[rows])
 
 
+@pytest.mark.more
 def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_path):
     shutil.copytree(home / "tiny", tmp_path / "teacher")
     text = home / "text"
@@ -130,6 +132,7 @@ def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_
     assert first["features"] > 0.1  # the map is new
 
 
+@pytest.mark.more
 def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
     settings = [

@@ -58,6 +58,7 @@ def load(home, folder, *settings):
     return load_run_config("sft_lora", [*own, *settings])
 
 
+@pytest.mark.heavy
 def test_a_published_model_is_tuned_for_epochs(home, tmp_path):
     result = tune_model(load(home, tmp_path), epochs=4, say=lambda _: None)
     config = result.setup.config
@@ -118,6 +119,7 @@ def test_a_recipe_wants_a_model_that_is_there(tmp_path):
             load_run_config("demo", [wrong])
 
 
+@pytest.mark.more
 def test_the_vocabulary_grows_for_special_tokens_whose_rows_are_trained(home, tmp_path):
     more = ("<|tool|>", "<|call|>", "<|result|>", "<|done|>", "<|ask|>")
     settings = f"tokenizer.extra_special_tokens={json.dumps(more)}", "train.steps=3"

@@ -48,6 +48,7 @@ ENDS_WITH_ITS_PHASE = {
 }
 
 
+@pytest.mark.heavy
 @example(**ENDS_WITH_ITS_PHASE)
 @given(first=some_weights, later=changes, most=caps, key=keys)
 def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most, key):

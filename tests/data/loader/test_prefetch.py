@@ -25,6 +25,8 @@ from tests.data.loader.memory import (
     take_until_workers_make,
 )
 
+pytestmark = pytest.mark.heavy
+
 REPOSITORY = Path(__file__).parents[3]
 
 
@@ -204,7 +206,10 @@ SLOW_START = """
 """
 
 
-@pytest.mark.parametrize(("action", "num_bytes"), [("stop", 1 << 20), ("exit", 0)])
+@pytest.mark.parametrize(
+    ("action", "num_bytes"),
+    [("stop", 1 << 20), pytest.param("exit", 0, marks=pytest.mark.more)],
+)
 def test_workers_that_still_start_are_not_waited_for(tmp_path, action, num_bytes):
     """Where a stop is asked for and the loader closed, and at the end of the process.
     What pickles to more than a pipe holds would keep its sender until the worker reads

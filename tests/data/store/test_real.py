@@ -14,6 +14,8 @@ from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.data.tokenizer.train import train_tokenizer
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def texts():

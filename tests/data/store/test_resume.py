@@ -178,6 +178,7 @@ JOINED = """
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kill", [False, True])
 def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes, kill):
     """The same files as one builder's, whoever dies."""

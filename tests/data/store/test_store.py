@@ -35,6 +35,7 @@ def store(tmp_path, byte_tokenizer, small_shards, set_part_bytes):
     return TokenStore.open(tmp_path / "store")
 
 
+@pytest.mark.heavy
 def test_read_any_range(store):
     assert store.num_tokens == len(FLAT)
     assert len(list((store.path / "tokens" / "c").iterdir())) > 5
@@ -158,6 +159,7 @@ def test_check_tokenizer(store, byte_tokenizer):
     assert f", not {other.fingerprint[:12]}); use the" in message
 
 
+@pytest.mark.heavy
 def test_no_flipped_bit_is_read_as_another_value(tmp_path, monkeypatch):
     """Of tokens, offsets, the manifest and, verified, other files and the packing
     index; the script flips more."""

@@ -64,6 +64,7 @@ def with_template(folder, template, name="smollm2"):
     return import_tokenizer(folder)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_text_is_transformers(tmp_path, template):
     ours = with_template(tmp_path, TEMPLATES[template])
@@ -191,6 +192,7 @@ def test_no_character_is_taken_out_of_messages(make_config, texts):
     )
 
 
+@pytest.mark.heavy
 def test_a_message_with_every_character_is_refused_and_with_almost_every_one_is_not(
     make_config, texts
 ):

@@ -13,6 +13,7 @@ from tests.data.tokenizer.references import fuzz_texts, long_texts
 COUNT = int(os.environ.get("MAXLM_FUZZ", "200"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", MAKERS)
 def test_hugging_face(name, tmp_path):
     folder = write_checkpoint(tmp_path, name)

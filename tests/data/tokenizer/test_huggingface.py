@@ -57,6 +57,7 @@ def library_ids(library: Library, text: str) -> list[int]:
     return library.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.heavy
 @given(texts)
 @example("")
 @example("  leading and trailing  ")

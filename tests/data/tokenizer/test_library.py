@@ -14,6 +14,7 @@ HARD = (
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("limit", [1, 50])
 def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
     long = [HARD * 3, *texts, "".join(texts), HARD.encode() * 2]

@@ -96,6 +96,7 @@ def test_special_tokens_have_their_ids_and_a_gap_before_them(
         assert ours.decode(allowed) == text
 
 
+@pytest.mark.heavy
 def test_a_published_file_is_known_by_its_content(ranks, rank_file, monkeypatch):
     """The ids of its special tokens are tiktoken's own; others may come beside them."""
     digest = hashlib.sha256(rank_file.read_bytes()).hexdigest()

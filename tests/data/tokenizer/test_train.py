@@ -17,6 +17,7 @@ from tests.errors import message
 KINDS = ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
 
 
+@pytest.mark.heavy
 def test_the_same_text_gives_the_same_tokenizer_on_any_number_of_threads(
     make_config, texts
 ):

@@ -69,6 +69,7 @@ def pieces_by_hand(texts: list[str], count: int) -> list[str]:
     return pieces
 
 
+@pytest.mark.heavy
 def test_it_learns_the_commonest_pairs(trained, texts):
     pieces = list(trained.codec.get_vocab().items())
     pieces = [piece for piece, _ in sorted(pieces, key=lambda item: item[1])]
