@@ -125,6 +125,7 @@ def adapted(kind, built, one_device_mesh):
         yield built["pattern", kind]
 
 
+@pytest.mark.heavy
 def test_segments_of_a_row_have_virtual_tokens_each_whatever_their_ids(adapted):
     expected = [adapted.logits(prompt)[0] for prompt in PROMPTS[:3]]
     for one, other in zip(

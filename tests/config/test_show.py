@@ -81,6 +81,7 @@ runs = st.builds(
 )
 
 
+@pytest.mark.heavy
 @given(runs)
 def test_what_is_written_loads_back_equal(tmp_path_factory, run):
     path = tmp_path_factory.mktemp("run") / "config.yaml"
