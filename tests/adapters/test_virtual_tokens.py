@@ -332,7 +332,7 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
     random = np.random.default_rng(0)
     sizes = [(12 + row, 13, 7 - row) for row in range(8)]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field

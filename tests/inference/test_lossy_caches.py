@@ -309,7 +309,7 @@ def check(outputs, expected, known) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.more), "int4"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     case = Case(parse(kind=kind, recent=3), **OPTIONS[name])
