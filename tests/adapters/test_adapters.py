@@ -89,6 +89,7 @@ def test_a_fresh_adapter_changes_no_bit_and_a_merged_one_computes_the_same(name)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 def test_merging_dora_is_its_equation_and_taking_the_product_away_gives_the_base():
     *_, fresh = build(ADAPTERS["dora"])
@@ -126,6 +127,7 @@ def test_bottlenecks_are_their_equations(name):
     assert len(adapted) == (2 if name == "houlsby" else 1)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 @pytest.mark.parametrize("dora", [False, True])
 def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
@@ -181,6 +183,7 @@ def test_experts_have_a_pair_of_maps_each():
         build(BottleneckAdapter(), config)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 def test_a_tied_head_reads_the_base_table_and_the_engine_reads_leaves():
     config = CONFIG.model_copy(update={"tie_embeddings": True})

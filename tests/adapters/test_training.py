@@ -222,6 +222,7 @@ def test_the_reference_is_the_base_without_parameters_of_its_own(
     assert not list_base_models(make_config("again", SPREAD, **parts | again))
 
 
+@pytest.mark.more
 def test_a_base_rests_in_bfloat16(make_config, train, train_beside_reference, base):
     """Matrices and tables do, in checkpoints too; the merged kernels are in float32."""
     adapter = ADAPTERS["lora"] | {"base_dtype": "bfloat16"}

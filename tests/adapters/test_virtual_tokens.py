@@ -125,6 +125,7 @@ def adapted(kind, built, one_device_mesh):
         yield built["pattern", kind]
 
 
+@pytest.mark.heavy
 def test_segments_of_a_row_have_virtual_tokens_each_whatever_their_ids(adapted):
     expected = [adapted.logits(prompt)[0] for prompt in PROMPTS[:3]]
     for one, other in zip(
@@ -331,7 +332,7 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_steps_in_every_layout_train_virtual_tokens_alone(make_config, kind):
     random = np.random.default_rng(0)
     sizes = [(12 + row, 13, 7 - row) for row in range(8)]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
@@ -81,6 +82,7 @@ runs = st.builds(
 )
 
 
+@pytest.mark.heavy
 @given(runs)
 def test_what_is_written_loads_back_equal(tmp_path_factory, run):
     path = tmp_path_factory.mktemp("run") / "config.yaml"

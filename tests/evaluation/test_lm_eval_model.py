@@ -88,6 +88,7 @@ def test_loglikelihoods_are_those_of_plain_forward_passes(model, tiny, tokenizer
     assert done[-1] == (5, 5)
 
 
+@pytest.mark.heavy
 def test_a_continuation_is_greedy_if_all_its_tokens_are(model, tiny, tokenizer):
     head = [tokenizer.bos_id, *tokenizer.encode("ab")]
     likeliest = tiny.greedy(head, 3)

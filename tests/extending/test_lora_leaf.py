@@ -174,6 +174,7 @@ def test_arrays_have_canonical_names_and_specs_of_their_own(models):
     assert specs[f"{name}.lora_b"].axes == ("layers", None, "heads", "head_dim")
 
 
+@pytest.mark.heavy
 def test_the_forward_pass_is_that_of_merged_matrices(models):
     base, adapted, _, joined = models
     noisy = jax.tree.map(lambda x: x + 0.05, joined)
@@ -286,6 +287,7 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(make_con
     assert are_equal(init_or_warm_start_state(setup).params, whole.state.params)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("compiled_once")
 def test_a_float_base_is_not_cast_into_a_leaf_of_integers(make_config):
     base = train(make_config("base", {"fsdp": -1}, {"steps": 1}))

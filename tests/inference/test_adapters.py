@@ -146,6 +146,7 @@ def test_adapters_come_and_go_between_steps_and_nothing_compiles(llama):
     assert engine.adapters == ("out", "stable")
 
 
+@pytest.mark.heavy
 def test_prefixes_are_shared_within_an_adapter_alone(llama):
     engine = make_engine(llama)
     prompt = tuple(range(20))

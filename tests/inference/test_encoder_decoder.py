@@ -149,6 +149,7 @@ def test_outputs_that_are_given_are_scored(both):
         assert score.is_greedy == bool((logits.argmax(-1) == tail).all())
 
 
+@pytest.mark.heavy
 def test_queries_and_keys_across_are_normalised_and_values_cut_off(one_device_mesh):
     """So sizes of the former do not matter; of values far beyond the limit only signs
     are left."""

@@ -88,6 +88,7 @@ def test_pages_have_room_for_whole_lanes(llama, monkeypatch):
     ]
 
 
+@pytest.mark.heavy
 def test_sampled_rows_do_not_depend_on_what_else_runs(tiny):
     engine = make_engine(tiny)
     together = rows(engine, PROMPTS, SAMPLED)

@@ -120,6 +120,7 @@ def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:
     ]
 
 
+@pytest.mark.heavy
 def test_a_schema_a_regex_and_a_grammar(tokenizer, compiler):
     specs = [
         *[GrammarSpec("json_schema", json.dumps(SCHEMA))] * 4,

@@ -309,7 +309,7 @@ def check(outputs, expected, known) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.more), "int4"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
     case = Case(parse(kind=kind, recent=3), **OPTIONS[name])
@@ -343,6 +343,7 @@ def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
     check(outputs[0], expected[0], known)
 
 
+@pytest.mark.heavy
 def test_rejected_guesses_leave_no_trace(one_device_mesh):
     """Rows try 4 tokens a step, and 1 to 4 are right."""
     case = Case(parse(kind="int4", recent=5))
@@ -386,6 +387,7 @@ def check_eviction(case: Case, mesh, steps=STEPS) -> None:
             assert stored_positions == kept_positions
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", EVICTING)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_evicting_caches_keep_what_a_simulation_keeps(one_device_mesh, kind, name):

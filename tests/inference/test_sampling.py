@@ -287,6 +287,7 @@ def test_ties():
     assert kept_ids(x, temperature=1e-35, top_p=0.999) == [1, 2]
 
 
+@pytest.mark.heavy
 def test_nothing_that_is_not_allowed_is_kept():
     x = [5.0, 4.0, 3.0, 2.0, 1.0, 9.0]
     assert kept_ids(x, vocab_size=5, top_k=3) == [0, 1, 2]
@@ -299,6 +300,7 @@ def test_nothing_that_is_not_allowed_is_kept():
     ]
 
 
+@pytest.mark.heavy
 def test_bans_that_would_leave_nothing_do_not_hold():
     x = [5.0, 4.0, 3.0, 2.0]
     assert kept_ids(x, min_new_tokens=2) == [0, 1, 2]

@@ -156,6 +156,7 @@ def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty)
     check_pages(engine)
 
 
+@pytest.mark.heavy
 def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
     """And so they do where the engine guesses tokens: not those of beams."""
     engine = make_engine(llama, speculation=PromptLookupConfig())
@@ -259,6 +260,7 @@ def test_budgets_are_kept_to(llama):
     check_pages(engine)
 
 
+@pytest.mark.heavy
 def test_best_of_n_by_a_true_verifier_is_pass_at_n(llama):
     engine = make_engine(llama, Letters())
     for number in range(8):

@@ -105,6 +105,7 @@ def test_initial_values_have_the_configured_deviation(values):
     assert tables | into_residual <= set(values)
 
 
+@pytest.mark.heavy
 def test_values_depend_on_key_name_and_layer_alone(values):
     again, other = initial(WIDE), initial(WIDE, seed=1)
     deeper = initial(WIDE.model_copy(update={"num_layers": 5}))

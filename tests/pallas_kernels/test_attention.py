@@ -23,6 +23,7 @@ check_xla = partial(
 )
 
 
+@pytest.mark.heavy
 @settings(max_examples=6)
 @given(cases(reaches=(None, 0, 3, 150, 500)))
 def test_every_kind_equals_the_reference(case):

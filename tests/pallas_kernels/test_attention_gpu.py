@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_triton_kernels_equal_the_reference(case):
     check_with(TRITON, CASES[case], rounding=0)
@@ -132,6 +133,7 @@ def test_what_a_kernel_does_not_take_is_refused():
             refused()
 
 
+@pytest.mark.heavy
 def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     case = Case((1, 40, 48, 2, 1, 256, 256), "bfloat16", place="static", seed=9)
     (q, k, v), d_o = case.arrays()

@@ -86,6 +86,7 @@ def test_it_equals_the_reference_and_memory_that_nobody_wrote_is_never_read(name
     check_tpu(*CASES[name])
 
 
+@pytest.mark.heavy
 def test_half_precision_costs_no_more_than_in_plain_attention():
     case = Case((1, 256, 256, 2, 1, 32, 32), "bfloat16", soft_cap=5.0)
     check_tpu(case, WHOLE, interpret=True, rounding=0)
@@ -100,6 +101,7 @@ DOCUMENTS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("lengths", "causal", "traced"), DOCUMENTS)
 def test_documents_that_fill_blocks(lengths, causal, traced):
     q, k, v = operands(1, sum(lengths), sum(lengths), 2, 1, 8)
@@ -133,6 +135,7 @@ PARTS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PARTS)
 def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
     """Forward and backward, each on a chip whose VMEM holds just so many keys."""

@@ -65,6 +65,7 @@ WORK = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", WORK)
 def test_work_is_what_the_mask_leaves(case):
     """Blocks visited are those with a pair to see, masked those with a pair not to

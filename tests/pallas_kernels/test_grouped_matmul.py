@@ -127,6 +127,7 @@ CUTS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_each_row_meets_its_group_and_no_other(case, cuts):

@@ -43,10 +43,12 @@ CASES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_the_reference(case):
     check(CASES[case], tolerance=3e-2 if case == "bf16" else 2e-5, **TRITON)
 
 
+@pytest.mark.heavy
 def test_other_rows_change_nothing():
     check_independence(TRITON)

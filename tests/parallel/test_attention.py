@@ -218,6 +218,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "method", "balanced"), PAIRS)
 def test_over_a_split_sequence(name, method, balanced, mesh):
     case = SPLIT[name]
@@ -230,6 +231,7 @@ def test_over_whole_sequences(name, mesh):
     check(mesh(**WHOLE[name].mesh), WHOLE[name])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", METHODS)
 def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh):
     """As a pipeline uses them: manual over stages, biases and sinks of each stage's
@@ -279,6 +281,7 @@ def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh)
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("method", "forward", "backward"),
     [

@@ -64,6 +64,7 @@ def test_any_layout_equals_one_device(config, axes, rules, mesh, on_one_device):
     assert_equal(got, on_one_device(config))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("config", [UNGATED, CAPACITY])
 def test_hidden_activations_may_be_made_in_parts(
     config, mesh, on_one_device, monkeypatch
@@ -103,6 +104,7 @@ def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_na
     return output
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}])
 def test_ragged_exchanges_equal_the_portable_ones(
     axes, mesh, on_one_device, monkeypatch

@@ -60,6 +60,7 @@ KINDS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kinds", KINDS)
 def test_gradients_are_those_of_layers_written_out(kinds):
     grads = partial(jax.value_and_grad, argnums=(0, 1, 2))

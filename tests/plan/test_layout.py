@@ -77,6 +77,7 @@ def test_other_optimizers_lie_as_planned(kind):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name", [name for name in list_shipped_configs() if not name.startswith("methods/")]
 )

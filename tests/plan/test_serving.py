@@ -258,6 +258,7 @@ def test_experts_are_read_as_tokens_meet_them():
     assert one / many == pytest.approx(12.9 / 46.7, rel=0.02)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tpot_ms", [None, 22.0, 14.0])
 def test_nothing_better_is_missed(tpot_ms):
     config = load("llama3_1_8b")

@@ -176,7 +176,7 @@ def test_an_array_under_anothers_description_is_refused(llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
     done = convert(llama, tmp_path / "published", family="mistral")
     assert done.family == "mistral"

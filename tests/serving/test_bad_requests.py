@@ -132,6 +132,7 @@ def draw_bad(draw: random.Random) -> tuple[str, object]:
     return path, body | {required: draw.choice(wrong)}
 
 
+@pytest.mark.heavy
 def test_a_thousand_malformed_requests(start_server):
     server = start_server()
     draw = random.Random(0)

@@ -76,6 +76,7 @@ def test_mixed_requests_at_once_are_as_alone(server, tiny, chat_tokenizer):
         assert text == "".join(output.text for output in outputs)
 
 
+@pytest.mark.heavy
 def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
     def ask(**settings) -> str:
         completion = server.client.completions.create(
@@ -87,6 +88,7 @@ def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
     assert ask() != ask()
 
 
+@pytest.mark.heavy
 def test_echoed_prompts_have_logprobs_in_each_of_n(server, chat_tokenizer):
     ask = {
         "model": "fake",
@@ -317,6 +319,7 @@ def test_prompts_are_cut_to_their_ends_where_that_is_asked_for(server, chat_toke
     assert chat.usage.prompt_tokens == 99
 
 
+@pytest.mark.heavy
 def test_documents_are_ranked_by_how_likely_the_query_is_behind_them(
     server, chat_tokenizer
 ):

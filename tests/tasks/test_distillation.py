@@ -2,8 +2,10 @@
 alone, in any layout; a stored teacher's rows are those that are trained on."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names
 from maxlm.run.config import RunConfig
 from maxlm.run.global_batch import make_global_batch
-from maxlm.run.setup import set_up_run
+from maxlm.run.setup import RunSetup, set_up_run
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.distillation import TextDistillationTask, write_stored_teacher
@@ -61,9 +63,59 @@ class Outputs(NamedTuple):
     """The student's map to the teacher's features."""
 
 
+class Programs(NamedTuple):
+    """A student and a teacher on a mesh, with random parameters."""
+
+    student_run: RunSetup
+    params: tuple[Any, Any]
+    """The student's and the teacher's."""
+    step: Callable[..., Any]
+    forward: Callable[..., Any]
+
+    def put(self, task, batch):
+        arrays = make_global_batch(
+            batch,
+            task.batch_arrays(SEQ),
+            range(ROWS),
+            self.student_run.placed.compute,
+            self.student_run.mesh,
+            (1, ROWS),
+            self.student_run.token_order,
+        )
+        return {name: array[0] for name, array in arrays.items()}
+
+
 def compute_loss(task, batch, **mesh):
-    """The loss's sums and gradient with random models on a mesh; and, on one device,
-    both models' outputs."""
+    """The loss's sums and gradient on a mesh."""
+    programs = find_programs(task, **mesh)
+    (value, sums), gradient = programs.step(*programs.params, programs.put(task, batch))
+    sums = {name: float(x) for name, x in {"loss": value, **sums}.items()}
+    return sums, flatten_names(gradient)
+
+
+def compute_outputs(task, batch):
+    """Both models' outputs, on one device."""
+    programs = find_programs(task)
+    arrays = programs.forward(*programs.params, programs.put(task, batch))
+    head = flatten_names(programs.params[0]).get("heads.features.kernel")
+    return Outputs(
+        *(np.asarray(array, np.float64) for array in arrays),
+        feature_head=None if head is None else np.float64(head),
+    )
+
+
+def find_programs(task, **mesh):
+    settings = task.model_dump_json(exclude={"files"})
+    return build_programs(type(task), settings, tuple(mesh.items()))
+
+
+@cache
+def build_programs(
+    kind: Any, settings: str, mesh_sizes: tuple[tuple[str, int], ...]
+) -> Programs:
+    """Compiled once for all files of a task, which its batches alone depend on."""
+    task = kind.model_validate_json(settings)
+    mesh = dict(mesh_sizes)
     config = RunConfig.model_validate(
         {
             "model": MODEL | {"heads": dict(task.required_heads)},
@@ -84,16 +136,6 @@ def compute_loss(task, batch, **mesh):
     params = [run.init_train_state().params for run in (student_run, teacher_run)]
     # Larger parameters, for distributions that differ.
     student_params, teacher_params = jax.tree.map(lambda p: 6 * p, params)
-    put = make_global_batch(
-        batch,
-        task.batch_arrays(SEQ),
-        range(ROWS),
-        student_run.placed.compute,
-        student_run.mesh,
-        (1, ROWS),
-        student_run.token_order,
-    )
-    put = {name: array[0] for name, array in put.items()}
 
     def loss(student_params, teacher_params, put):
         student = bind(student_run.model, student_params)
@@ -115,21 +157,13 @@ def compute_loss(task, batch, **mesh):
         )
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
-    step = bind_mesh(student_run.mesh, step)
-    (value, sums), gradient = step(student_params, teacher_params, put)
-    sums = {name: float(x) for name, x in {"loss": value, **sums}.items()}
-    gradient = flatten_names(gradient)
-    if mesh:
-        return sums, gradient, None
     forward = jax.jit(run_models, compiler_options=QUICK)
-    forward = bind_mesh(student_run.mesh, forward)
-    arrays = forward(student_params, teacher_params, put)
-    head = flatten_names(student_params).get("heads.features.kernel")
-    outputs = Outputs(
-        *(np.asarray(array, np.float64) for array in arrays),
-        feature_head=None if head is None else np.float64(head),
+    return Programs(
+        student_run,
+        (student_params, teacher_params),
+        bind_mesh(student_run.mesh, step),
+        bind_mesh(student_run.mesh, forward),
     )
-    return sums, gradient, outputs
 
 
 def log_softmax(x):
@@ -138,17 +172,26 @@ def log_softmax(x):
     return x - np.log(total) - largest
 
 
-def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
-    settings = {"divergence": "jsd", "beta": 0.3, "temperature": 1.7, "ce_weight": 0.2}
-    settings |= {
-        "features": WIDTH,
-        "features_weight": 0.4,
-        "chunk_tokens": 7,
-        "z_loss": 1e-2,
-    }
-    task = make_task(tmp_path, **settings)
+# All that the loss has.
+SETTINGS = {
+    "divergence": "jsd",
+    "beta": 0.3,
+    "temperature": 1.7,
+    "ce_weight": 0.2,
+    "features": WIDTH,
+    "features_weight": 0.4,
+    "chunk_tokens": 7,
+    "z_loss": 1e-2,
+}
+RING = {"fsdp": 2, "context": 2, "tensor": 2}
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_the_loss_is_the_formulas(tmp_path):
+    task = make_task(tmp_path, **SETTINGS)
     batch = make_batch(task, SEQ, ROWS)
-    sums, gradient, outputs = compute_loss(task, batch)
+    sums, _ = compute_loss(task, batch)
+    outputs = compute_outputs(task, batch)
     weights = batch["weights"]
     student = outputs.student_logits
     p = log_softmax(student / 1.7)
@@ -174,26 +217,31 @@ def test_the_loss_is_the_formulas_and_alike_in_every_layout(tmp_path):
     }
     for name, value in (want | {"tokens": weights.sum()}).items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
-    for mesh in (
-        {"fsdp": 2, "context": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-    ):
-        other, spread, _ = compute_loss(task, batch, **mesh)
-        assert other == pytest.approx(sums, rel=2e-5)
-        for name, value in gradient.items():
-            scale = np.abs(value).max()
-            np.testing.assert_allclose(
-                spread[name], value, atol=3e-5 * scale, err_msg=name
-            )
+
+
+@pytest.mark.parametrize("mesh", [RING, pytest.param(CUBE, marks=pytest.mark.more)])
+def test_the_loss_is_alike_in_every_layout(mesh, tmp_path):
+    task = make_task(tmp_path, **SETTINGS)
+    check_layout(task, make_batch(task, SEQ, ROWS), **mesh)
+
+
+def check_layout(task, batch, **mesh):
+    """A mesh's loss and gradient are those of one device."""
+    sums, gradient = compute_loss(task, batch)
+    other, spread = compute_loss(task, batch, **mesh)
+    assert other == pytest.approx(sums, rel=2e-5)
+    for name, value in gradient.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(spread[name], value, atol=3e-5 * scale, err_msg=name)
 
 
 def test_a_prompt_or_padding_does_not_count(tmp_path):
     """What a prompt's targets are, and what a teacher would say of padding."""
-    task = make_task(tmp_path, ce_weight=0.5)
+    task = make_task(tmp_path, **SETTINGS)
     batch = make_batch(task, SEQ, ROWS)
-    sums, gradient, _ = compute_loss(task, batch)
+    sums, gradient = compute_loss(task, batch)
     targets = np.where(batch["weights"] == 0, 7, batch["targets"])
-    again, same, _ = compute_loss(task, batch | {"targets": targets})
+    again, same = compute_loss(task, batch | {"targets": targets})
     assert again == sums
     assert jax.tree.all(jax.tree.map(np.array_equal, gradient, same))
 
@@ -232,7 +280,8 @@ def test_a_stored_teacher_stands_beside_the_tokens_it_is_of(tmp_path):
     np.testing.assert_array_equal(arrays["teacher_log_probs"][places], log_probs)
 
 
-def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
+@pytest.mark.parametrize("mesh", [{}, pytest.param(RING, marks=pytest.mark.more)])
+def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(mesh, tmp_path):
     task = make_task(
         tmp_path, teacher=None, top_k=5, divergence="reverse_kl", chunk_tokens=7
     )
@@ -245,7 +294,11 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
     for i, example in enumerate(examples):
         for name, array in batch.items():
             array[i, : len(example["tokens"])] = example[name]
-    sums, gradient, outputs = compute_loss(task, batch)
+    if mesh:
+        check_layout(task, batch, **mesh)
+        return
+    sums, _ = compute_loss(task, batch)
+    outputs = compute_outputs(task, batch)
     p = np.exp(log_softmax(outputs.student_logits))
     want = 0.0
     for i, j in np.argwhere(batch["weights"]):
@@ -255,12 +308,6 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(tmp_path):
         classes = np.append(top, probabilities.sum() - top.sum())
         want += (classes * (np.log(classes) - q)).sum()
     assert sums["divergence"] == pytest.approx(want, rel=1e-5)
-    other, spread, _ = compute_loss(task, batch, fsdp=2, context=2, tensor=2)
-    assert other == pytest.approx(sums, rel=2e-5)
-    for name, value in gradient.items():
-        np.testing.assert_allclose(
-            spread[name], value, atol=3e-5 * np.abs(value).max(), err_msg=name
-        )
 
 
 def test_what_cannot_be_learnt_is_refused(tmp_path):

@@ -62,6 +62,7 @@ def test_tensorboard_shows_what_the_records_hold(tmp_path):
     assert shown["loss"] == {1: 101.0, 2: 102.0, 3: 103.0, 4: 4.0}
 
 
+@pytest.mark.heavy
 def test_full_disk_is_an_error_of_tensorboard_not_a_wait(tmp_path):
     """tensorboardX's own writer would wait for its dead thread."""
     with MetricsLog(tmp_path) as log:

@@ -48,6 +48,7 @@ def lower_step(engine: Engine, kernels: DecodeKernels | None) -> str:
     return lowered.as_text()
 
 
+@pytest.mark.heavy
 def test_a_step_multiplies_and_attends_by_them(wide):
     """Queries, keys and values at once, their output, gate and up at once, down; and
     the head. Without the kernels it is XLA's."""
