@@ -9,8 +9,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 _MIB = 1 << 20
-_MXU_128, _MXU_256 = 2 * 128**2, 2 * 2 * 256**2
-_E5M2, _BOTH = (jnp.float8_e5m2,), (jnp.float8_e4m3fn, jnp.float8_e5m2)
+# bf16 FLOPs of a matrix unit in a cycle: a multiplication and an addition in each cell,
+# for one row of its size or, 256 wide, for two.
+_MXU_128 = 2 * 128**2
+_MXU_256 = 2 * 2 * 256**2
+# 8-bit floats that chips multiply.
+_E5M2 = (jnp.float8_e5m2,)
+_BOTH = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 class TpuChip(NamedTuple):
@@ -41,7 +46,8 @@ class TpuChip(NamedTuple):
 
     def multiplies_natively(self, left: DTypeLike, right: DTypeLike) -> bool:
         """Whether operands of these types are multiplied as they are."""
-        if {jnp.dtype(d).itemsize for d in (left, right)} != {1}:
+        are_8_bit = jnp.dtype(left).itemsize == jnp.dtype(right).itemsize == 1
+        if not are_8_bit:
             return left == right
         if jnp.int8 in (left, right):
             return left == right and self.int8
@@ -51,38 +57,68 @@ class TpuChip(NamedTuple):
     def clock_hz(self) -> float:
         """Clock rate at which every matrix unit, always busy, gives the stated peak;
         Hz."""
-        return self.peak_flops / (
-            self.num_cores * self.mxus_per_core * self.flops_per_mxu_cycle
-        )
+        num_mxus = self.num_cores * self.mxus_per_core
+        return self.peak_flops / (num_mxus * self.flops_per_mxu_cycle)
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        TpuChip("v4", "v4:2x2x1", 16 * _MIB, 2, 128, 4, _MXU_128, 2.75e14, int8=False),
-        TpuChip(
-            "v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14, float8=_E5M2
-        ),
-        TpuChip(
-            "v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14, float8=_E5M2
-        ),
-        TpuChip(
-            "v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14, float8=_E5M2
-        ),
-        TpuChip(
-            "7x",
-            "tpu7x:2x2x1",
-            64 * _MIB,
-            1,
-            256,
-            2,
-            _MXU_256,
-            2.307e15 / 2,
-            False,
-            _BOTH,
-        ),
-    )
-}
+_V4 = TpuChip(
+    name="v4",
+    topology="v4:2x2x1",
+    vmem_bytes=16 * _MIB,
+    num_cores=2,
+    mxu_size=128,
+    mxus_per_core=4,
+    flops_per_mxu_cycle=_MXU_128,
+    peak_flops=2.75e14,
+    int8=False,
+)
+_V5E = TpuChip(
+    name="v5e",
+    topology="v5e:2x2",
+    vmem_bytes=128 * _MIB,
+    num_cores=1,
+    mxu_size=128,
+    mxus_per_core=4,
+    flops_per_mxu_cycle=_MXU_128,
+    peak_flops=1.97e14,
+    float8=_E5M2,
+)
+_V5P = TpuChip(
+    name="v5p",
+    topology="v5p:2x2x1",
+    vmem_bytes=64 * _MIB,
+    num_cores=2,
+    mxu_size=128,
+    mxus_per_core=4,
+    flops_per_mxu_cycle=_MXU_128,
+    peak_flops=4.59e14,
+    float8=_E5M2,
+)
+_V6E = TpuChip(
+    name="v6e",
+    topology="v6e:2x2",
+    vmem_bytes=128 * _MIB,
+    num_cores=1,
+    mxu_size=256,
+    mxus_per_core=2,
+    flops_per_mxu_cycle=_MXU_256,
+    peak_flops=9.18e14,
+    float8=_E5M2,
+)
+# A device is one of the chip's two cores, and has half of what is stated for a chip.
+_7X = TpuChip(
+    name="7x",
+    topology="tpu7x:2x2x1",
+    vmem_bytes=64 * _MIB,
+    num_cores=1,
+    mxu_size=256,
+    mxus_per_core=2,
+    flops_per_mxu_cycle=_MXU_256,
+    peak_flops=2.307e15 / 2,
+    int8=False,
+    float8=_BOTH,
+)
+CHIPS = {chip.name: chip for chip in (_V4, _V5E, _V5P, _V6E, _7X)}
 # By ``Device.device_kind``.
 _KINDS = {
     "TPU v4": "v4",

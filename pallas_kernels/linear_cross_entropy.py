@@ -164,8 +164,11 @@ def sum_over_chunks(
         rows, chunk_inputs = chunk
         logits = compute_logits(rows, head, bias, soft_cap)
         sums, d_logits = logits_loss(logits, *chunk_inputs)
-        d_rows = d_head = d_bias = None
+        d_rows = None
+        d_head = None
+        d_bias = None
         if d_logits is not None:
+            # logits = cap(rows · head + bias): back through the cap, then the product.
             if soft_cap is None:
                 d_logits *= 1.0
             else:
@@ -184,10 +187,10 @@ def sum_over_chunks(
     # None stays None in a tree.
     d_head = zeros(*head.shape) if gradient else None
     d_bias = zeros(*bias.shape) if gradient and bias is not None else None
-    chunks = jax.tree.map(
-        lambda array: split_into_chunks(array, chunk_tokens), (hidden, inputs)
-    )
-    start = tuple(zeros() for _ in range(num_sums)), d_head, d_bias
+    arrays = (hidden, inputs)
+    chunks = jax.tree.map(lambda x: split_into_chunks(x, chunk_tokens), arrays)
+    zero_sums = tuple(zeros() for _ in range(num_sums))
+    start = zero_sums, d_head, d_bias
     (sums, d_head, d_bias), d_rows = lax.scan(body, start, chunks)
     if d_head is None or d_rows is None:
         return sums, None
@@ -206,6 +209,7 @@ def compute_logits_cross_entropy(
 ) -> tuple[Sums, jax.Array | None]:
     """Returns the sums of :func:`linear_cross_entropy` of logits [c, V], fp32, and the
     first's gradient in them; ``axes`` split the vocabulary."""
+    # log Σ exp(logits) = top + log Σ exp(logits − top), in which no term overflows.
     top = jnp.max(logits, axis=-1)
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
@@ -219,6 +223,8 @@ def compute_logits_cross_entropy(
     if axes:
         total, target_logit = lax.psum((total, target_logit), axes)
     logsumexp = top + jnp.log(total)
+
+    # Cross-entropy lse − logit, and z_loss · lse²; by the lse: 1 + 2 · z_loss · lse.
     entropy = jnp.sum(weights * (logsumexp - target_logit))
     loss = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp))
     d_logsumexp = weights * (1.0 + 2.0 * z_loss * logsumexp)
@@ -228,7 +234,8 @@ def compute_logits_cross_entropy(
     is_target = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     # The logsumexp's gradient is the softmax.
     d_logits = exp * (d_logsumexp / total)[:, None]
-    return sums, d_logits - jnp.where(is_target, weights[:, None], 0.0)
+    d_logits = d_logits - jnp.where(is_target, weights[:, None], 0.0)
+    return sums, d_logits
 
 
 def compute_logits(
@@ -246,10 +253,12 @@ def compute_logits(
 def split_into_chunks(array: jax.Array, chunk: int) -> jax.Array:
     """Splits [T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are
     zeros (weight 0)."""
-    count = -(-len(array) // chunk)
-    size = -(-len(array) // count)
-    padding = ((0, count * size - len(array)), *((0, 0),) * (array.ndim - 1))
-    return jnp.pad(array, padding).reshape(count, size, *array.shape[1:])
+    num_rows, *features = array.shape
+    count = -(-num_rows // chunk)
+    size = -(-num_rows // count)
+    num_added = count * size - num_rows
+    padding = ((0, num_added), *((0, 0),) * len(features))
+    return jnp.pad(array, padding).reshape(count, size, *features)
 
 
 def _check(

@@ -28,6 +28,7 @@ from pallas_kernels.attention import (
 from pallas_kernels.attention.params import AttentionOptions
 
 T = TypeVar("T")
+Arrays = TypeVar("Arrays", bound=tuple[jax.Array, ...])
 
 
 class KeyValueBlock(NamedTuple):
@@ -281,9 +282,10 @@ def _split_chunks(x: jax.Array | None, split: SequenceSplit) -> tuple[Any, ...]:
     return tuple(jnp.split(x, split.chunks_per_device, axis=1))
 
 
-def _add(xs: tuple[jax.Array, ...], ys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _add(xs: Arrays, ys: Arrays) -> Arrays:
     """Adds arrays to arrays, one by one."""
-    return tuple(x + y for x, y in zip(xs, ys, strict=True))
+    sums = tuple(x + y for x, y in zip(xs, ys, strict=True))
+    return cast(Arrays, sums)
 
 
 def _run_steps(step: Callable[[T, jax.Array], T], carry: T, stop: int) -> T:

@@ -11,7 +11,7 @@ tokens that a stored teacher names.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -153,8 +153,7 @@ def fused_divergence_loss(
 
     loss = HeadLoss(options, local, teacher_options.head_layout)
     sums = run_head_loss(arrays, teacher_arrays, rows, loss)
-    total, divergence, cross_entropy = sums
-    return total, divergence, cross_entropy
+    return cast(tuple[jax.Array, jax.Array, jax.Array], sums)
 
 
 def compute_top_log_probs(

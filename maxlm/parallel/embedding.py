@@ -98,9 +98,12 @@ def embed_tokens(
         # Everyone looks up, in its own columns, the tokens of all that share the table.
         for axis, dim in layouts.exchanged:
             ids = lax.all_gather(ids, axis, axis=dim, tiled=True)
+        # A token's row is on one device of those that split the vocabulary; the others
+        # add zeros.
         rows, is_here = _find_rows(ids, len(table), vocab_index)
         y = jnp.where(is_here[..., None], table[jnp.where(is_here, rows, 0)], 0)
         y = reduce(y, layouts.vocab_axes, (*layouts.ids, table_layout[1]), out_layout)
+        # Each gets back all columns of its own tokens.
         for axis, dim in reversed(layouts.exchanged):
             y = lax.all_to_all(
                 y, axis, split_axis=dim, concat_axis=y.ndim - 1, tiled=True
@@ -135,12 +138,15 @@ def _backward(table_layout, out_layout, dtype, saved, d_y):
         # The table may be stored in more parts of rows than it is used in.
         vocab_size = table.shape[0] * axis_size(layouts.table_stored[0])
         num_rows = vocab_size // axis_size(layouts.vocab_axes)
+        # The exchange of the forward pass, turned round.
         for axis, dim in layouts.exchanged:
             ids = lax.all_gather(ids, axis, axis=dim, tiled=True)
             d_y = lax.all_to_all(
                 d_y, axis, split_axis=d_y.ndim - 1, concat_axis=dim, tiled=True
             )
         d_y = gather(d_y, out_layout, (*layouts.ids, table_layout[1]))
+
+        # Each token's gradient is added to its row.
         zeros = jnp.zeros((num_rows, d_y.shape[-1]), jnp.float32)
         rows, is_here = _find_rows(ids, num_rows, vocab_index)
         rows = jnp.where(is_here, rows, num_rows)  # past the end: dropped

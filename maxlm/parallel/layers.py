@@ -28,7 +28,7 @@ LayerFn = Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
 class _Residuals:
     """Places of the pieces of a period's backward pass."""
 
-    tree: jax.tree_util.PyTreeDef
+    tree: Any  # a PyTreeDef, which is no type to a checker
     places: tuple[int, ...]
     """Place of each leaf: i ≥ 0, among what is known without being kept; −1 − i, among
     what was stacked."""

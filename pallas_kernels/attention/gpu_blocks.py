@@ -23,6 +23,8 @@ LOG2E = log2(2.718281828459045)
 LN2 = log(2)
 
 FIELDS = 8
+"""Integers of a block's :class:`BlockVisits` in the table."""
+# Above every segment's id.
 _FAR = 2**30
 
 
@@ -44,7 +46,8 @@ class BlockVisits(NamedTuple):
     def read(cls, table: Ref, *at: Index) -> "BlockVisits":
         """Reads, in a kernel, the visits of a block from the table of
         :func:`plan_visits`."""
-        return cls(*(table[(*at, field)] for field in range(FIELDS)))
+        fields = [table[(*at, field)] for field in range(FIELDS)]
+        return cls(*fields)
 
     def masked_block(self, t: jax.Array) -> jax.Array:
         """Returns the block of masked visit t: ``masked_begin`` + t, past the gaps."""
@@ -68,7 +71,8 @@ def plan_visits(
     """Returns the :class:`BlockVisits` of each block of queries to blocks of keys, or
     the reverse, int32 [B or 1, blocks, FIELDS]; None: all blocks are full. Offsets are
     those of ``operands`` (``params.merge_offsets``)."""
-    S, T = operands.q.shape[1], operands.k.shape[1]
+    S = operands.q.shape[1]
+    T = operands.k.shape[1]
     # Slots past the last key are masked, but not where keys visit queries: they add to
     # no other key's gradient.
     padded = per_query and T % block_k > 0
@@ -82,8 +86,11 @@ def plan_visits(
     if params.causal:
         q_low, q_high = _positions(operands.q_offset, S, block_q)
         k_low, k_high = _positions(operands.k_offset, T, block_k)
-        q_low, q_high = q_low[:, :, None], q_high[:, :, None]
-        k_low, k_high = k_low[:, None], k_high[:, None]
+        # Of queries along axis 1, of keys along axis 2.
+        q_low = q_low[:, :, None]
+        q_high = q_high[:, :, None]
+        k_low = k_low[:, None]
+        k_high = k_high[:, None]
         sees_some = q_high >= k_low
         sees_all = q_low >= k_high
         if params.window is not None:

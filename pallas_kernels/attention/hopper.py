@@ -187,6 +187,8 @@ def _attend(program: HopperProgram) -> None:
     q = shared["q"].at[p.warpgroup]
     H = shared["q"].shape[-1]
     rows = p.rows
+
+    # What stays: the queries in shared memory, their segments in registers.
     parts.copy_resident_tiles(p)
     q_segments = None
     if s.has_segments:
@@ -201,10 +203,13 @@ def _attend(program: HopperProgram) -> None:
         plgpu.barrier_wait(shared["turn"])
 
     def step(visit, carry, masked):
+        """Adds a block of keys to the online softmax: the sum of weighted values, the
+        largest score and the sum of weights so far, in units of log2."""
         o, top, total = carry
         slot = lax.rem(visit, jnp.int32(s.stages))
         plgpu.barrier_wait(shared["k_ready"].at[slot])
 
+        # Scores [ROWS, block_k], −inf where a query does not see a key.
         products = parts.multiply_transposed(q, shared["k"].at[slot], take_turn)
         segments = None
         if masked and q_segments is not None:
@@ -224,10 +229,14 @@ def _attend(program: HopperProgram) -> None:
         if masked:
             scores = jnp.where(tile.compute_mask(segments), scores, -jnp.inf)
 
-        new_top = jnp.maximum(top, scores.max(axis=1) * s.exp2_scale)
+        # Weights by the largest score so far; earlier sums were by an earlier one, and
+        # decay.
+        block_top = scores.max(axis=1) * s.exp2_scale
+        new_top = jnp.maximum(top, block_top)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-        weights = jnp.exp2(scores * s.exp2_scale - parts.broadcast_rows(base, block_k))
+        exponents = scores * s.exp2_scale - parts.broadcast_rows(base, block_k)
+        weights = jnp.exp2(exponents)
         decay = jnp.exp2(top - base)
         total = total * decay + weights.sum(axis=1)
         o = o * parts.broadcast_rows(decay, H)
@@ -258,6 +267,8 @@ def _attend(program: HopperProgram) -> None:
     o, top, total = parts.visit_visible_blocks(p.visits, masked, count, step, carry)
     pl.when(p.warpgroup == 0)(take_turn)
 
+    # Results: zeros and −inf where a query has seen neither a key nor a sink. They go to
+    # global memory by way of shared memory, o in the queries' place where types allow.
     safe_total = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top * LN2 + jnp.log(safe_total), -jnp.inf)
     o_ref, lse_ref = p.outputs
@@ -285,6 +296,7 @@ def _sum_d_q(program: HopperProgram) -> None:
         return parts.broadcast_rows(x, block_k)
 
     def step(visit, d_q, masked):
+        """Adds a block of keys to dQ, by dS·K."""
         slot = lax.rem(visit, jnp.int32(s.stages))
         for name in ("k", "v"):
             plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
@@ -297,6 +309,7 @@ def _sum_d_q(program: HopperProgram) -> None:
             k_segments = parts.load_shared(segments_ref, parts.ALONG_COLUMNS)
             q_segments = load_resident("q_segments")
             segments = q_segments, parts.broadcast_columns(k_segments, ROWS)
+        # dP = dO·Vᵀ, the last that is read of the values.
         d_o = shared["d_o"].at[p.warpgroup]
         v = shared["v"].at[slot]
         d_weights = parts.multiply_transposed(d_o, v, lambda: None)
@@ -377,6 +390,7 @@ def _sum_d_kv(program: HopperProgram) -> None:
     parts.copy_resident_tiles(p)
 
     def step(visit, member, block, masked, carry):
+        """Adds a block of queries of one head to dK, by dSᵀ·Q, and to dV, by Pᵀ·dO."""
         d_k, d_v = carry
         slot = lax.rem(visit, jnp.int32(s.stages))
 

@@ -249,7 +249,9 @@ def run_warpgroups(
     """Calls, in a kernel, ``copy`` in the warpgroup that copies, and ``multiply`` in
     the others. ``last_first``: start with the last tiles of queries, with a causal mask
     the longest."""
-    head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
+    head = lax.axis_index("head")
+    row = lax.axis_index("row")
+    tile = lax.axis_index("tile")
     if last_first:
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
     warpgroup = lax.axis_index("warpgroup")
@@ -448,7 +450,8 @@ def run_kernel(
         if name in inputs:
             array = inputs[name]
             size = k_block if name == "k_segments" else q_block
-            padding = (*((0, 0),) * (array.ndim - 1), (0, -array.shape[-1] % size))
+            missing = -array.shape[-1] % size
+            padding = (*((0, 0),) * (array.ndim - 1), (0, missing))
             value = jnp.inf if name == "lse" else 0
             inputs[name] = jnp.pad(array, padding, constant_values=value)
     visits = gpu_blocks.plan_visits(
@@ -456,6 +459,11 @@ def run_kernel(
     )
     if visits is not None:
         inputs["visits"] = visits
+    # Names that this call has no input for are left out.
+    resident = tuple(name for name in resident if name in inputs)
+    visited = tuple(
+        tuple(name for name in names if name in inputs) for names in visited
+    )
     s = HopperStatics(
         params,
         S=S,
@@ -464,10 +472,8 @@ def run_kernel(
         block=block,
         stages=stages,
         names=tuple(inputs),
-        resident=tuple(name for name in resident if name in inputs),
-        visited=tuple(
-            tuple(name for name in names if name in inputs) for names in visited
-        ),
+        resident=resident,
+        visited=visited,
         interpret=bool(interpret),
     )
     scratch = make_buffers(s, inputs, call.dtype) | (scratch or {})
@@ -475,12 +481,16 @@ def run_kernel(
     num_outputs = len(shapes)
 
     def body(*refs):
+        # Inputs, outputs and scratch memory follow each other.
         outputs_end = num_inputs + num_outputs
+        input_refs = dict(zip(s.names, refs[:num_inputs], strict=True))
+        output_refs = refs[num_inputs:outputs_end]
+        shared = dict(zip(scratch, refs[outputs_end:], strict=True))
         run_warpgroups(
             s,
-            dict(zip(s.names, refs[:num_inputs], strict=True)),
-            refs[num_inputs:outputs_end],
-            dict(zip(scratch, refs[outputs_end:], strict=True)),
+            input_refs,
+            output_refs,
+            shared,
             copy,
             multiply,
             last_first=per_query and params.causal,

@@ -119,7 +119,7 @@ class TpuKernelCall(NamedTuple):
                 for terms in (operands.slopes, operands.sinks)
             ]
         )
-        # Where there are edges, their tiles end with the keys.
+        # Where there are edges, their tiles end with the keys: no score needs a mask.
         has_padding = T % walk.bk and not walk.edges
         statics = KernelStatics(
             params=params,
@@ -155,22 +155,28 @@ class TpuKernelCall(NamedTuple):
         ]
 
     def query_spec(self, width: int) -> pl.BlockSpec:
+        """Returns the spec of a block of queries of one head, ``width`` features."""
         group = self.statics.group
-        return pl.BlockSpec(
-            (None, self.walk.bq, width), lambda kv, g, i, *_: (kv * group + g, i, 0)
-        )
+
+        def index(kv, g, i, *_):
+            return kv * group + g, i, 0
+
+        return pl.BlockSpec((None, self.walk.bq, width), index)
 
     def key_spec(self, width: int) -> pl.BlockSpec:
         """Returns the spec of all parts' keys."""
-        index = self.part.index
-        return pl.BlockSpec(
-            (None, self.part.num_rows, width), lambda kv, g, i, *_: (kv, index, 0)
-        )
+        part_index = self.part.index
+
+        def index(kv, g, i, *_):
+            return kv, part_index, 0
+
+        return pl.BlockSpec((None, self.part.num_rows, width), index)
 
     def query_row_spec(self, shared: bool = False) -> pl.BlockSpec:
         """Returns the spec of one number a query; ``shared``: the same for all
         heads."""
-        group, heads = self.statics.group, self.statics.kv_heads
+        group = self.statics.group
+        heads = self.statics.kv_heads
 
         def index(kv, g, i, *_):
             return lax.div(kv, heads) if shared else kv * group + g, 0, i
@@ -178,11 +184,13 @@ class TpuKernelCall(NamedTuple):
         return pl.BlockSpec((None, 1, self.walk.bq), index)
 
     def key_row_spec(self) -> pl.BlockSpec:
+        """Returns the spec of one number a key, the same for all heads."""
         heads = self.statics.kv_heads
-        return pl.BlockSpec(
-            (None, 1, self.part.num_rows),
-            lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0),
-        )
+
+        def index(kv, g, i, *_):
+            return lax.div(kv, heads), 0, 0
+
+        return pl.BlockSpec((None, 1, self.part.num_rows), index)
 
     def estimate_cost(
         self,
@@ -247,16 +255,14 @@ class TpuKernelCall(NamedTuple):
             input_index += 1
         statics = self.statics._replace(interpret=bool(interpret))
         vmem = self.part.vmem_bytes
+        # A quarter and 4 MiB more than is counted.
         limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem_bytes)
+        num_kv_heads = len(self.part.operands.q) * statics.kv_heads
         return pl.pallas_call(
             partial(body, walk=self.walk, statics=statics, blocks=self.part.blocks),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(self.scalars),
-                grid=(
-                    len(self.part.operands.q) * statics.kv_heads,
-                    statics.group,
-                    self.walk.nq,
-                ),
+                grid=(num_kv_heads, statics.group, self.walk.nq),
                 in_specs=specs,
                 out_specs=[result.spec for result in results],
                 scratch_shapes=scratch,
@@ -524,4 +530,6 @@ def _move_heads_first(x: jax.Array, size: int, value: float = 0) -> jax.Array:
 
 def _move_heads_back(x: jax.Array, B: int, S: int) -> jax.Array:
     """[B · N, size, ...] → [B, S, N, ...]."""
-    return x.reshape(B, -1, *x.shape[1:])[:, :, :S].swapaxes(1, 2)
+    _, size, *features = x.shape
+    by_head = x.reshape(B, -1, size, *features)
+    return by_head[:, :, :S].swapaxes(1, 2)

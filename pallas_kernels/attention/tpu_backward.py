@@ -77,11 +77,13 @@ def backward_kernel(
             S, dP and dS/d(q·k), the last only with a cap.
         weights, d_scores: likewise as q.
     """
+    # The grid: kv heads of all rows, query heads of one, blocks of queries.
     member = pl.program_id(1)
     i = pl.program_id(2)
     scalars = statics.read_program_scalars(ints, floats)
     params = statics.params
 
+    # dK and dV are summed over all queries that share the kv head.
     @pl.when((member == 0) & (i == 0))
     def clear_key_sums():
         dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
@@ -102,6 +104,7 @@ def backward_kernel(
     # The three stages of tile n, which leave what they find in its slot.
 
     def score(n, tile, j, distance):
+        """S and dP = V·dOᵀ, [keys, queries]."""
         queries = slice(tile.q0, tile.q1)
         slot = n % slots
         products = multiply(k_ref[get_keys(tile, j)], q_ref[queries], 1, 1)
@@ -131,6 +134,7 @@ def backward_kernel(
         yield
 
     def weigh(n, tile):
+        """P = exp2(S − lse), and dS = P · (dP − delta)."""
         queries = slice(tile.q0, tile.q1)
         slot = n % slots
         lse = lse_ref[:, queries] * LOG2_E
@@ -140,13 +144,14 @@ def backward_kernel(
         for begin in range(0, tile.k1 - tile.k0, CHUNK):
             chunk = slice(begin, begin + CHUNK)
             score = scores[slot][load_at, chunk]
-            exponent = reshape_by_register(score) - limit_in_flight(
-                lse, started, blocks.pace
-            )
+            score_registers = reshape_by_register(score)
+            paced_lse = limit_in_flight(lse, started, blocks.pace)
+            exponent = score_registers - paced_lse
             weight = jnp.exp2(exponent).reshape(score.shape)
             started.append(weight[:SUBLANES])
             weights[slot][store_at, chunk] = weight.astype(do_ref.dtype)
-            d_score = weight * (d_weights[slot][load_at, chunk] - delta)
+            d_weight = d_weights[slot][load_at, chunk]
+            d_score = weight * (d_weight - delta)
             if derivatives is not None:
                 d_score = d_score * derivatives[slot][load_at, chunk]
             if tile.masked or tile.compares_segments:
@@ -156,6 +161,7 @@ def backward_kernel(
         yield
 
     def add_gradients(n, tile, j):
+        """dV += P·dO, dK += dS·Q and dQᵀ += Kᵀ·dS."""
         queries = slice(tile.q0, tile.q1)
         slot = n % slots
         weight = weights[slot][load_at]
@@ -176,6 +182,7 @@ def backward_kernel(
         )
 
     def finish():
+        # Products were scaled before the softmax: so are gradients by them.
         if dq_in is None:
             dq = dq_sum[...] * params.scale
             dq_ref[...] = dq.astype(dq_ref.dtype).T

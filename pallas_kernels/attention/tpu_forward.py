@@ -94,6 +94,7 @@ def forward_kernel(
             rows that are all the same but for tops, [1, SUBLANES, queries].
         weights: likewise [1, keys, queries] as v.
     """
+    # The grid: kv heads of all rows, query heads of one, blocks of queries.
     member = pl.program_id(1)
     i = pl.program_id(2)
     scalars = statics.read_program_scalars(ints, floats)
@@ -109,6 +110,7 @@ def forward_kernel(
     if scalars.sink is not None:
         first_top = jnp.maximum(scalars.sink * LOG2_E, NO_KEY)
 
+    # A kv head's values are turned once, and stay for all of its queries.
     @pl.when((member == 0) & (i == 0))
     def turn_values():
         num_rows, num_keys = vt_ref.shape
@@ -129,6 +131,7 @@ def forward_kernel(
         top_ref[...] = jnp.full(top_ref.shape, first_top, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         if statics.has_sinks:
+            # As if a key with the sink's score had come first, and a value of zeros.
             acc_ref[:SUMS] = jnp.ones((SUMS, walk.bq), jnp.float32)
 
     def list_pieces(tile):
@@ -145,6 +148,7 @@ def forward_kernel(
     # The three stages of tile n, which leave what they find in its slot.
 
     def score(n, tile, j, distance):
+        """Scores and, of each register's place, their largest."""
         slot = n % slots
         queries = slice(tile.q0, tile.q1)
         for piece in list_pieces(tile):
@@ -175,11 +179,13 @@ def forward_kernel(
             yield
 
     def weigh(n, tile, is_first):
+        """Weights by the largest score so far, and by how much earlier sums decay."""
         slot = n % slots
         queries = slice(tile.q0, tile.q1)
-        top = jnp.max(tops[slot][load_at], axis=0, keepdims=True)
+        tile_top = jnp.max(tops[slot][load_at], axis=0, keepdims=True)
         old_top = first_top if is_first else top_ref[:, queries]
-        top = jnp.maximum(old_top, jnp.broadcast_to(top, (SUBLANES, top.shape[1])))
+        tile_top = jnp.broadcast_to(tile_top, (SUBLANES, tile_top.shape[1]))
+        top = jnp.maximum(old_top, tile_top)
         top_ref[:, queries] = top
         if not is_first or statics.has_sinks:
             decays[slot][store_at] = jnp.exp2(old_top - top)
@@ -189,15 +195,16 @@ def forward_kernel(
             for begin in range(piece.start, piece.stop, size):
                 chunk = slice(begin, begin + size)
                 score = scores[slot][load_at, chunk]
-                exponent = reshape_by_register(score) - limit_in_flight(
-                    top, started, blocks.pace
-                )
+                score_registers = reshape_by_register(score)
+                paced_top = limit_in_flight(top, started, blocks.pace)
+                exponent = score_registers - paced_top
                 weight = jnp.exp2(exponent).reshape(score.shape)
                 started.append(weight[:SUBLANES])
                 weights[slot][store_at, chunk] = weight.astype(vt_ref.dtype)
             yield
 
     def add_values(n, tile, j, is_first, is_last):
+        """Adds vᵀ·pᵀ, of the sums of weights too, to what has decayed."""
         slot = n % slots
         queries = slice(tile.q0, tile.q1)
         for piece in list_pieces(tile):
@@ -207,7 +214,8 @@ def forward_kernel(
                 y += acc_ref[:, queries]
             elif not is_first:
                 earlier = reshape_by_register(acc_ref[:, queries])
-                y += (earlier * decays[slot][load_at]).reshape(y.shape)
+                decayed = earlier * decays[slot][load_at]
+                y += decayed.reshape(y.shape)
             acc_ref[:, queries] = y
             yield
         if is_first and statics.has_sinks:
@@ -223,6 +231,8 @@ def forward_kernel(
         o = reshape_by_register(acc_ref[SUMS:, queries]) * inverse
         o = o.reshape(-1, inverse.shape[1])[:Hv]
         o_ref[queries] = o.astype(o_ref.dtype).T
+
+    # The walk over blocks of keys: their tiles, in overlapping stages.
 
     def run_tiles(tiles, j, distance, is_first, is_last):
         if tiles[0].compares_segments:
@@ -248,6 +258,8 @@ def forward_kernel(
     table_row = scalars.row if statics.num_tables > 1 else 0
     row = [table[table_row, i, column] for column in range(COLUMNS)]
     visit_key_blocks(walk, row, i, scalars.qk_offset, start, run_tiles, finish)
+
+    # log-sum-exps, in natural units; −inf where there is neither key nor sink.
     top = top_ref[:1]
     has_key_or_sink = top > NO_KEY
     lse = top / LOG2_E + jnp.log(acc_ref[:1])

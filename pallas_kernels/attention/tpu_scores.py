@@ -18,7 +18,8 @@ from pallas_kernels.attention.params import AttentionParams
 from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
 from pallas_kernels.kernel_types import Index, Ref
 
-# Finite, so that a row with every key masked gives no NaN on the way to its zeros.
+# A masked score. Finite, so that a row with every key masked gives no NaN on the way to
+# its zeros.
 MASKED = -1e30
 # No score is as large.
 _HUGE = 3e38
@@ -92,8 +93,9 @@ def interleave_stages(
     for n in range(-most_ahead, count - least_ahead):
         running = []
         for ahead, stage in stages:
-            if 0 <= n + ahead < count:
-                running.append(stage(n + ahead))
+            tile = n + ahead
+            if 0 <= tile < count:
+                running.append(stage(tile))
         while running:
             running = [stage for stage in running if next(stage, _DONE) is not _DONE]
 
@@ -125,8 +127,10 @@ def scale_scores_to_log2(
     scale·q·k."""
     if params.soft_cap is None:
         return products * (params.scale * LOG2_E), None
+    # cap · tanh(scale · q·k / cap), whose derivative by scale · q·k is 1 − tanh².
     tanh = jnp.tanh(products * (params.scale / params.soft_cap))
-    return tanh * (params.soft_cap * LOG2_E), 1.0 - tanh * tanh
+    scores = tanh * (params.soft_cap * LOG2_E)
+    return scores, 1.0 - tanh * tanh
 
 
 def limit_in_flight(x: jax.Array, started: list[jax.Array], pace: int) -> jax.Array:

@@ -243,17 +243,25 @@ def make_walk_table(
     walk: KeyWalk, S: int, T: int, params: AttentionParams, operands: AttentionOperands
 ) -> jax.Array:
     """Returns the walk's table, int32 [B or 1, nq, COLUMNS]; see there."""
-    bq, bk, nq, nk = walk.bq, walk.bk, walk.nq, walk.nk
+    bq = walk.bq
+    bk = walk.bk
+    nq = walk.nq
+    nk = walk.nk
+    # Positions of each block's first and last query, counted from the first key's.
     k_offset = sum_offsets(params.k_offset, operands.k_offset)
     shift = sum_offsets(params.q_offset, operands.q_offset) - k_offset
     first = jnp.arange(nq, dtype=jnp.int32)[None] * bq + shift
     last = first + bq - 1
     zero = jnp.zeros_like(first)
+
+    # Key blocks [low, high) that the loops visit, and those [plain_low, plain_high) of
+    # them that need no mask. Without causality: all, but for a last one with padding.
     low = zero
     high = zero + nk
     plain_low = zero
     plain_high = zero + T // bk
     if walk.edges:
+        # Loops end where the edges begin, which have the masks.
         diagonal = first // bk
         plain_begin = walk.first or 0
         offsets = [edge.offset for edge in walk.edges if edge.offset >= plain_begin]
@@ -262,17 +270,24 @@ def make_walk_table(
         plain_low = low
         plain_high = high
     elif params.causal:
+        # To the last query's own position; without a mask, as far as the first query
+        # sees whole blocks.
         high = last // bk + 1
         plain_high = jnp.minimum(plain_high, (first + 1) // bk)
         if params.window is not None:
+            # From the first query's window; without a mask, from the last query's.
             low = (first - params.window + 1) // bk
             plain_low = -(-(last - params.window + 1) // bk)
         if operands.prefix is not None:
+            # All queries see it, window or not.
             prefix = operands.prefix[:, None] - k_offset
             high = jnp.maximum(high, -(-prefix // bk))
             low = jnp.where(prefix > 0, 0, low)
             if params.window is None:
                 plain_high = jnp.maximum(plain_high, jnp.minimum(prefix, T) // bk)
+
+    # Key blocks [begin, end) with a segment in common with the queries, and those
+    # [one_low, one_high) of the queries' only segment.
     begin = zero
     end = zero + nk
     one_low = zero
@@ -292,10 +307,13 @@ def make_walk_table(
         high = jnp.minimum(high, end)
         plain_low = jnp.maximum(plain_low, one_low)
         plain_high = jnp.minimum(plain_high, one_high)
+
+    # An empty run begins and ends at the same block, in order.
     low = jnp.clip(low, 0, nk)
     high = jnp.clip(high, low, nk)
     plain_low = jnp.clip(plain_low, low, high)
     plain_high = jnp.clip(plain_high, plain_low, high)
+    # As COLUMNS says.
     columns = low, plain_low, plain_high, high, begin, end, one_low, one_high
     return jnp.stack(jnp.broadcast_arrays(*columns), axis=-1).astype(jnp.int32)
 
