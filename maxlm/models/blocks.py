@@ -173,8 +173,9 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        mixer_config: MixerConfig,
-        ffn_config: FeedForwardConfig,
+        # Any: each kind's config has a ``kind``, which Config does not declare.
+        mixer_config: Any,
+        ffn_config: Any,
         norm_config: NormConfig,
         placement: Placement,
         context: BuildContext,

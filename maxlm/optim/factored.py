@@ -71,10 +71,6 @@ def scale_by_factored_rms(
         count = jnp.asarray(optax.safe_increment(state.count))
         decay = 1.0 - count.astype(jnp.float32) ** -decay_exponent
 
-        def average(mean: jax.Array, new: jax.Array) -> jax.Array:
-            """Moves a running mean on by one step."""
-            return decay * mean + (1 - decay) * new
-
         def update_one(
             spec: ParamSpec,
             g: jax.Array,
@@ -83,14 +79,18 @@ def scale_by_factored_rms(
         ) -> tuple[jax.Array, jax.Array, jax.Array | optax.MaskedNode]:
             square = jnp.square(g) + eps
             if spec.role == "vector":
-                rows = average(rows, square)
+                rows = decay * rows + (1 - decay) * square
                 direction = g * jax.lax.rsqrt(rows)
             else:
                 assert not isinstance(columns, optax.MaskedNode)
                 # The second moment of an element is rows · columns / mean(rows).
                 input_dims, output_dims = get_input_output_dims(spec)
-                rows = average(rows, square.mean(output_dims, keepdims=True))
-                columns = average(columns, square.mean(input_dims, keepdims=True))
+                rows = decay * rows + (1 - decay) * square.mean(
+                    output_dims, keepdims=True
+                )
+                columns = decay * columns + (1 - decay) * square.mean(
+                    input_dims, keepdims=True
+                )
                 row_share = rows / rows.mean(input_dims, keepdims=True)
                 direction = g * jax.lax.rsqrt(row_share) * jax.lax.rsqrt(columns)
             rms = _compute_layer_rms(direction, spec)

@@ -1,8 +1,8 @@
 """The order of devices in a mesh: the busiest axes get the fastest links."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
@@ -13,9 +13,7 @@ from maxlm.config import MaxlmError
 BETWEEN_SLICES = ("data", "stage")
 
 
-def arrange_devices(
-    sizes: Mapping[str, int], devices: Sequence[jax.Device]
-) -> np.ndarray:
+def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Returns devices in the shape of a mesh, ``sizes`` outermost first.
 
     A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`,
@@ -55,9 +53,7 @@ def arrange_devices(
     )
 
 
-def _arrange_gpus(
-    sizes: Mapping[str, int], devices: Sequence[jax.Device]
-) -> np.ndarray:
+def _arrange_gpus(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Arranges GPUs host by host."""
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     num_hosts = len({device.process_index for device in devices})

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import prod
-from typing import Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import jax
 from jax.sharding import AxisType, Mesh, auto_axes
@@ -113,7 +113,7 @@ def count_min_devices(config: MeshConfig) -> int:
     return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns an explicit mesh over ``devices`` (default: all), laid out along the
     hardware's links; see ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices

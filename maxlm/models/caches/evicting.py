@@ -16,7 +16,7 @@ each; M tokens kept; N query heads, K kv heads, G = N / K; H head dim, Hv value 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ class EvictingCache(AttentionCache):
             )
 
         cache, y = run_rows(advance, self, _NewTokens(q, key, value), batch)
-        return y, cache
+        return y, cast(Self, cache)
 
 
 def _attend_rows(
