@@ -177,14 +177,18 @@ class LocalTier:
     close = wait
 
 
-def _read_shards(path: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _read_shards(
+    path: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     """Reads arrays by name; raises UnreadableCheckpoint if the file holds other
     shards."""
     with safe_open(path, "np") as file:
         keys = set(file.keys())
         shards = {}
 
-        def read_shard(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
+        def read_shard(
+            name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+        ) -> np.ndarray:
             key = f"{name}@{_shard_key(index, shape)}"
             if key not in keys:
                 message = (

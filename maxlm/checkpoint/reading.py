@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
 from maxlm.models.params import flatten_names
+from maxlm.parallel.layers import PyTree
 from maxlm.runtime.collectives import raise_on_all_hosts
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.sharding import bind_mesh, jit_sharded
 
 Result = TypeVar("Result")
-PyTree = Any
 Leaves = dict[str, Any]
 Groups = Mapping[str, tuple[int, ...]]
 """(groups, layers a group) of parameters that are held in groups, by canonical name."""
@@ -103,17 +104,22 @@ def _fingerprint(array: jax.Array) -> jax.Array:
         bits = array.astype(jnp.uint32)
     else:
         word_dtype = _WORDS[array.dtype.itemsize]
-        words: Any = lax.bitcast_convert_type(array, word_dtype)
+        words = cast(jax.Array, lax.bitcast_convert_type(array, word_dtype))
         bits = words.astype(jnp.uint32)
-    sharding: Any = getattr(jax.typeof(array), "sharding", None)
+    sharding = getattr(jax.typeof(array), "sharding", None)
     if sharding is not None and sharding.mesh.empty:
         sharding = None
+
+    # A number of each element's place: its indices times odd constants, added up.
     place = jnp.zeros_like(bits)
     for axis in range(array.ndim):
-        along = lax.broadcasted_iota(
+        index = lax.broadcasted_iota(
             jnp.uint32, array.shape, axis, out_sharding=sharding
         )
-        place = place + along * jnp.uint32(_FACTORS[axis % len(_FACTORS)])
+        place = place + index * jnp.uint32(_FACTORS[axis % len(_FACTORS)])
+
+    # Mixed as hash functions do, and made odd: modulo 2^32 a product with an odd number
+    # differs for different bits, so a change of one element always shows.
     place = (place ^ (place >> 16)) * jnp.uint32(_FACTORS[1])
     weight = (place ^ (place >> 13)) | jnp.uint32(1)
     return jnp.sum(bits * weight, dtype=jnp.uint32)
@@ -234,7 +240,9 @@ def check_saved_shapes(
     return dtypes, leaves
 
 
-def _check_castable(name: str, stored: Any, declared: Any, path: Path) -> None:
+def _check_castable(
+    name: str, stored: DTypeLike, declared: DTypeLike, path: Path
+) -> None:
     """Refuses a cast between kinds of numbers: weights cast to integers are all 0, 1 or
     -1."""
     stored_dtype = jnp.dtype(stored)
@@ -255,7 +263,7 @@ def check_fingerprints(
     path: Path,
     arrays: Leaves,
     fingerprints: Mapping[str, int],
-    dtypes: Mapping[str, Any],
+    dtypes: Mapping[str, DTypeLike],
 ) -> None:
     """Checks arrays against the fingerprints saved with them, where there are any, and
     where they were not cast; raises UnreadableCheckpoint. All processes call it
@@ -278,7 +286,7 @@ def check_fingerprints(
 
 def _flatten_groups(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns shape and sharding on disk of an array that is held in groups."""
-    sharding: Any = leaf.sharding
+    sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
@@ -300,26 +308,28 @@ def _reshape(
     }
     if not changed:
         return dict(arrays)
-    shardings: Any = {name: targets[name].sharding for name in changed}
+    shardings = {name: targets[name].sharding for name in changed}
 
     def reshape(changed: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
             name: array.reshape(targets[name].shape) for name, array in changed.items()
         }
 
+    # A leaf without a sharding lies on one device, which has no mesh.
     mesh = getattr(next(iter(shardings.values())), "mesh", None)
-    run = reshape if mesh is None else bind_mesh(mesh, jit_sharded(reshape, shardings))
-    return dict(arrays) | run(changed)
+    if mesh is not None:
+        reshape = bind_mesh(mesh, jit_sharded(reshape, shardings))
+    return dict(arrays) | reshape(changed)
 
 
 def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape, dtype and sharding (default: the first device) of arrays by
     name."""
 
-    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
-            jax.local_devices()[0]
-        )
+    first_device = SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or first_device
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     prefix = f"{subtree}." if subtree else ""

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import tensorstore as ts
@@ -45,6 +45,7 @@ from maxlm.runtime.storage import (
     to_place,
 )
 
+ResultT = TypeVar("ResultT")
 _FETCHED, _COMPLETE, _OWNER = ".fetched", "COMPLETE", "OWNER"
 _POLL_SECONDS = 0.1
 _FILES_IN_MEMORY = 4
@@ -216,7 +217,7 @@ class RemoteTier:
                 self.failure = describe_error(error)
             print(f"{message}: {describe_error(error)}", file=sys.stderr, flush=True)
 
-    def _await(self, future: Any) -> Any:
+    def _await(self, future: "ts.Future[ResultT]") -> ResultT:
         """Returns a future's result, unless copies are cancelled."""
         while not self._cancelling.is_set():
             # Looked at before the wait: it may be done just after one timed out.

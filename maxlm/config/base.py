@@ -107,10 +107,10 @@ class Config(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(
-        cls, source: Any, handler: GetCoreSchemaHandler
+        cls, source: object, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
         schema = handler(source)
-        model: Any = handler.resolve_ref_schema(schema)
+        model = handler.resolve_ref_schema(schema)
         inner = _check_scalars(model)
         # The wrapper takes the model's place, in the same dict, so that all references
         # to the model mean the wrapper.

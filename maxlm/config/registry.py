@@ -148,7 +148,7 @@ class RegisteredConfig:
         self.default = default
         self._get_config = get_config
 
-    def select_types(self, settings: Any) -> list[type[Config]]:
+    def select_types(self, settings: object) -> list[type[Config]]:
         """Returns the class that settings name, or all classes if they name none."""
         if isinstance(settings, Mapping):
             config = self._find_config(settings.get(self.tag, self.default))
@@ -157,7 +157,7 @@ class RegisteredConfig:
         return list(dict.fromkeys(self._list_choices().values()))
 
     def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
+        self, source: object, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
         return core_schema.with_info_plain_validator_function(self._validate)
 
@@ -175,7 +175,7 @@ class RegisteredConfig:
             return handler(core_schema.union_schema([next(iter(schemas.values()))]))
         return handler(core_schema.tagged_union_schema(schemas, discriminator=self.tag))
 
-    def _find_config(self, kind: Any) -> type[Config] | None:
+    def _find_config(self, kind: object) -> type[Config] | None:
         registered = self.registry.find(kind) if isinstance(kind, str) else None
         if registered is None:
             return None
@@ -190,7 +190,7 @@ class RegisteredConfig:
                 choices[kind] = config
         return choices
 
-    def _validate(self, value: Any, info: ValidationInfo) -> Config:
+    def _validate(self, value: object, info: ValidationInfo) -> Config:
         if isinstance(value, self.base):
             return value
         if not isinstance(value, Mapping):

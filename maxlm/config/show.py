@@ -67,7 +67,7 @@ class _PartialJsonSchema(GenerateJsonSchema):
     """A file may hold a part of a config and take the rest from others: nothing is
     required."""
 
-    def field_is_required(self, field: Any, total: bool) -> bool:
+    def field_is_required(self, field: object, total: bool) -> bool:
         return False
 
 

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from maxlm.config import MaxlmError
+
+if TYPE_CHECKING:  # TensorStore is loaded where an array is opened
+    from tensorstore import TensorStore
 
 FILE_BYTES = 16 << 20
 TILE_BYTES = 1 << 20
@@ -32,7 +35,7 @@ T = TypeVar("T")
 class ZarrArray:
     """A stored array; :func:`create` or :func:`open_array` makes it."""
 
-    def __init__(self, store: Any, where: str):
+    def __init__(self, store: "TensorStore", where: str):
         self._store = store
         self._where = where
         self.shape: Shape = tuple(store.shape)
@@ -148,7 +151,7 @@ def _halved(shape: Sequence[int], most: int) -> Shape:
     return tuple(sides)
 
 
-def _open(location: dict[str, Any], options: dict[str, Any]) -> Any:
+def _open(location: dict[str, Any], options: dict[str, Any]) -> "TensorStore":
     import tensorstore as ts
 
     # TensorStore would keep no decoded tiles anyway, but read as many files at once as

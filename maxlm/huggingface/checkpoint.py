@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -54,10 +54,8 @@ class RunCheckpointWriter:
     def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
         """Announces a parameter, written in slices at ``num_lead_axes`` leading
         indices."""
-        full = f"params.{name}"
-        self._arrays[name] = create_array(
-            self._folder / "state" / full, shape, num_lead_axes
-        )
+        array_folder = self._folder / "state" / f"params.{name}"
+        self._arrays[name] = create_array(array_folder, shape, num_lead_axes)
 
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
         """Writes the fp32 slice of a parameter at some leading indices, and waits for
@@ -83,17 +81,24 @@ class RunCheckpointWriter:
             }
             for name, array in self._arrays.items()
         }
-        state = {"tree_metadata": leaves, "use_ocdbt": False, "use_zarr3": True}
-        state |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
-        kind = {"item_handlers": _HANDLERS, "metrics": {}, "performance_metrics": {}}
-        kind |= {
+        state = {
+            "tree_metadata": leaves,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        checkpoint = {
+            "item_handlers": _HANDLERS,
+            "metrics": {},
+            "performance_metrics": {},
             "init_timestamp_nsecs": now,
             "commit_timestamp_nsecs": now,
             "custom_metadata": {},
         }
         _write_json(self._folder / "state" / "_METADATA", state)
         _write_json(self._folder / "metadata" / "metadata", metadata)
-        _write_json(self._folder / "_CHECKPOINT_METADATA", kind)
+        _write_json(self._folder / "_CHECKPOINT_METADATA", checkpoint)
 
 
 class RunCheckpointReader:
@@ -105,17 +110,15 @@ class RunCheckpointReader:
         self, folder: str | Path, step: int | None = None, *, name: str = "params"
     ):
         folder = Path(folder)
-        names = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
-        steps = sorted(int(name) for name in names if name.isdigit())
-        if step not in (None, *steps) or not steps:
-            message = (
-                "no checkpoint here" if not steps else f"no checkpoint of step {step}"
-            )
-            fix = (
-                f"use one of {', '.join(map(str, steps))}"
-                if steps
-                else "name a run that has one"
-            )
+        step_names = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
+        steps = sorted(int(text) for text in step_names if text.isdigit())
+        if not steps or step not in (None, *steps):
+            if steps:
+                message = f"no checkpoint of step {step}"
+                fix = f"use one of {', '.join(map(str, steps))}"
+            else:
+                message = "no checkpoint here"
+                fix = "name a run that has one"
             raise MaxlmError(message, where=str(folder), fix=fix)
         self.step = steps[-1] if step is None else step
         self.folder = folder / str(self.step)
@@ -199,18 +202,20 @@ class MergedCheckpointReader:
             if leaf is None:
                 yield open_slices(name)
                 return
-            slices = {
+            part_readers = {
                 part.name: open_slices(f"{owner}.{part.name}")
                 for part in fields(leaf)
                 if f"{owner}.{part.name}" in self.inner.shapes
             }
-            bias = open_slices(name) if owner != name else None
+            read_bias = open_slices(name) if owner != name else None
 
-            def read(index: Shape) -> np.ndarray:
-                parts = {part: read(index) for part, read in slices.items()}
+            def read_merged(index: Shape) -> np.ndarray:
+                parts = {
+                    part: read_part(index) for part, read_part in part_readers.items()
+                }
                 adapted = replace(leaf, **parts)
-                if bias is not None:
-                    return np.asarray(adapted.merge_bias(bias(index)))
+                if read_bias is not None:
+                    return np.asarray(adapted.merge_bias(read_bias(index)))
                 merged = adapted.merge()
                 if merged is None:
                     message = f"{name} with adapter.kind={self._kind} cannot be merged"
@@ -218,10 +223,11 @@ class MergedCheckpointReader:
                     raise MaxlmError(message, where=str(self.folder), fix=fix)
                 return np.asarray(merged)
 
-            yield read
+            yield read_merged
 
 
-def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
+def _unpack(array: ZarrArray, num_lead_axes: int, file: IO[bytes]) -> None:
+    """Decodes all of an array into a file, as a map of it has it."""
     # Writing to a map of a file for which the disk has no room would end the process.
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, array.nbytes)
@@ -229,13 +235,15 @@ def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
         file.truncate(array.nbytes)
     for box in split_into_boxes(array.shape, array.chunk_shape):
         values = array.read_box(box)
-        for index_in_box in np.ndindex(values.shape[:lead]):
+        for index_in_box in np.ndindex(values.shape[:num_lead_axes]):
             # ``box`` has the axes behind the leading ones, too: zip stops before them.
             lead_index = tuple(
                 part.start + offset
                 for part, offset in zip(box, index_in_box, strict=False)
             )
-            _mapped(array, file.name)[lead_index + box[lead:]] = values[index_in_box]
+            _mapped(array, file.name)[lead_index + box[num_lead_axes:]] = values[
+                index_in_box
+            ]
 
 
 def _mapped(array: ZarrArray, path: str) -> np.ndarray:

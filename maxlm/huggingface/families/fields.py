@@ -40,7 +40,7 @@ ConfigFields = Mapping[str, ConfigField]
 
 def map_size(
     ours: str,
-    default: Any = REQUIRED,
+    default: object = REQUIRED,
     *,
     least: int = 1,
     most: int = MAX_SIZE,
@@ -59,7 +59,7 @@ def map_size(
 
 
 def map_layer_count(
-    ours: str, default: Any = REQUIRED, *, alias: str = ""
+    ours: str, default: object = REQUIRED, *, alias: str = ""
 ) -> ConfigField:
     """Declares a number of layers. What reads and names them walks over all: the limit
     of a model's config holds before that."""
@@ -68,7 +68,7 @@ def map_layer_count(
 
 def map_number(
     ours: str,
-    default: Any = REQUIRED,
+    default: object = REQUIRED,
     *,
     least: int | None = None,
     nullable: bool = False,
@@ -92,7 +92,7 @@ def map_flag(ours: str, default: bool) -> ConfigField:
 
 
 def require_value(
-    *allowed: Any, ours: str = "", always_write: bool = False
+    *allowed: object, ours: str = "", always_write: bool = False
 ) -> ConfigField:
     """Declares a key of which these values alone are implemented; the first is
     usual."""
@@ -100,7 +100,7 @@ def require_value(
     def read(reader: ConfigReader, key: str) -> Any:
         return reader.read_implemented(key, *allowed)
 
-    def write(config: TransformerConfig) -> Any:
+    def write(config: TransformerConfig) -> object:
         return allowed[0]
 
     is_written = bool(ours) or always_write
@@ -191,7 +191,7 @@ def write_fields(config: TransformerConfig, fields: ConfigFields) -> dict[str, A
     return values
 
 
-def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
+def put_nested(tree: dict[str, Any], path: str, value: object) -> None:
     """Puts a value at a dotted path of nested mappings."""
     *parents, key = path.split(".")
     for name in parents:

@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
 
-REQUIRED: Any = object()
+REQUIRED: object = object()
 """The default of a key that must be there."""
 MAX_SIZE = 2**53
 """The largest size that is read: a float holds each up to here exactly, so that roots
@@ -41,6 +41,8 @@ _DROPOUT = """
     ffn_pdrop hidden_dropout hidden_dropout_prob resid_pdrop summary_first_dropout
 """
 INERT, DROPOUT = frozenset(_INERT.split()), frozenset(_DROPOUT.split())
+
+T = TypeVar("T")
 
 
 class ConfigReader:
@@ -78,7 +80,7 @@ class ConfigReader:
         self._seen.add(key)
 
     def _get(
-        self, key: str, default: Any, *, alias: str = "", nullable: bool = False
+        self, key: str, default: object, *, alias: str = "", nullable: bool = False
     ) -> Any:
         """Reads a value of any type; ``alias`` is another name for it. What leaves this
         class goes through a method that checks the type: a family computes with it."""
@@ -100,7 +102,7 @@ class ConfigReader:
         message = f"{key} is {'null' if key in self.values else 'missing'}"
         raise MaxlmError(message, where=self.where, fix=_TAKE_IT)
 
-    def read_implemented(self, key: str, *allowed: Any) -> Any:
+    def read_implemented(self, key: str, *allowed: object) -> Any:
         """Reads a value that must be one of those implemented, or absent (the first); a
         null means what false and 0 do."""
         self._seen.add(key)
@@ -114,7 +116,7 @@ class ConfigReader:
         absent."""
         return self._find_allowed(key, self._get(key, default), tuple(allowed))
 
-    def _find_allowed(self, key: str, value: Any, allowed: Sequence[Any]) -> Any:
+    def _find_allowed(self, key: str, value: object, allowed: Sequence[T]) -> T:
         for candidate in allowed:
             # True is equal to 1, and another setting.
             same_kind = isinstance(value, bool) == isinstance(candidate, bool)
@@ -128,7 +130,7 @@ class ConfigReader:
     def size(
         self,
         key: str,
-        default: Any = REQUIRED,
+        default: object = REQUIRED,
         *,
         least: int = 1,
         most: int = MAX_SIZE,
@@ -150,7 +152,7 @@ class ConfigReader:
     def number(
         self,
         key: str,
-        default: Any = REQUIRED,
+        default: object = REQUIRED,
         *,
         least: int | None = None,
         most: float = sys.float_info.max,
@@ -211,7 +213,7 @@ class ConfigReader:
             self._inside[key] = ConfigReader(value, f"{self.where}: {key}")
         return self._inside[key]
 
-    def _wrong(self, key: str, value: Any, kind: str) -> MaxlmError:
+    def _wrong(self, key: str, value: object, kind: str) -> MaxlmError:
         message = f"{key}={value!r} is not {kind}"
         return MaxlmError(message, where=self.where, fix=_TAKE_IT)
 

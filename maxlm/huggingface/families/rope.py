@@ -113,7 +113,7 @@ def write_position_settings(
 
 def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
     """Writes what :func:`read_scaling` reads."""
-    scaling: Any = positions.scaling
+    scaling = positions.scaling
     if scaling is None:
         return None
     kind = next(

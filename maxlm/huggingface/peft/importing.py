@@ -39,23 +39,34 @@ class AdaptedParamWriter:
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
         place = ParamSlice(name, lead_index)
         values = self.peft.base_values.get(place, values)
-        rank = self.peft.principal_ranks.get(place)
-        spec = self._specs[name]
-        if rank is not None:
-            matrix = to_matrix(values, spec, len(lead_index))
-            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-            residual = (u[:, rank:] * s[rank:]) @ vt[rank:]
-            values = residual.reshape(values.shape)
-        magnitudes = self.peft.arrays.get(f"{name}.lora_magnitude")
-        adapter = self.peft.adapter
-        if magnitudes is not None and isinstance(adapter, LoraAdapter):
-            matrix = to_matrix(values, spec, len(lead_index))
-            # A view: the magnitudes are changed in place, to what they have beyond the
-            # norms of the base.
-            difference = magnitudes[lead_index]
-            difference -= np.linalg.norm(matrix, axis=0).reshape(difference.shape)
-            difference[np.isnan(difference)] = 0  # of layers that have none
+        principal_rank = self.peft.principal_ranks.get(place)
+        if principal_rank is not None:
+            values = self._take_residual(place, values, principal_rank)
+        if isinstance(self.peft.adapter, LoraAdapter):
+            self._subtract_norms(place, values)
         self.inner.write(self._rename(name), lead_index, values)
+
+    def _take_residual(
+        self, place: ParamSlice, values: np.ndarray, rank: int
+    ) -> np.ndarray:
+        """Returns a kernel without its ``rank`` largest singular values, which PiSSA's
+        A and B begin as."""
+        matrix = to_matrix(values, self._specs[place.name], len(place.index))
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        residual = (u[:, rank:] * s[rank:]) @ vt[rank:]
+        return residual.reshape(values.shape)
+
+    def _subtract_norms(self, place: ParamSlice, values: np.ndarray) -> None:
+        """Changes DoRA's magnitudes, if a kernel has some, to what they have beyond the
+        norms of the base: the file holds them whole, ``LoraParam`` the difference."""
+        magnitudes = self.peft.arrays.get(f"{place.name}.lora_magnitude")
+        if magnitudes is None:
+            return
+        matrix = to_matrix(values, self._specs[place.name], len(place.index))
+        norms = np.linalg.norm(matrix, axis=0)
+        difference = magnitudes[place.index]  # a view: changed in place
+        difference -= norms.reshape(difference.shape)
+        difference[np.isnan(difference)] = 0  # of layers that have none
 
     def finish(self) -> None:
         """Writes the adapter's arrays, when its base is written."""
@@ -74,15 +85,17 @@ def list_trained_names(peft: PeftAdapter, specs: Params) -> tuple[str, ...]:
     if not peft.base_values:
         return ()
     adapted = flatten_names(peft.adapter.adapt(specs), is_leaf)
-    names = (place.name for place in peft.base_values)
-    base = dict.fromkeys(
-        f"{name}.base" if is_leaf(adapted[name]) else name for name in names
-    )
-    return (*peft.arrays, *base)
+    base_names: list[str] = []
+    for place in peft.base_values:
+        is_adapted = is_leaf(adapted[place.name])
+        base_names.append(f"{place.name}.base" if is_adapted else place.name)
+    # Slices of one parameter name it once.
+    return (*peft.arrays, *dict.fromkeys(base_names))
 
 
 def to_matrix(values: np.ndarray, spec: ParamSpec, num_lead_axes: int) -> np.ndarray:
     """Returns a layer's kernel as [inputs, outputs]."""
-    num_inputs = split_dims(spec)[1] - num_lead_axes
-    rows = int(np.prod(values.shape[:num_inputs]))
-    return values.reshape(rows, -1)
+    _, output_start = split_dims(spec)
+    num_input_dims = output_start - num_lead_axes
+    num_inputs = int(np.prod(values.shape[:num_input_dims]))
+    return values.reshape(num_inputs, -1)

@@ -130,15 +130,19 @@ def _read_virtual_tokens(
         name: spec.shape for name, spec in adapted.items() if name.endswith(VIRTUAL)
     }
     if settings.peft_type == PREFIX_TUNING:
-        heads, size = next(iter(shapes.values()))[2:]
-        sizes = {"num_layers": config.num_layers, "num_attention_heads": heads}
-        sizes["token_dim"] = heads * size
+        # Keys and values [layers, n, K, H].
+        _, _, num_heads, head_dim = next(iter(shapes.values()))
+        sizes = {
+            "num_layers": config.num_layers,
+            "num_attention_heads": num_heads,
+            "token_dim": num_heads * head_dim,
+        }
     else:
         sizes = {"token_dim": config.d_model}
     for name, size in sizes.items():
-        value = getattr(settings, name)
-        if value not in (None, size):
-            problem = f"{name}={value}, and {size} in this model"
+        stored_size = getattr(settings, name)
+        if stored_size not in (None, size):
+            problem = f"{name}={stored_size}, and {size} in this model"
             raise MaxlmError(problem, where=str(settings.path), fix=_OTHER_BASE)
     vectors = _read_values(stored[PROMPT])
     return PeftAdapter(adapter, from_peft(vectors, shapes, config.embedding_scale))
@@ -163,21 +167,28 @@ class _AdapterReader:
         self._saved = find_saved_modules(settings.modules, catalog)
 
     def read(self, specs: Params) -> PeftAdapter:
+        """Reads the adapter for a model with declarations ``specs``; see
+        :func:`read_peft_adapter`."""
         strange = [name for name in self._stored if not name.startswith(PREFIX)]
         refuse_tensors(f"tensors without PEFT's prefix {PREFIX}", strange, self._folder)
         self._stored = {
             name.removeprefix(PREFIX): tensor for name, tensor in self._stored.items()
         }
-        sites = {site.name: self._take_parts(site) for site in self._sites}
+
+        # Each takes its tensors out of those that are stored; nothing may be left.
+        parts_by_site = {site.name: self._take_parts(site) for site in self._sites}
         token_ids, token_rows = self._take_token_rows()
         base_values = self._take_base_values()
         problem = "tensors that the settings or this model have no place for"
-        refuse_tensors(problem, [*map(_describe, self._stored.values())], self._folder)
+        left_over = [_describe(tensor) for tensor in self._stored.values()]
+        refuse_tensors(problem, left_over, self._folder)
+
         if self._settings.peft_type == IA3:
             adapter = self._make_ia3_adapter()
         else:
-            adapter = self._make_lora_adapter(token_ids, token_head=len(token_rows) > 1)
-        arrays = self._fill_arrays(adapter, specs, sites) | token_rows
+            has_head_rows = len(token_rows) > 1
+            adapter = self._make_lora_adapter(token_ids, token_head=has_head_rows)
+        arrays = self._fill_arrays(adapter, specs, parts_by_site) | token_rows
         ranks = self._list_principal_ranks()
         overlap = [place.name for place in base_values if place in ranks]
         refuse_tensors("PiSSA beside a base of its own", overlap, self._folder)
@@ -242,8 +253,8 @@ class _AdapterReader:
             is_table_or_head = module in (catalog.input_table, catalog.head)
             is_known = is_table_or_head and len(modules) != 0
             has_same_ids = not ids or ids == indices
-            is_adapted = any(site.name == module for site in self._sites)
-            is_adapted_otherwise = is_adapted or module in self._saved
+            is_target = any(site.name == module for site in self._sites)
+            is_adapted_otherwise = is_target or module in self._saved
             if not is_known or not has_same_ids or is_adapted_otherwise:
                 problem = (
                     f"trainable_token_indices of {module} is implemented for the table"
@@ -254,17 +265,20 @@ class _AdapterReader:
             ids = indices
             site = catalog.sites[module]
             # A table maps tokens to vectors, a head vectors to tokens.
-            size, columns = site.num_inputs, site.num_outputs
             if module == catalog.head:
-                size, columns = columns, size
-            if not all(0 <= index < size for index in ids):
-                problem = (
-                    f"trainable_token_indices={[*ids]}, and {module} has {size} rows"
-                )
+                vocab_size = site.num_outputs
+                width = site.num_inputs
+            else:
+                vocab_size = site.num_inputs
+                width = site.num_outputs
+            if not all(0 <= index < vocab_size for index in ids):
                 raise MaxlmError(
-                    problem, where=str(self._settings.path), fix=_OTHER_BASE
+                    f"trainable_token_indices={[*ids]}, and {module} has {vocab_size} "
+                    "rows",
+                    where=str(self._settings.path),
+                    fix=_OTHER_BASE,
                 )
-            values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), columns))
+            values = self._take(f"{module}.{TOKEN_ROWS}", (len(ids), width))
             arrays[f"{site.places[0].name}.{OUR_TOKEN_ROWS}"] = values
         table = catalog.sites[catalog.input_table].places[0].name
         if arrays and f"{table}.{OUR_TOKEN_ROWS}" not in arrays:
@@ -291,11 +305,16 @@ class _AdapterReader:
                 continue
             tensor = self._take(stored_name, entry.shape)
             self._check_tie(name, entry, is_saved=is_saved)
-            for place, piece in zip(entry.ours, entry.split(tensor), strict=True):
+            pieces = entry.split(tensor)
+            for place, piece in zip(entry.ours, pieces, strict=True):
                 values[place] = np.asarray(piece, np.float32)
+            # A tied tensor may be stored twice; another value under its second name is
+            # left over, and so refused.
             for alias in entry.aliases:
-                again = self._stored.get(alias)
-                if again is not None and np.array_equal(_read_values(again), tensor):
+                stored_again = self._stored.get(alias)
+                if stored_again is None:
+                    continue
+                if np.array_equal(_read_values(stored_again), tensor):
                     del self._stored[alias]
         return values
 
@@ -320,10 +339,8 @@ class _AdapterReader:
         self, token_ids: tuple[int, ...], *, token_head: bool
     ) -> LoraAdapter:
         settings = self._settings
-        fused = [
-            site for site in self._sites if len(site.places) > 1 and settings.pissa
-        ]
-        if fused:
+        fused = [site for site in self._sites if len(site.places) > 1]
+        if settings.pissa and fused:
             problem = f"PiSSA of {fused[0].name}, which is several maps here, is not implemented"
             raise MaxlmError(problem, where=str(settings.path), fix=MERGE)
         return LoraAdapter(
@@ -339,31 +356,33 @@ class _AdapterReader:
         )
 
     def _fill_arrays(
-        self, adapter: Adapter, specs: Params, sites: Mapping[str, Arrays]
+        self, adapter: Adapter, specs: Params, parts_by_site: Mapping[str, Arrays]
     ) -> Arrays:
         """Returns the adapter's arrays. Where layers or maps have none there, or lower
         ranks, they hold what changes nothing and stays so in training: zeros, of which
         both A and B are."""
         parts = {*LORA_PARTS.values(), *IA3_PARTS.values()}
-        adapted = flatten_names(adapter.adapt(specs))
+        # NaN marks magnitudes that are not there: what they are is known when the base
+        # is (``AdaptedParamWriter``).
         fills = {"ia3": 1.0, "lora_magnitude": np.nan}
-        arrays = {
-            name: np.full(
-                spec.shape, fills.get(name.rpartition(".")[2], 0.0), np.float32
-            )
-            for name, spec in adapted.items()
-            if name.rpartition(".")[2] in parts
-        }
+        arrays: Arrays = {}
+        for name, spec in flatten_names(adapter.adapt(specs)).items():
+            part = name.rpartition(".")[2]
+            if part in parts:
+                arrays[name] = np.full(spec.shape, fills.get(part, 0.0), np.float32)
+
         for site in self._sites:
-            for part, tensor in sites[site.name].items():
+            for part, tensor in parts_by_site[site.name].items():
                 if part == "lora_b" and isinstance(adapter, LoraAdapter):
+                    # Our adapter has one scale; where a module has another, B has it.
                     scale = self._settings.compute_scale(site.name) / adapter.scale
                     tensor = tensor * np.float32(scale)
-                for place, piece in zip(
-                    site.places, site.split(part, tensor), strict=True
-                ):
+                pieces = site.split(part, tensor)
+                for place, piece in zip(site.places, pieces, strict=True):
                     array = arrays[f"{place.name}.{part}"][place.index]
-                    array[tuple(slice(size) for size in piece.shape)] = piece
+                    # A lower rank than the adapter's fills the first of its ranks.
+                    filled = tuple(slice(size) for size in piece.shape)
+                    array[filled] = piece
         return arrays
 
 
@@ -381,10 +400,12 @@ def _describe(stored: StoredTensor) -> str:
 
 def _name_targets(sites: Iterable[AdapterSite]) -> tuple[str, ...]:
     """Returns the names of maps as ``adapter.targets`` has them."""
-    names = (place.name for site in sites for place in site.places)
-    return tuple(
-        dict.fromkeys(n.removesuffix(".kernel").removesuffix(".table") for n in names)
-    )
+    targets = [
+        place.name.removesuffix(".kernel").removesuffix(".table")
+        for site in sites
+        for place in site.places
+    ]
+    return tuple(dict.fromkeys(targets))  # each once
 
 
 def refuse_tensors(

@@ -233,7 +233,7 @@ class _SettingsReader:
         self.path = path
         self._left = dict(values)
 
-    def refuse(self, key: str, value: Any, reason: str, fix: str = _CORRECT) -> None:
+    def refuse(self, key: str, value: object, reason: str, fix: str = _CORRECT) -> None:
         """Raises MaxlmError for a value, by default for one that PEFT refuses too."""
         shown = json.dumps(value) if not isinstance(value, float) else str(value)
         raise MaxlmError(
@@ -250,7 +250,7 @@ class _SettingsReader:
         for key in keys:
             self._left.pop(key, None)
 
-    def take(self, key: str, default: Any) -> Any:
+    def take(self, key: str, default: object) -> Any:
         return self._left.pop(key, default)
 
     def check_all_read(self) -> None:
@@ -271,7 +271,7 @@ class _SettingsReader:
         return bool(value)
 
     def read_choice(
-        self, key: str, choices: Sequence[Any], default: Any, fix: str = _CORRECT
+        self, key: str, choices: Sequence[object], default: object, fix: str = _CORRECT
     ) -> Any:
         value = self.take(key, default)
         # 1 is equal to True and no choice.

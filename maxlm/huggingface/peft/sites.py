@@ -94,34 +94,41 @@ class MapSite(AdapterSite):
         return (1, self.num_inputs) if of_inputs else (self.num_outputs, 1)
 
     def split(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
-        split = self.entry.convert_outputs().split
+        split_outputs = self.entry.convert_outputs().split
         inputs = self.entry.input_shape
+        # Inputs are the same for all places: [rank, inputs] → [*inputs, rank].
         if part == "lora_a":
             return [tensor.T.reshape(*inputs, -1)] * len(self.places)
         if part == "ia3" and len(tensor) == 1:
             return [tensor.reshape(inputs)] * len(self.places)
+        # Outputs are those of all places: [outputs, rank] → [rank, *outputs] each.
         if part == "lora_b":
-            columns = [split(column) for column in tensor.T]
-            return [np.stack(pieces) for pieces in zip(*columns, strict=True)]
-        return [*split(tensor.reshape(-1))]
+            pieces_by_rank = [split_outputs(column) for column in tensor.T]
+            return [np.stack(pieces) for pieces in zip(*pieces_by_rank, strict=True)]
+        return [*split_outputs(tensor.reshape(-1))]
 
     def join_lora(self, parts: Sequence[Arrays]) -> Arrays:
-        join = self.entry.convert_outputs().join
+        join_outputs = self.entry.convert_outputs().join
         zeros = [np.zeros(shape, np.float32) for shape in self._output_shapes]
-        columns: list[np.ndarray] = []
-        rows: list[np.ndarray] = []
-        for a, numbers in _group_by_input_map(parts):
-            rows.append(a.reshape(-1, a.shape[-1]).T)
-            for rank in range(a.shape[-1]):
+        # Places with an A of their own have ranks of their own, where the outputs of
+        # the others are zeros.
+        rows_of_a: list[np.ndarray] = []
+        columns_of_b: list[np.ndarray] = []
+        for a, place_indices in _group_by_input_map(parts):
+            rank = a.shape[-1]
+            rows_of_a.append(a.reshape(-1, rank).T)
+            for rank_index in range(rank):
                 pieces = [*zeros]
-                for number in numbers:
-                    pieces[number] = parts[number]["lora_b"][rank]
-                columns.append(join(pieces))
-        joined = {"lora_a": np.concatenate(rows), "lora_b": np.stack(columns, 1)}
+                for place_index in place_indices:
+                    pieces[place_index] = parts[place_index]["lora_b"][rank_index]
+                columns_of_b.append(join_outputs(pieces))
+        joined = {
+            "lora_a": np.concatenate(rows_of_a),
+            "lora_b": np.stack(columns_of_b, axis=1),
+        }
         if any("lora_magnitude" in arrays for arrays in parts):
-            joined["lora_magnitude"] = join(
-                [arrays["lora_magnitude"] for arrays in parts]
-            )
+            magnitudes = [arrays["lora_magnitude"] for arrays in parts]
+            joined["lora_magnitude"] = join_outputs(magnitudes)
         return joined
 
     def join_factors(self, parts: Sequence[Arrays], *, of_inputs: bool) -> np.ndarray:
@@ -136,9 +143,8 @@ class MapSite(AdapterSite):
 
     @property
     def _output_shapes(self) -> list[Shape]:
-        return [
-            piece.shape[len(self.entry.input_shape) :] for piece in self.entry.pieces
-        ]
+        num_input_dims = len(self.entry.input_shape)
+        return [piece.shape[num_input_dims:] for piece in self.entry.pieces]
 
 
 @dataclass(frozen=True)
@@ -159,40 +165,44 @@ class ExpertsSite(AdapterSite):
     def split(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
         """Splits A into [E, inputs, rank], B into [E, rank, outputs] a place."""
         if part == "lora_a":
+            # [E · rank, inputs] → [E, inputs, rank].
             a = tensor.reshape(self.num_experts, -1, self.num_inputs).transpose(0, 2, 1)
             return [a] * len(self.places)
+        # [outputs of all places, rank · E] → [E, rank, outputs of all places].
         b = tensor.reshape(len(tensor), -1, self.num_experts).transpose(2, 1, 0)
         return np.split(b, np.cumsum(self.sizes)[:-1], axis=-1)
 
     def join_lora(self, parts: Sequence[Arrays]) -> Arrays:
-        rows: list[np.ndarray] = []
-        columns: list[np.ndarray] = []
+        a_by_rank: list[np.ndarray] = []  # [E, rank, inputs]
+        b_by_rank: list[np.ndarray] = []  # [E, rank, outputs of all places]
         starts = np.cumsum((0, *self.sizes))
-        for a, numbers in _group_by_input_map(parts):
-            block = np.zeros((self.num_experts, a.shape[-1], starts[-1]), np.float32)
-            for number in numbers:
-                outputs = slice(starts[number], starts[number + 1])
-                block[..., outputs] = parts[number]["lora_b"]
-            rows.append(a.transpose(0, 2, 1))
-            columns.append(block)
-        a = np.concatenate(rows, axis=1).reshape(-1, self.num_inputs)
-        b = np.concatenate(columns, axis=1).transpose(2, 1, 0)
-        return {"lora_a": a, "lora_b": b.reshape(len(b), -1)}
+        num_outputs = starts[-1]
+        for a, place_indices in _group_by_input_map(parts):
+            rank = a.shape[-1]
+            b = np.zeros((self.num_experts, rank, num_outputs), np.float32)
+            for place_index in place_indices:
+                outputs = slice(starts[place_index], starts[place_index + 1])
+                b[..., outputs] = parts[place_index]["lora_b"]
+            a_by_rank.append(a.transpose(0, 2, 1))
+            b_by_rank.append(b)
+        joined_a = np.concatenate(a_by_rank, axis=1).reshape(-1, self.num_inputs)
+        joined_b = np.concatenate(b_by_rank, axis=1).transpose(2, 1, 0)
+        return {"lora_a": joined_a, "lora_b": joined_b.reshape(num_outputs, -1)}
 
 
 def _group_by_input_map(parts: Sequence[Arrays]) -> list[tuple[np.ndarray, list[int]]]:
-    """Each A with the numbers of the places that have it: those of one module of PEFT's
-    share one, those that were trained here have a block each."""
+    """Returns each A with the indices of the places that have it: those of one module
+    of PEFT's share one, those that were trained here have one each."""
     groups: list[tuple[np.ndarray, list[int]]] = []
-    for number, arrays in enumerate(parts):
+    for place_index, arrays in enumerate(parts):
         if not arrays:
             continue
-        for a, numbers in groups:
+        for a, place_indices in groups:
             if np.array_equal(a, arrays["lora_a"]):
-                numbers.append(number)
+                place_indices.append(place_index)
                 break
         else:
-            groups.append((arrays["lora_a"], [number]))
+            groups.append((arrays["lora_a"], [place_index]))
     return groups
 
 
@@ -225,6 +235,7 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
     sites: dict[str, MapSite] = {}
     routers: dict[str, MapSite] = {}
     tensors: dict[str, TensorEntry] = {}
+    # Experts' tensors by (feed-forward's module, kind of map).
     stacks: dict[tuple[str, str], list[TensorEntry]] = {}
     head = None
     for entry in entries:
@@ -238,9 +249,8 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
             continue
         tensors[entry.theirs] = entry
         is_table = place.name == "embedding.table"
-        if not entry.theirs.endswith(".weight"):
-            continue
-        if entry.pieces[0].num_input_dims == 0 and not is_table:
+        is_vector = entry.pieces[0].num_input_dims == 0 and not is_table
+        if not entry.theirs.endswith(".weight") or is_vector:
             continue
         site = MapSite(module, module, entry.ours, entry)
         if place.name.endswith(".router"):
@@ -252,11 +262,17 @@ def list_modules(entries: Iterable[TensorEntry]) -> ModuleCatalog:
     experts = _list_experts(stacks)
     modules = {name.rpartition(".")[0] for name in tensors}
     modules |= {site.prefix for site in experts.values()}
+    # "model.layers.0.mlp" lies in "model.layers.0", "model.layers" and "model".
     parents: set[str] = set()
     for name in modules:
         parents |= {name[: dot.start()] for dot in re.finditer(r"\.", name)}
     return ModuleCatalog(
-        sites, experts, routers, tensors, head, frozenset(modules | parents)
+        sites=sites,
+        experts=experts,
+        routers=routers,
+        tensors=tensors,
+        head=head,
+        modules=frozenset(modules | parents),
     )
 
 
@@ -273,22 +289,24 @@ def _list_experts(
     for block in dict.fromkeys(block for block, _ in stacks):
         module = f"{_rename_block(block)}.experts"
         for name, kinds in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
-            firsts = [
-                stacks[block, kind][0] for kind in kinds if (block, kind) in stacks
-            ]
-            if len(firsts) < len(kinds):
+            if any((block, kind) not in stacks for kind in kinds):
                 continue
-            # The layer's index alone: all experts of it.
-            places = [
-                ParamSlice(entry.ours[0].name, entry.ours[0].index[:1])
-                for entry in firsts
-            ]
-            num_experts = len(stacks[block, kinds[0]])
-            shapes = [entry.pieces[0].shape for entry in firsts]
-            sizes = tuple(shape[-1] for shape in shapes)
+            # The first expert's map of each kind; all experts' have its shape.
+            first_entries = [stacks[block, kind][0] for kind in kinds]
+            places = []
+            for entry in first_entries:
+                param_slice = entry.ours[0]
+                layer_index = param_slice.index[:1]  # of all experts
+                places.append(ParamSlice(param_slice.name, layer_index))
+            shapes = [entry.pieces[0].shape for entry in first_entries]
             key = f"{module}.{name}"
             sites[key] = ExpertsSite(
-                key, module, tuple(places), num_experts, prod(shapes[0][:-1]), sizes
+                name=key,
+                prefix=module,
+                places=tuple(places),
+                num_experts=len(stacks[block, kinds[0]]),
+                num_inputs=prod(shapes[0][:-1]),
+                sizes=tuple(shape[-1] for shape in shapes),
             )
     return sites
 
@@ -389,7 +407,11 @@ def is_targeted(chosen: ModuleSettings, name: str, catalog: ModuleCatalog) -> bo
     there)."""
     if chosen.exclude_modules and matches_pattern(chosen.exclude_modules, name):
         return False
-    if any(re.match(rf"(^|.*\.){end}($|\..*)", name) for end in chosen.modules_to_save):
+    # PEFT leaves out what lies in a module that is saved whole, too.
+    is_saved = any(
+        re.match(rf"(^|.*\.){end}($|\..*)", name) for end in chosen.modules_to_save
+    )
+    if is_saved:
         return False
     targets = chosen.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -397,21 +419,20 @@ def is_targeted(chosen: ModuleSettings, name: str, catalog: ModuleCatalog) -> bo
         return site is not None and not site.is_table and name != catalog.head
     if not matches_pattern(targets, name):
         return False
-    # A name that is said in full is meant whatever its layer.
-    if (
-        isinstance(targets, str)
-        or name in targets
-        or chosen.layers_to_transform is None
-    ):
+    if chosen.layers_to_transform is None:
+        return True
+    # An expression, or a name in full, means a module whatever its layer.
+    if isinstance(targets, str) or name in targets:
         return True
     layer = find_layer(name, chosen.layers_pattern)
     return layer is not None and layer in chosen.layers_to_transform
 
 
 def find_layer(name: str, patterns: Sequence[str]) -> int | None:
-    """The number of a module's layer: the first number in its name, or that behind a
-    pattern."""
+    """Returns the number of a module's layer: the first number in its name, or that
+    behind a pattern; None: it lies in no layer."""
     if not patterns:
+        # model.layers.0.self_attn.q_proj → 0; the last part is no layer.
         match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
         return int(match["index"]) if match else None
     for pattern in patterns:

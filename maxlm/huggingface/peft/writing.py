@@ -83,7 +83,8 @@ def write_peft_adapter(
     from safetensors.numpy import save_file
 
     with ExitStack() as stack:
-        writer = _AdapterFile(run, list_modules(entries), folder, stack)
+        catalog = list_modules(entries)
+        writer = _AdapterFile(run, catalog, folder, stack)
         if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
             writer.add_virtual_tokens(run.adapter)
         elif isinstance(run.adapter, LoraAdapter):
@@ -99,7 +100,8 @@ def write_peft_adapter(
     save_file(writer.tensors, folder / TENSORS, {"format": "pt"})
     text = json.dumps(writer.settings, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", "utf-8")
-    return sum(tensor.size for tensor in writer.tensors.values()), writer.notes
+    num_params = sum(tensor.size for tensor in writer.tensors.values())
+    return num_params, writer.notes
 
 
 class _AdapterFile:
@@ -124,8 +126,11 @@ class _AdapterFile:
         self._specs: dict[str, ParamSpec] = flatten_names(run.specs)
         self._adapted: list[str] = []
         self.tensors: Arrays = {}
-        self.settings: dict[str, Any] = {"inference_mode": True}
-        self.settings["task_type"] = list_task_types(run.config)[0]
+        task_type, *_ = list_task_types(run.config)
+        self.settings: dict[str, Any] = {
+            "inference_mode": True,
+            "task_type": task_type,
+        }
         self.notes: list[str] = []
 
     def add_virtual_tokens(self, adapter: PrefixAdapter | PromptAdapter) -> None:
@@ -142,14 +147,17 @@ class _AdapterFile:
             "num_transformer_submodules": 1,
         }
         if is_prefix:
-            heads, size = arrays[names[0]].shape[2:]
-            self.settings |= {"num_attention_heads": heads, "token_dim": heads * size}
+            # Keys and values [layers, n, K, H]: PEFT counts kv heads.
+            num_heads, head_dim = arrays[names[0]].shape[2:]
+            self.settings["num_attention_heads"] = num_heads
+            self.settings["token_dim"] = num_heads * head_dim
         vectors = to_peft(arrays, config.embedding_scale)
         self.tensors[PROMPT] = np.ascontiguousarray(vectors)
 
     def add_ia3(self) -> None:
-        inputs: list[str] = []
+        input_names: list[str] = []
         arrays = self._read_arrays()
+        # An adapter that was never trained keeps all its modules.
         is_fresh = all(np.all(parts["ia3"] == 1) for parts in arrays.values())
         for site in self._catalog.sites.values():
             parts = self._take_site(site, arrays)
@@ -163,30 +171,31 @@ class _AdapterFile:
             self._put(f"{site.prefix}.{IA3_TENSOR}", factors)
             self._adapted.append(site.name)
             if of_inputs:
-                inputs.append(site.name)
+                input_names.append(site.name)
         self.settings |= {
             "peft_type": IA3,
             "target_modules": self._shorten(self._adapted),
+            "feedforward_modules": self._shorten(input_names),
         }
-        self.settings["feedforward_modules"] = self._shorten(inputs)
 
     def add_lora(self, adapter: LoraAdapter) -> None:
         arrays = self._read_arrays()
-        fresh_rank = adapter.rank
+        rank = adapter.rank
         is_pissa = adapter.changes_base
         if is_pissa and self._run.start is not None:
             # PEFT repeats the decomposition, which rounding turns a little. The
             # difference from the start is exact, of twice the rank, beside a base that
             # stays as it is.
             self._add_initial_parts(adapter, arrays)
-            fresh_rank *= 2
+            rank *= 2
             is_pissa = False
         elif is_pissa:
             self.notes.append(
                 "PiSSA without the run that it started from: PEFT takes the principal "
-                "part out of "
-                "the base again, and its logits may differ by some 1e-4"
+                "part out of the base again, and its logits may differ by some 1e-4"
             )
+
+        # Tensors of each module, and its rank.
         ranks: dict[str, int] = {}
         for site in self._list_adapted_sites(arrays):
             parts = self._take_site(site, arrays)
@@ -196,22 +205,28 @@ class _AdapterFile:
                     norms = self._read_norms(place)
                     array["lora_magnitude"] = array["lora_magnitude"] + norms
             joined = site.join_lora(parts)
-            ranks[site.name] = joined["lora_a"].shape[0]
+            site_rank = joined["lora_a"].shape[0]
             if isinstance(site, ExpertsSite):
-                ranks[site.name] //= site.num_experts
+                site_rank //= site.num_experts  # all experts' A, one above the other
+            ranks[site.name] = site_rank
             self._put_lora(site, joined)
-        parameters = [name for name in ranks if name not in self._catalog.sites]
-        self._adapted = [name for name in ranks if name in self._catalog.sites]
+
+        # Modules are named by target_modules, experts and routers by target_parameters.
+        catalog = self._catalog
+        self._adapted = [name for name in ranks if name in catalog.sites]
+        parameters = [name for name in ranks if name not in catalog.sites]
         experts = self._shorten(
-            [name for name in parameters if name in self._catalog.experts]
+            [name for name in parameters if name in catalog.experts]
         )
-        routers = [name for name in parameters if name in self._catalog.routers]
+        routers = [name for name in parameters if name in catalog.routers]
         self.settings["target_parameters"] = [*experts, *routers] or None
-        self._write_lora_settings(adapter, ranks, fresh_rank, is_pissa=is_pissa)
+        self._write_lora_settings(adapter, ranks, rank, is_pissa=is_pissa)
         self._put_token_rows(adapter)
 
     def _list_sites(self) -> list[AdapterSite]:
         catalog = self._catalog
+        # A router is adapted as a parameter: by the name of its tensor, behind the
+        # module's prefix.
         routers = [
             MapSite(name, name.removesuffix(".weight"), site.places, site.entry)
             for name, site in catalog.routers.items()
@@ -219,13 +234,14 @@ class _AdapterFile:
         return [*catalog.sites.values(), *catalog.experts.values(), *routers]
 
     def _list_adapted_sites(self, arrays: Mapping[str, Arrays]) -> list[AdapterSite]:
+        """Lists the sites that the adapter has arrays for: modules and routers, then
+        experts."""
         sites = [
             site for site in self._list_sites() if any(self._take_site(site, arrays))
         ]
-        experts = nest_experts(
-            [site for site in sites if isinstance(site, ExpertsSite)]
-        )
-        return [*(site for site in sites if isinstance(site, MapSite)), *experts]
+        maps = [site for site in sites if isinstance(site, MapSite)]
+        experts = [site for site in sites if isinstance(site, ExpertsSite)]
+        return [*maps, *nest_experts(experts)]
 
     def _read_arrays(self) -> dict[str, Arrays]:
         """Reads the adapter's arrays by their parameter, and checks that PEFT has a
@@ -268,10 +284,13 @@ class _AdapterFile:
         there."""
         if len(parts) == 1:
             return
-        if is_pissa or (adapter.dora and not all(parts)):
-            problem = f"{site.name} holds several of our maps, and PiSSA or DoRA of some has no"
+        has_partial_dora = adapter.dora and not all(parts)
+        if is_pissa or has_partial_dora:
             raise MaxlmError(
-                f"{problem} counterpart", where=str(self._where), fix=_MERGED
+                f"{site.name} holds several of our maps, and PiSSA or DoRA of some has "
+                "no counterpart",
+                where=str(self._where),
+                fix=_MERGED,
             )
 
     def _put(self, name: str, tensor: np.ndarray) -> None:
@@ -279,7 +298,8 @@ class _AdapterFile:
 
     def _put_lora(self, site: AdapterSite, joined: Arrays) -> None:
         is_table = isinstance(site, MapSite) and site.is_table
-        for theirs, ours in (TABLE_PARTS if is_table else LORA_PARTS).items():
+        part_names = TABLE_PARTS if is_table else LORA_PARTS
+        for theirs, ours in part_names.items():
             if ours in joined:
                 self._put(f"{site.prefix}.{theirs}", joined[ours])
 
@@ -291,30 +311,37 @@ class _AdapterFile:
         *,
         is_pissa: bool,
     ) -> None:
-        names = [name.rpartition(".")[2] for name in self._adapted]
-        if self._catalog.experts and {*names} & {*EXPERT_NAMES}:
-            problem = "PEFT takes gate_proj, up_proj and down_proj of a model with routed experts for"
+        last_names = {name.rpartition(".")[2] for name in self._adapted}
+        if self._catalog.experts and last_names & {*EXPERT_NAMES}:
             raise MaxlmError(
-                f"{problem} the experts'", where=str(self._where), fix=_MERGED
+                "PEFT takes gate_proj, up_proj and down_proj of a model with routed "
+                "experts for the experts'",
+                where=str(self._where),
+                fix=_MERGED,
             )
-        # scale = alpha / rank, or alpha / √rank.
-        power = 0.5 if adapter.rank_stabilized else 1
-        by_rank: dict[int, list[str]] = {}
+
+        # Modules of another rank than `r` are named by patterns.
+        names_by_rank: dict[int, list[str]] = {}
         for name, site_rank in ranks.items():
-            by_rank.setdefault(site_rank, []).append(name)
-        patterns: dict[str, int] = {}
-        for site_rank, sites in by_rank.items():
+            names_by_rank.setdefault(site_rank, []).append(name)
+        rank_pattern: dict[str, int] = {}
+        for site_rank, names in names_by_rank.items():
             if site_rank != rank:
-                short_names = self._shorten(sites, among=[*ranks])
-                patterns |= dict.fromkeys(short_names, site_rank)
+                short_names = self._shorten(names, among=[*ranks])
+                rank_pattern |= dict.fromkeys(short_names, site_rank)
+
+        # All have our one scale = alpha / rank, or alpha / √rank.
+        power = 0.5 if adapter.rank_stabilized else 1
+        alpha_pattern = {
+            name: adapter.scale * site_rank**power
+            for name, site_rank in rank_pattern.items()
+        }
         self.settings |= {
             "peft_type": LORA,
             "r": rank,
             "lora_alpha": adapter.scale * rank**power,
-            "rank_pattern": patterns,
-            "alpha_pattern": {
-                name: adapter.scale * r**power for name, r in patterns.items()
-            },
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
             "use_rslora": adapter.rank_stabilized,
             "use_dora": adapter.dora,
             "lora_dropout": adapter.dropout,
@@ -325,37 +352,49 @@ class _AdapterFile:
     def _choose_targets(self) -> dict[str, Any]:
         """Says which modules are adapted, by layers where these are the same modules of
         some."""
-        layers = {name: find_layer(name, ()) for name in self._catalog.sites}
-        chosen = {layers[name] for name in self._adapted}
-        kinds = {name.rpartition(".")[2] for name in self._adapted}
-        same_kinds = [name for name in layers if name.rpartition(".")[2] in kinds]
-        meant = [name for name in same_kinds if layers[name] in chosen]
-        some_layers = None not in chosen and len(meant) < len(same_kinds)
-        if some_layers and {*meant} == {*self._adapted}:
-            numbers = sorted(layer for layer in chosen if layer is not None)
-            return {"target_modules": sorted(kinds), "layers_to_transform": numbers}
+        layer_by_name = {name: find_layer(name, ()) for name in self._catalog.sites}
+        adapted_layers = {layer_by_name[name] for name in self._adapted}
+        last_names = {name.rpartition(".")[2] for name in self._adapted}
+        of_all_layers = [
+            name for name in layer_by_name if name.rpartition(".")[2] in last_names
+        ]
+        of_these_layers = [
+            name for name in of_all_layers if layer_by_name[name] in adapted_layers
+        ]
+        all_have_layers = None not in adapted_layers
+        are_some_layers = len(of_these_layers) < len(of_all_layers)
+        are_same_modules = {*of_these_layers} == {*self._adapted}
+        if all_have_layers and are_some_layers and are_same_modules:
+            layers = sorted(layer for layer in adapted_layers if layer is not None)
+            return {
+                "target_modules": sorted(last_names),
+                "layers_to_transform": layers,
+            }
         return {"target_modules": self._shorten(self._adapted)}
 
     def _put_token_rows(self, adapter: LoraAdapter) -> None:
         catalog = self._catalog
         ids = [*adapter.token_ids]
-        modules = [catalog.input_table, catalog.head] if adapter.token_head else []
-        chosen = [module for module in modules if module in catalog.sites]
-        for module in chosen or ([catalog.input_table] if ids else []):
+        if not ids:
+            return
+        modules = [catalog.input_table]
+        has_head = catalog.head is not None and catalog.head in catalog.sites
+        if adapter.token_head and has_head:
+            modules.append(catalog.head)
+        for module in modules:
             name = catalog.sites[module].places[0].name
             rows = self._run.checkpoint.open(f"{name}.{OUR_TOKEN_ROWS}").read()
             self._put(f"{module}.{TOKEN_ROWS}", rows)
-        if ids:
-            tables = dict.fromkeys(chosen, ids)
-            size = self._run.config.vocab_size
-            self.notes.append(
-                f"rows of tokens up to {max(ids)} are trained: a base with fewer is "
-                f"first given "
-                f"them by resize_token_embeddings({size})"
-            )
-            self.settings["trainable_token_indices"] = (
-                tables if len(chosen) > 1 else ids
-            )
+        vocab_size = self._run.config.vocab_size
+        self.notes.append(
+            f"rows of tokens up to {max(ids)} are trained: a base with fewer is first "
+            f"given them by resize_token_embeddings({vocab_size})"
+        )
+        # A list means rows of the input's table alone.
+        by_module = dict.fromkeys(modules, ids)
+        self.settings["trainable_token_indices"] = (
+            by_module if len(modules) > 1 else ids
+        )
 
     def add_trained_base(self) -> None:
         """Adds the parameters of the base that were trained: as whole modules, or,
@@ -364,6 +403,46 @@ class _AdapterFile:
         run = self._run
         if not run.trained_base:
             return
+        catalog = self._catalog
+        trained = self._list_trained_tensors()
+
+        # Tensors by their module.
+        modules: dict[str, list[str]] = {}
+        for name in trained:
+            module = name.rpartition(".")[0]
+            modules.setdefault(module, []).append(name)
+
+        whole_modules: list[str] = []
+        has_biases = False
+        for module, names in modules.items():
+            if module in self._adapted:
+                for name in names:
+                    kind = name.rpartition(".")[2]
+                    self._put(f"{module}.base_layer.{kind}", self._read_tensor(name))
+                    has_biases = has_biases or kind == "bias"
+            elif any(catalog.tensors[name].aliases for name in names):
+                for name in names:
+                    self._put(name, self._read_tensor(name))
+            elif all(name.endswith(".bias") for name in names):
+                self._put(names[0], self._read_tensor(names[0]))
+                has_biases = True
+            else:
+                # What of a whole module was not trained is written too.
+                whole_modules.append(module)
+                for name in catalog.tensors:
+                    if name.rpartition(".")[0] == module:
+                        self._put(name, self._read_tensor(name))
+
+        if whole_modules:
+            short_names = self._shorten(whole_modules, by_dots=False)
+            self.settings["modules_to_save"] = short_names
+        if has_biases and self.settings["peft_type"] == LORA:
+            self.settings["bias"] = "all"
+
+    def _list_trained_tensors(self) -> list[str]:
+        """Lists the published tensors that trained parameters of the base are in.
+        Raises MaxlmError where PEFT's file cannot hold some of them."""
+        run = self._run
         catalog = self._catalog
         trained = [
             name
@@ -387,36 +466,13 @@ class _AdapterFile:
                 self._where,
                 _MERGED,
             )
-        rows = [name for name in trained if self._has_token_rows(catalog.tensors[name])]
+        with_rows = [
+            name for name in trained if self._has_token_rows(catalog.tensors[name])
+        ]
         refuse_tensors(
-            "trained whole beside rows of its tokens", rows, self._where, _MERGED
+            "trained whole beside rows of its tokens", with_rows, self._where, _MERGED
         )
-        modules: dict[str, list[str]] = {}
-        for name in trained:
-            modules.setdefault(name.rpartition(".")[0], []).append(name)
-        whole: list[str] = []
-        biases = False
-        for module, names in modules.items():
-            if module in self._adapted:
-                for name in names:
-                    kind = name.rpartition(".")[2]
-                    self._put(f"{module}.base_layer.{kind}", self._read_tensor(name))
-                    biases = biases or kind == "bias"
-            elif any(catalog.tensors[name].aliases for name in names):
-                for name in names:
-                    self._put(name, self._read_tensor(name))
-            elif all(name.endswith(".bias") for name in names):
-                self._put(names[0], self._read_tensor(names[0]))
-                biases = True
-            else:
-                whole.append(module)
-                for name in catalog.tensors:
-                    if name.rpartition(".")[0] == module:
-                        self._put(name, self._read_tensor(name))
-        if whole:
-            self.settings["modules_to_save"] = self._shorten(whole, by_dots=False)
-        if biases and self.settings["peft_type"] == LORA:
-            self.settings["bias"] = "all"
+        return trained
 
     def _has_token_rows(self, entry: TensorEntry) -> bool:
         return isinstance(self._leaves[entry.ours[0].name], TokenRowsParam)
@@ -462,16 +518,17 @@ class _AdapterFile:
     def _read_norms(self, place: ParamSlice) -> np.ndarray:
         """Norms of a layer's weights of each output in the base, [*outputs]."""
         spec = self._specs[place.name]
-        _, end = split_dims(spec)
+        _, output_start = split_dims(spec)
         matrix = to_matrix(self._read_base(place), spec, len(place.index))
         norms = np.linalg.norm(matrix, axis=0)
-        return norms.reshape(spec.shape[end:]).astype(np.float32)
+        return norms.reshape(spec.shape[output_start:]).astype(np.float32)
 
     def _add_initial_parts(
         self, adapter: LoraAdapter, arrays: Mapping[str, Arrays]
     ) -> None:
         """Adds to A and B, with the opposite sign, what they began as: the base's own
-        principal part, which is what the start has more than the base."""
+        principal part, which is what the start has more than the base. Then
+        start + scale · A' · B' = base + scale · A · B, of twice the rank."""
         start = self._run.start
         assert start is not None
         rank = adapter.rank
@@ -479,41 +536,48 @@ class _AdapterFile:
             spec = self._specs[name]
             if not spec.contracting_dims:
                 continue  # PiSSA takes nothing from tables.
-            lead, _ = split_dims(spec)
-            shape_a, shape_b = parts["lora_a"].shape, parts["lora_b"].shape
-            first = np.empty(shape_a, np.float32)
-            second = np.empty(shape_b, np.float32)
-            with ExitStack() as stack:
-                opened = start.open_slice_reader(name, lead, self._scratch)
-                read_start = stack.enter_context(opened)
-                opened = self._run.checkpoint.open_slice_reader(
-                    f"{name}.base", lead, self._scratch
-                )
-                read_base = stack.enter_context(opened)
-                for index in np.ndindex(*spec.shape[:lead]):
+            num_lead_dims, _ = split_dims(spec)
+            a_shape = parts["lora_a"].shape
+            b_shape = parts["lora_b"].shape
+            initial_a = np.empty(a_shape, np.float32)
+            negative_b = np.empty(b_shape, np.float32)
+            open_start = start.open_slice_reader(name, num_lead_dims, self._scratch)
+            open_base = self._run.checkpoint.open_slice_reader(
+                f"{name}.base", num_lead_dims, self._scratch
+            )
+            with open_start as read_start, open_base as read_base:
+                # Each layer's [inputs, outputs] = u · s · vt, split between both.
+                for index in np.ndindex(*spec.shape[:num_lead_dims]):
                     difference = read_start(index).astype(np.float64) - read_base(index)
-                    matrix = to_matrix(difference, spec, lead) / adapter.scale
+                    matrix = to_matrix(difference, spec, num_lead_dims) / adapter.scale
                     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
                     root = np.sqrt(s[:rank])
-                    columns = u[:, :rank] * root
-                    rows = -root[:, None] * vt[:rank]
-                    first[index] = columns.reshape(shape_a[lead:])
-                    second[index] = rows.reshape(shape_b[lead:])
-            parts["lora_a"] = np.concatenate([parts["lora_a"], first], axis=-1)
-            parts["lora_b"] = np.concatenate([parts["lora_b"], second], axis=lead)
+                    a = u[:, :rank] * root
+                    b = -root[:, None] * vt[:rank]
+                    initial_a[index] = a.reshape(a_shape[num_lead_dims:])
+                    negative_b[index] = b.reshape(b_shape[num_lead_dims:])
+            parts["lora_a"] = np.concatenate([parts["lora_a"], initial_a], axis=-1)
+            parts["lora_b"] = np.concatenate(
+                [parts["lora_b"], negative_b], axis=num_lead_dims
+            )
 
 
 def _trim_rank(parts: Arrays, *, is_expert: bool) -> Arrays:
     """Leaves out ranks whose A and B are both zero, which nothing ever trains: padding
     of layers that have lower ranks than others, or none ({})."""
-    a, b = parts["lora_a"], parts["lora_b"]
+    a = parts["lora_a"]
+    b = parts["lora_b"]
+    rank = a.shape[-1]
     # Of experts [E, inputs, rank] and [E, rank, outputs], of maps [*inputs, rank] and
     # [rank, ...].
-    lead = 1 if is_expert else 0
-    used = np.any(a.reshape(-1, a.shape[-1]), axis=0)
-    used |= np.any(np.moveaxis(b, lead, 0).reshape(a.shape[-1], -1), axis=1)
-    if not used.any():
-        if not np.any(parts.get("lora_magnitude", 0)):
+    rank_dim_of_b = 1 if is_expert else 0
+    columns_of_a = a.reshape(-1, rank)
+    rows_of_b = np.moveaxis(b, rank_dim_of_b, 0).reshape(rank, -1)
+    is_used = np.any(columns_of_a, axis=0) | np.any(rows_of_b, axis=1)
+    if not is_used.any():
+        has_magnitudes = np.any(parts.get("lora_magnitude", 0))
+        if not has_magnitudes:
             return {}
-        used[0] = True  # The magnitudes alone were trained.
-    return parts | {"lora_a": a[..., used], "lora_b": np.compress(used, b, axis=lead)}
+        is_used[0] = True  # The magnitudes alone were trained.
+    trimmed_b = np.compress(is_used, b, axis=rank_dim_of_b)
+    return parts | {"lora_a": a[..., is_used], "lora_b": trimmed_b}
