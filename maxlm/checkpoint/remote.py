@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import tensorstore as ts
@@ -46,7 +46,10 @@ from maxlm.runtime.storage import (
 )
 
 ResultT = TypeVar("ResultT")
-_FETCHED, _COMPLETE, _OWNER = ".fetched", "COMPLETE", "OWNER"
+
+_FETCHED = ".fetched"
+_COMPLETE = "COMPLETE"
+_OWNER = "OWNER"
 _POLL_SECONDS = 0.1
 _FILES_IN_MEMORY = 4
 
