@@ -66,7 +66,11 @@ def describe_validation_error(
     for details in error.errors(include_url=False):
         fault = _find_fault(details, cls, tree.settings)
         faults.setdefault(fault.key, fault).errors.append(details)
-    first = min(faults.values(), key=lambda f: f.errors[0]["type"] != "extra_forbidden")
+
+    def is_known_key(fault: ConfigFault) -> bool:
+        return fault.errors[0]["type"] != "extra_forbidden"
+
+    first = min(faults.values(), key=is_known_key)  # False comes first
     described = _describe(first, cls, tree)
     if len(faults) == 1:
         return described
@@ -148,6 +152,8 @@ def _describe_wrong_value(fault: ConfigFault, where: str) -> MaxlmError:
     if details["type"] == "union_tag_invalid":
         value = details.get("ctx", {})["tag"]
     choices = _list_choices(fault.allowed_types)
+
+    # What the key allows: choices, then what each member of a union expects.
     expectations = [_join_choices(choices)] if choices else []
     fix = None
     for item in fault.errors:
@@ -161,10 +167,12 @@ def _describe_wrong_value(fault: ConfigFault, where: str) -> MaxlmError:
         if item["type"].startswith("model_") and field_names:
             expectation += f" ({_join_names(field_names)})"
             fix = None
+            # A kind's name stands where its mapping belongs.
             if "kind" in field_names and isinstance(value, str):
                 fix = f"set {name}.kind={value}"
         if expectation not in expectations:
             expectations.append(expectation)
+
     text_choices = [choice for choice in choices if isinstance(choice, str)]
     close = get_close_matches(str(value), text_choices, n=1)
     if close:
@@ -201,10 +209,12 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
         return "`include` stands at the top of a file only"
     if "." in leaf and (*parents, *leaf.split(".")) in schema_keys:
         return "write it nested, one mapping inside the other"
+
+    # The same name elsewhere, similar ones beside it, very similar ones elsewhere.
     same = [join_key(key) for key in schema_keys if key[-1] == leaf]
     close_names = get_close_matches(leaf, siblings, n=3)
     close = [join_key((*parents, name)) for name in close_names]
-    # Far from here, only a closer match is worth naming.
+    # Of several keys with one name, that which comes first in the schema.
     key_by_leaf = {str(key[-1]): join_key(key) for key in reversed(schema_keys)}
     far_leaves = get_close_matches(leaf, key_by_leaf, n=3, cutoff=0.8)
     far = [key_by_leaf[name] for name in far_leaves]
@@ -212,6 +222,7 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     unknown_key = join_key(fault.key)
     if unknown_key in suggestions:
         suggestions.remove(unknown_key)
+
     valid = "no keys are allowed here"
     if siblings:
         valid = f"valid here: {_join_names(siblings)}"

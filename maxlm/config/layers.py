@@ -94,9 +94,12 @@ def _read_layers(
         fix = "include fewer: files that include others again and again count each time"
         raise MaxlmError(message, where=format_path(trail[0]), fix=fix)
     document = _read_file(path)
-    include = document.value.pop("include", Setting([], document.origin))
+    no_includes = Setting([], document.origin)
+    include = document.value.pop("include", no_includes)
     includes = include.value if isinstance(include.value, list) else [include]
+    # This file behind those that include it, outermost first.
     trail = (*trail, path)
+    open_files = [includer.resolve() for includer in trail]
     layers = []
     for item in includes:
         if not isinstance(item.value, str):
@@ -104,7 +107,7 @@ def _read_layers(
             message = f"include must be a path or a list of paths, not {shown}"
             raise MaxlmError(message, where=str(item.origin))
         target = _find_included(path, item)
-        if target.resolve() in [earlier.resolve() for earlier in trail]:
+        if target.resolve() in open_files:
             cycle = " -> ".join(format_path(step) for step in (*trail, target))
             fix = "remove one of these includes"
             raise MaxlmError(f"include cycle: {cycle}", where=str(item.origin), fix=fix)
@@ -132,7 +135,10 @@ def _read_file(path: Path) -> Setting:
 
 
 def _find_included(includer: Path, item: Setting) -> Path:
-    path = Path(os.path.normpath(includer.parent / Path(item.value).expanduser()))
+    """Returns the file that an ``include`` names: relative to the file that it stands
+    in, else a shipped config."""
+    named = Path(item.value).expanduser()
+    path = Path(os.path.normpath(includer.parent / named))
     if path.is_file():
         return path
     shipped = find_shipped_config(item.value)
@@ -189,6 +195,8 @@ def _set_value(
     if not parts:
         return _merge(node, value, key)
     first, *rest = parts
+
+    # An element of a list, by its index.
     if node and isinstance(node.value, list):
         size = len(node.value)
         if not first.isdecimal() or int(first) >= size:
@@ -203,7 +211,8 @@ def _set_value(
         items = [*node.value]
         items[index] = _set_value(items[index], rest, value, (*key, index))
         return Setting(items, node.origin)
-    # What is no mapping gives way to one.
+
+    # A key of a mapping; what is no mapping gives way to one.
     mapping = Setting({}, COMMAND_LINE)
     if node and isinstance(node.value, dict):
         mapping = node

@@ -55,8 +55,9 @@ class ZarrArray:
         stored = self._store[lead_index] if lead_index else self._store
         with _explain(self._where):
             boxes = split_into_boxes(values.shape, self.shard_shape[num_lead:])
-            begun = ((box, stored[box].read()) for box in boxes)
-            for box, reading in _few_at_once(begun, values.nbytes):
+            # A read begins when the generator makes it: `_few_at_once` says when.
+            reads = ((box, stored[box].read()) for box in boxes)
+            for box, reading in _few_at_once(reads, values.nbytes):
                 values[box] = reading.result()
         return values
 
@@ -72,8 +73,8 @@ class ZarrArray:
         stored = self._store[lead_index] if lead_index else self._store
         with _explain(self._where, _WRITING):
             boxes = split_into_boxes(values.shape, self.shard_shape[num_lead:])
-            begun = (stored[box].write(values[box]) for box in boxes)
-            for writing in _few_at_once(begun, values.nbytes):
+            writes = (stored[box].write(values[box]) for box in boxes)
+            for writing in _few_at_once(writes, values.nbytes):
                 writing.result()
 
 
@@ -93,11 +94,11 @@ def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
 def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading
     indices."""
-    tile, file = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
+    tile_in_slice, file_in_slice = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
     # A file holds nothing of two slices.
-    lead = (1,) * num_lead_axes
-    tile = lead + tile
-    file = lead + file
+    one_slice = (1,) * num_lead_axes
+    tile = one_slice + tile_in_slice
+    file = one_slice + file_in_slice
     codecs = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "zstd", "configuration": {"level": 1}},
@@ -162,19 +163,19 @@ def _open(location: dict[str, Any], options: dict[str, Any]) -> "TensorStore":
     return ts.cast(store, ts.float32) if store.dtype == ts.bfloat16 else store
 
 
-def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
+def _few_at_once(tasks: Iterator[T], nbytes: int) -> Iterator[T]:
     """Yields what an iterator begins, in order, at most an eighth of ``nbytes`` ahead.
 
     TensorStore holds each file twice while it is on its way, as values and compressed.
     """
     num_files = nbytes // (8 * FILE_BYTES)
-    at_once = max(1, min(num_files, os.cpu_count() or 1))
-    flight: deque[T] = deque()
-    for task in begun:
-        flight.append(task)
-        if len(flight) >= at_once:
-            yield flight.popleft()
-    yield from flight
+    most_in_flight = max(1, min(num_files, os.cpu_count() or 1))
+    in_flight: deque[T] = deque()
+    for task in tasks:
+        in_flight.append(task)
+        if len(in_flight) >= most_in_flight:
+            yield in_flight.popleft()
+    yield from in_flight
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
     SHARD_BYTES,
+    Kind,
     SafetensorsWriter,
     StoredTensor,
     TensorDtypes,
@@ -71,23 +72,27 @@ def import_tensors(
         progress: is told of the bytes of tensors that are done, and of all.
         warn: called with a line if values are NaN or infinite.
     """
-    leads = count_lead_axes(entries, shapes)
-    pairs = match_entries(
-        list_stored_tensors(folder), entries, ignored, where=str(folder)
-    )
+    num_lead_axes = count_lead_axes(entries, shapes)
+    stored_tensors = list_stored_tensors(folder)
+    pairs = match_entries(stored_tensors, entries, ignored, where=str(folder))
     for name, shape in shapes.items():
-        writer.declare(name, shape, leads[name])
-    total = sum(stored.nbytes for stored, _ in pairs)
-    done = 0
+        writer.declare(name, shape, num_lead_axes[name])
+
+    def get_place_on_disk(pair: tuple[StoredTensor, TensorEntry]) -> tuple[Path, int]:
+        stored, _ = pair
+        return stored.path, stored.offset
+
+    total_bytes = sum(stored.nbytes for stored, _ in pairs)
+    bytes_done = 0
     num_bad = 0
     first_bad = ""
-    for stored, entry in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
-        count = _import_one(stored, entry, shapes, writer)
-        num_bad += count
-        if count and not first_bad:
+    for stored, entry in sorted(pairs, key=get_place_on_disk):
+        num_bad_here = _import_one(stored, entry, shapes, writer)
+        num_bad += num_bad_here
+        if num_bad_here and not first_bad:
             first_bad = stored.name
-        done += stored.nbytes
-        progress("converting", done, total)
+        bytes_done += stored.nbytes
+        progress("converting", bytes_done, total_bytes)
     if num_bad:
         line = f"warning: {num_bad:,} values are NaN or infinite"
         warn(f"{line}, the first of them in {first_bad}")
@@ -113,28 +118,32 @@ def export_tensors(
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
     """
-    leads = count_lead_axes(entries, checkpoint.shapes)
-    kinds = {e.theirs: (dtypes.get_dtype(e.theirs), tuple(e.shape)) for e in entries}
-    sizes = {
-        name: prod(shape) * NUMPY[dtype].itemsize
-        for name, (dtype, shape) in kinds.items()
-    }
-    total = sum(sizes.values())
-    done = 0
+    num_lead_axes = count_lead_axes(entries, checkpoint.shapes)
+    kinds: dict[str, Kind] = {}
+    num_bytes: dict[str, int] = {}
+    for entry in entries:
+        dtype = dtypes.get_dtype(entry.theirs)
+        kinds[entry.theirs] = (dtype, tuple(entry.shape))
+        num_bytes[entry.theirs] = prod(entry.shape) * NUMPY[dtype].itemsize
+    total_bytes = sum(num_bytes.values())
+    bytes_done = 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
     # Parameter by parameter, so that each need only be decoded once.
-    for names, group in groupby(sorted(entries, key=_names), key=_names):
+    by_params = sorted(entries, key=_list_param_names)
+    for names, group in groupby(by_params, key=_list_param_names):
         with ExitStack() as stack:
-            slices: dict[str, ReadSlice] = {}
+            readers: dict[str, ReadSlice] = {}
             for name in set(names):
-                opened = checkpoint.open_slice_reader(name, leads[name], writer.folder)
-                slices[name] = stack.enter_context(opened)
+                opened = checkpoint.open_slice_reader(
+                    name, num_lead_axes[name], writer.folder
+                )
+                readers[name] = stack.enter_context(opened)
             for entry in group:
-                parts = [slices[place.name](place.index) for place in entry.ours]
+                parts = [readers[place.name](place.index) for place in entry.ours]
                 writer.write(entry.theirs, entry.join(parts), lossy=lossy)
                 del parts  # before the next tensor is read
-                done += sizes[entry.theirs]
-                progress("converting", done, total)
+                bytes_done += num_bytes[entry.theirs]
+                progress("converting", bytes_done, total_bytes)
 
 
 def _import_one(
@@ -160,7 +169,7 @@ def _import_one(
     return num_bad
 
 
-def _names(entry: TensorEntry) -> tuple[str, ...]:
+def _list_param_names(entry: TensorEntry) -> tuple[str, ...]:
     return tuple(place.name for place in entry.ours)
 
 
@@ -173,23 +182,30 @@ def match_entries(
     """Returns the tensor of each entry: by its name or, where the files lack it, by an
     alias."""
     pairs: list[tuple[StoredTensor, TensorEntry]] = []
-    again: list[tuple[StoredTensor, StoredTensor]] = []
+    copies: list[tuple[StoredTensor, StoredTensor]] = []
     missing: list[str] = []
-    left = dict(tensors)
-    ignored = list(ignored)
+    left_over = dict(tensors)
     for entry in entries:
+        # The tensor, and again under other names where a tied one is stored twice.
         stored = [
-            left.pop(name) for name in (entry.theirs, *entry.aliases) if name in left
+            left_over.pop(name)
+            for name in (entry.theirs, *entry.aliases)
+            if name in left_over
         ]
         if not stored:
             missing.append(entry.theirs)
             continue
-        pairs.append((stored[0], entry))
         for tensor in stored:
             _check_fits(tensor, entry)
-        again += [(stored[0], tensor) for tensor in stored[1:]]
+        first, *others = stored
+        pairs.append((first, entry))
+        copies += [(first, other) for other in others]
+
+    patterns = list(ignored)
     extra = [
-        name for name in left if not any(fnmatchcase(name, glob) for glob in ignored)
+        name
+        for name in left_over
+        if not any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
     faults: list[str] = []
     if missing:
@@ -201,8 +217,8 @@ def match_entries(
         raise MaxlmError(
             f"the files {' and '.join(faults)}", where=where, fix=_OTHER_CONFIG
         )
-    for one, other in again:
-        _check_same(one, other)
+    for first, other in copies:
+        _check_same(first, other)
     return pairs
 
 
@@ -212,23 +228,27 @@ def count_lead_axes(
     """Checks that the table fills every element of every parameter exactly once, and
     returns the number of leading indices at which each is cut."""
     indices: dict[str, list[Shape]] = {name: [] for name in param_shapes}
-    for place in (place for entry in entries for place in entry.ours):
-        if place.name not in param_shapes:
-            raise MaxlmError("this model has no such parameter", where=place.name)
-        indices[place.name].append(place.index)
-    leads = {
+    for entry in entries:
+        for place in entry.ours:
+            if place.name not in param_shapes:
+                raise MaxlmError("this model has no such parameter", where=place.name)
+            indices[place.name].append(place.index)
+    num_lead_axes = {
         name: max((len(index) for index in filled), default=0)
         for name, filled in indices.items()
     }
     for name, shape in param_shapes.items():
+        # How often each index is filled, and how often it has to be: once.
         filled = Counter(indices[name])
-        expected = Counter(np.ndindex(*shape[: leads[name]]))
-        for index in sorted((expected - filled) | (filled - expected)):
-            at = "".join(f"[{i}]" for i in index)
+        expected = Counter(np.ndindex(*shape[: num_lead_axes[name]]))
+        wrong_indices = sorted((expected - filled) | (filled - expected))
+        if wrong_indices:
+            index = wrong_indices[0]
+            subscript = "".join(f"[{i}]" for i in index)
             is_filled = index in filled
             fault = "filled twice or not there" if is_filled else "nothing fills it"
-            raise MaxlmError(fault, where=name + at, fix=_OTHER_CONFIG)
-    return leads
+            raise MaxlmError(fault, where=name + subscript, fix=_OTHER_CONFIG)
+    return num_lead_axes
 
 
 def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
@@ -243,14 +263,14 @@ def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
         )
 
 
-def _check_same(one: StoredTensor, other: StoredTensor) -> None:
+def _check_same(first: StoredTensor, other: StoredTensor) -> None:
     # Bytes, not values: a NaN is not equal to itself.
-    chunks = zip(iterate_flat_chunks(one), iterate_flat_chunks(other), strict=True)
-    same = one.dtype == other.dtype and all(
+    chunks = zip(iterate_flat_chunks(first), iterate_flat_chunks(other), strict=True)
+    is_same = first.dtype == other.dtype and all(
         chunk.tobytes() == other_chunk.tobytes() for chunk, other_chunk in chunks
     )
-    if not same:
-        message = f"{other.name} differs from {one.name}, which this model ties it to"
+    if not is_same:
+        message = f"{other.name} differs from {first.name}, which this model ties it to"
         fix = "set tie_word_embeddings to false in config.json if it is an output head of its own"
         raise MaxlmError(message, where=str(other.path), fix=fix)
 

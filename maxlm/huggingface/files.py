@@ -74,11 +74,9 @@ class TensorDtypes(Config):
     @classmethod
     def from_dtypes(cls, dtypes: Mapping[str, str]) -> "TensorDtypes":
         """Makes the shortest description of each tensor's own."""
-        default = Counter(dtypes.values()).most_common(1)[0][0]
-        return cls(
-            default=default,
-            exceptions={n: d for n, d in dtypes.items() if d != default},
-        )
+        ((default, _),) = Counter(dtypes.values()).most_common(1)
+        exceptions = {name: dtype for name, dtype in dtypes.items() if dtype != default}
+        return cls(default=default, exceptions=exceptions)
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,14 @@ def read_tensor(
     """Returns a tensor's values, in its own number format or cast on the way to
     ``dtype``."""
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
-    flat = values.reshape(-1)
-    done = 0
-    for piece in iterate_flat_chunks(stored):
-        cast = cast_values(piece, flat.dtype, where=stored.name, lossy=lossy)
-        flat[done : done + len(piece)] = cast
-        done += len(piece)
+    flat_values = values.reshape(-1)  # a view
+    start = 0
+    for chunk in iterate_flat_chunks(stored):
+        stop = start + len(chunk)
+        flat_values[start:stop] = cast_values(
+            chunk, values.dtype, where=stored.name, lossy=lossy
+        )
+        start = stop
     return values
 
 
@@ -158,15 +158,18 @@ def iterate_flat_chunks(stored: StoredTensor) -> Iterator[np.ndarray]:
     """Yields a tensor's values in order, as 1-D arrays that are only valid until the
     next."""
     dtype = NUMPY[stored.dtype]
-    buffer = np.empty(min(stored.size, SLAB_BYTES // dtype.itemsize), dtype)
+    values_per_chunk = min(stored.size, SLAB_BYTES // dtype.itemsize)
+    buffer = np.empty(values_per_chunk, dtype)
     try:
         with stored.path.open("rb") as file:
             file.seek(stored.offset)
-            for start in range(0, stored.size, max(1, len(buffer))):
-                piece = buffer[: stored.size - start]
-                if file.readinto(piece.view(np.uint8).data) != piece.nbytes:
+            # A tensor without values has a buffer without any, and no chunk.
+            for start in range(0, stored.size, max(1, values_per_chunk)):
+                chunk = buffer[: stored.size - start]
+                num_read = file.readinto(chunk.view(np.uint8).data)
+                if num_read != chunk.nbytes:
                     raise OSError(f"it ends within {stored.name}")
-                yield piece
+                yield chunk
     except OSError as error:
         raise MaxlmError(
             f"cannot be read ({error})", where=str(stored.path), fix=_AGAIN
@@ -187,7 +190,9 @@ def list_file_tensors(path: Path) -> dict[str, StoredTensor]:
                 for name, tensor in slices.items()
             }
         with path.open("rb") as file:
-            offset = 8 + int.from_bytes(file.read(8), "little")
+            # Eight bytes hold the header's length; tensors begin behind the header.
+            header_length = int.from_bytes(file.read(8), "little")
+            offset = 8 + header_length
     except (SafetensorError, OSError) as error:
         text = str(error).removeprefix("Error while deserializing header: ")
         reason = text.splitlines()[0][:100] if text else type(error).__name__
@@ -215,8 +220,7 @@ def _describe_lack(folder: Path) -> MaxlmError:
             message = f"{path.name} is a pickle, which can run any code when it is read"
             fix = (
                 "fetch the model as safetensors; or, only if you trust it, load it "
-                "with "
-                "transformers (from_pretrained) and write it with save_pretrained"
+                "with transformers (from_pretrained) and write it with save_pretrained"
             )
             return MaxlmError(message, where=where, fix=fix)
     return MaxlmError(f"neither {SINGLE} nor {INDEX} here", where=where, fix=fix)
@@ -303,45 +307,52 @@ def split_into_slabs(values: np.ndarray) -> Iterator[np.ndarray]:
     """Yields ``values`` in C order as contiguous pieces along axis 0, views where they
     can be."""
     rows = values if values.ndim else values[None]
-    step = max(1, SLAB_BYTES // max(1, math.prod(rows.shape[1:]) * rows.itemsize))
-    for start in range(0, len(rows), step):
-        yield np.ascontiguousarray(rows[start : start + step])
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
+    # One row at least, and rows of no bytes count as one.
+    rows_per_slab = max(1, SLAB_BYTES // max(1, row_bytes))
+    for start in range(0, len(rows), rows_per_slab):
+        yield np.ascontiguousarray(rows[start : start + rows_per_slab])
 
 
 def _split_into_shards(
     tensors: Mapping[str, Kind], shard_bytes: int
 ) -> list[list[StoredTensor]]:
+    """Splits tensors into files in their order; paths and offsets are still to be
+    set."""
     shards: list[list[StoredTensor]] = [[]]
-    filled = 0
+    bytes_in_shard = 0
     for name, (dtype, shape) in tensors.items():
-        stored = StoredTensor(name, Path(), dtype, tuple(shape), 0)
-        if shards[-1] and filled + stored.nbytes > shard_bytes:
+        stored = StoredTensor(name, Path(), dtype, tuple(shape), offset=0)
+        is_full = bytes_in_shard + stored.nbytes > shard_bytes
+        if shards[-1] and is_full:  # an empty one takes any tensor
             shards.append([])
-            filled = 0
+            bytes_in_shard = 0
         shards[-1].append(stored)
-        filled += stored.nbytes
+        bytes_in_shard += stored.nbytes
     return shards
 
 
 def _place_tensors(
     path: Path, tensors: list[StoredTensor]
 ) -> tuple[bytes, list[StoredTensor]]:
-    """A file's header, padded to 8 bytes, and its tensors, wide formats first: all lie
-    aligned."""
+    """Returns a file's header, padded to 8 bytes, and its tensors in their places, wide
+    formats first: all lie aligned."""
     tensors = sorted(tensors, key=lambda stored: -NUMPY[stored.dtype].itemsize)
-    ends = list(accumulate((stored.nbytes for stored in tensors), initial=0))
-    head: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for stored, offsets in zip(tensors, pairwise(ends), strict=True):
-        shape = list(stored.shape)
-        head[stored.name] = {
+    # One after the other: each begins where the one before it ends. Offsets in the
+    # header count from its end.
+    bounds = list(accumulate((stored.nbytes for stored in tensors), initial=0))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for stored, start_and_end in zip(tensors, pairwise(bounds), strict=True):
+        entries[stored.name] = {
             "dtype": stored.dtype,
-            "shape": shape,
-            "data_offsets": offsets,
+            "shape": list(stored.shape),
+            "data_offsets": start_and_end,
         }
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return header, [
+    placed = [
         replace(stored, path=path, offset=len(header) + start)
-        for stored, start in zip(tensors, ends, strict=False)
+        for stored, start in zip(tensors, bounds[:-1], strict=True)
     ]
+    return header, placed

@@ -122,6 +122,7 @@ class ModelFamily:
         has_prefix = any(name.startswith(self.prefix) for name in stored_names)
 
         def spell(name: str) -> str:
+            """Returns a name as these files spell it."""
             plain = name if has_prefix else name.removeprefix(self.prefix)
             for usual, other in self.suffix_aliases.items():
                 if plain not in stored_names and plain.endswith(usual):
@@ -130,8 +131,9 @@ class ModelFamily:
 
         spelled: list[TensorEntry] = []
         for entry in entries:
+            name = spell(entry.theirs)
             aliases = tuple(spell(alias) for alias in entry.aliases)
-            spelled.append(replace(entry, theirs=spell(entry.theirs), aliases=aliases))
+            spelled.append(replace(entry, theirs=name, aliases=aliases))
         return spelled
 
     def find_missing_part(self, config: TransformerConfig) -> str | None:
@@ -153,16 +155,18 @@ class ModelFamily:
         values: dict[str, Any] = {"architectures": [self.hf_architecture]}
         if [*config.heads] == ["score"]:
             labels = range(config.heads["score"])
-            values = {"architectures": [self.hf_classifier]}
+            values["architectures"] = [self.hf_classifier]
             values["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
             values["label2id"] = {f"LABEL_{i}": i for i in labels}
-        values |= {"model_type": self.model_type, **write_fields(config, self.fields)}
+        values["model_type"] = self.model_type
+        values |= write_fields(config, self.fields)
         if self.init_std_key:
             values[self.init_std_key] = config.init_std
         if self.rope_kwargs is not None:
             latent = config.attention.latent
-            turned = latent.rotary_dim if latent else config.attention.head_dim
-            values |= write_position_settings(config.positions, turned)
+            # Latent attention turns dimensions that are apart from the head's own.
+            rotary_size = latent.rotary_dim if latent else config.attention.head_dim
+            values |= write_position_settings(config.positions, rotary_size)
         return values | self.write_extra(config)
 
     def read_config(
@@ -205,18 +209,19 @@ class ModelFamily:
             settings["heads"] = {"score": num_labels}
             if self._lacks_language_head(reader.tensors):
                 settings["tie_embeddings"] = True
-        width = settings["d_model"]
-        heads = settings["attention"]["num_heads"]
-        defaults = {"num_kv_heads": heads, "head_dim": width // heads}
+        # Sizes that follow from others where the file does not name them.
+        d_model = settings["d_model"]
+        num_heads = settings["attention"]["num_heads"]
+        defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
         attention = defaults | settings["attention"]
         settings["attention"] = attention
         if "mlp" in settings:
-            settings["mlp"].setdefault("d_ff", 4 * width)
+            settings["mlp"].setdefault("d_ff", 4 * d_model)
         if self.rope_kwargs is not None:
             latent = attention.get("latent", {})
-            turned = latent.get("rotary_dim", attention["head_dim"])
+            rotary_size = latent.get("rotary_dim", attention["head_dim"])
             settings["positions"] = read_position_settings(
-                reader, turned, **self.rope_kwargs
+                reader, rotary_size, **self.rope_kwargs
             )
         self.read_extra(reader, settings)
         for key in ("initializer_range", "init_std"):

@@ -115,12 +115,17 @@ def linear(*ours: str) -> TensorRule:
 def interleave_by_kv_head(*ours: str) -> TensorRule:
     """Returns the rule of maps of one input, fused by kv head: for each, its rows of
     every map, those of queries for all heads that it serves."""
-    return TensorRule(ours, lambda pieces: _stack_rows(pieces, pieces[1].shape[-2]))
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        num_kv_heads = pieces[1].shape[-2]  # of [..., K, H]
+        return _stack_rows(pieces, num_kv_heads)
+
+    return TensorRule(ours, make_conversion)
 
 
 def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
-    """Returns a form whose ``groups`` equal parts of rows have all pieces, one above
-    the other."""
+    """Returns the conversion of a matrix [rows, inputs] whose ``groups`` equal parts of
+    rows hold each a share of every piece, one above the other."""
     first = pieces[0]
     # Of biases and other vectors there are no inputs: [rows]; else [rows, inputs].
     inputs: tuple[int, ...] = ()
@@ -130,22 +135,28 @@ def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion
     # Where each piece's rows end within a group.
     stops = np.cumsum([size // groups for size in outputs])
 
-    def split(whole: Array) -> list[Array]:
-        parts = np.split(whole.reshape(groups, -1, *inputs), stops[:-1], axis=1)
-        rows = (part.reshape(-1, *inputs) for part in parts)
-        return [
-            part_rows.T.reshape(piece.shape)
-            for part_rows, piece in zip(rows, pieces, strict=True)
-        ]
+    def split_rows(whole: Array) -> list[Array]:
+        # [groups · rows of all, inputs] → for each piece [rows, inputs] → ours, with
+        # inputs first.
+        by_group = whole.reshape(groups, -1, *inputs)
+        parts = np.split(by_group, stops[:-1], axis=1)
+        split: list[Array] = []
+        for part, piece in zip(parts, pieces, strict=True):
+            rows = part.reshape(-1, *inputs)
+            split.append(rows.T.reshape(piece.shape))
+        return split
 
-    def join(parts: Sequence[Array]) -> Array:
-        rows = [
-            part.reshape(*inputs, -1).T.reshape(groups, -1, *inputs) for part in parts
-        ]
-        joined = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
+    def join_rows(parts: Sequence[Array]) -> Array:
+        by_group: list[Array] = []
+        for part in parts:
+            rows = part.reshape(*inputs, -1).T
+            by_group.append(rows.reshape(groups, -1, *inputs))
+        # One alone stays a view.
+        joined = np.concatenate(by_group, axis=1) if len(by_group) > 1 else by_group[0]
         return joined.reshape(-1, *inputs)
 
-    return TensorConversion((groups * int(stops[-1]), *inputs), split, join)
+    num_rows = groups * int(stops[-1])
+    return TensorConversion((num_rows, *inputs), split_rows, join_rows)
 
 
 def map_linear(theirs: str, ours: str) -> NameTable:
@@ -176,21 +187,21 @@ def transpose(*ours: str) -> TensorRule:
     """Returns the rule of matrices [inputs, outputs] side by side (GPT-2's
     "Conv1D")."""
 
-    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        shape, split, join = _stack_rows(pieces, 1)
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        shape, split_rows, join_rows = _stack_rows(pieces, 1)
         return TensorConversion(
             shape[::-1],
-            lambda tensor: split(tensor.T),
-            lambda parts: join(parts).T,
+            lambda tensor: split_rows(tensor.T),
+            lambda parts: join_rows(parts).T,
         )
 
-    return TensorRule(ours, form)
+    return TensorRule(ours, make_conversion)
 
 
 def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
     """Returns the rule of a table or a vector as it is, or as a matrix of one row."""
 
-    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         our_shape = pieces[0].shape
         shape = (1, *our_shape) if as_row else our_shape
         return TensorConversion(
@@ -199,24 +210,25 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
             lambda parts: parts[0].reshape(shape),
         )
 
-    return TensorRule((ours,), form, aliases)
+    return TensorRule((ours,), make_conversion, aliases)
 
 
 def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
     """Returns the rule with the last ``rotary_dim`` rows of each head, or of all,
     reordered: theirs pair neighbours, ours halves."""
 
-    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         plain = rule.make_conversion(pieces)
-        last = pieces[-1].shape[-1]
-        size = last if each_head else plain.shape[0]
+        head_dim = pieces[-1].shape[-1]
+        rows_per_head = head_dim if each_head else plain.shape[0]
         # Ours in terms of theirs: the first of each pair, then the second of each.
-        order = np.arange(size)
-        order[-rotary_dim:] = order[-rotary_dim:].reshape(-1, 2).T.ravel()
+        order = np.arange(rows_per_head)
+        pairs = order[-rotary_dim:].reshape(-1, 2)
+        order[-rotary_dim:] = pairs.T.ravel()
         inverse_order = np.argsort(order)
 
         def reorder(rows: Array, order: Array) -> Array:
-            by_head = rows.reshape(-1, size, *rows.shape[1:])
+            by_head = rows.reshape(-1, rows_per_head, *rows.shape[1:])
             return by_head[:, order].reshape(rows.shape)
 
         return TensorConversion(
@@ -225,7 +237,7 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
             lambda parts: reorder(plain.join(parts), inverse_order),
         )
 
-    return TensorRule(rule.ours, form)
+    return TensorRule(rule.ours, make_conversion)
 
 
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
@@ -233,15 +245,17 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     d_ff, D] too or, of another orientation, [E, D, d_ff]."""
     axes = (0, 1, 2) if same_orientation else (0, 2, 1)
 
-    def form(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        e, d_ff, d = (pieces[0].shape[axis] for axis in axes)
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        num_experts, d_ff, d_model = (pieces[0].shape[axis] for axis in axes)
+        num_rows = num_experts * d_ff
+        # Swapping two axes is its own inverse.
         return TensorConversion(
-            (e * d_ff, d),
-            lambda whole: [whole.reshape(e, d_ff, d).transpose(axes)],
-            lambda parts: parts[0].transpose(axes).reshape(e * d_ff, d),
+            (num_rows, d_model),
+            lambda whole: [whole.reshape(num_experts, d_ff, d_model).transpose(axes)],
+            lambda parts: parts[0].transpose(axes).reshape(num_rows, d_model),
         )
 
-    return TensorRule((ours,), form)
+    return TensorRule((ours,), make_conversion)
 
 
 def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
@@ -270,10 +284,13 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
             continue
         for layer, (stack, index) in enumerate(places):
             ours = tuple(f"{stack}.{parameter}" for parameter in rule.ours)
-            for expert in experts if "{expert}" in name else (None,):
+            if "{expert}" not in name:
+                full_name = name.format(layer=layer)
+                entries += _make_entry(full_name, rule, specs, ours, (index,))
+                continue
+            for expert in experts:
                 full_name = name.format(layer=layer, expert=expert)
-                lead_index = (index,) if expert is None else (index, expert)
-                entries += _make_entry(full_name, rule, specs, ours, lead_index)
+                entries += _make_entry(full_name, rule, specs, ours, (index, expert))
     return _drop_taken_aliases(entries)
 
 
@@ -316,7 +333,7 @@ def _make_entry(
 
 
 def _get_shape(spec: ParamSpec, num_lead_axes: int) -> ParamShape:
-    """The shape of a parameter's slice at that many leading indices."""
+    """Returns the shape of a parameter's slice at that many leading indices."""
     num_input_dims = 0
     if spec.contracting_dims:
         # An expert's inputs stand behind the expert axis, which an index may or may not
