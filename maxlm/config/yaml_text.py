@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
         line = mark.line + 1 if self.track_lines and mark else None
         return SettingOrigin(self.source, line)
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag:
