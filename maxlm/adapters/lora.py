@@ -307,9 +307,10 @@ class LoraParam(AdaptedParam):
         terms = b * (2 * self.scale * a_w + self.scale**2 * a_a_b)
         added = jnp.sum(terms, axis=num_lead_dims)
         base_squares = jnp.sum(jnp.square(w), axis=input_dims)
+        base_norms = jnp.sqrt(base_squares)
         # Rounding may leave less than nothing.
-        sum_squares = jnp.maximum(base_squares + added, 0)
-        return jnp.sqrt(base_squares), jnp.sqrt(sum_squares)
+        sum_norms = jnp.sqrt(jnp.maximum(base_squares + added, 0))
+        return base_norms, sum_norms
 
 
 @jax.tree_util.register_dataclass
