@@ -536,7 +536,7 @@ def init_params(specs: Params, key: jax.Array) -> Params:
         param_key = fold_in_name(key, join_path(path))
         if not spec.num_layer_axes:
             return spec.init(param_key, spec.shape, spec.dtype)
-        # Layer by layer, so that a value does not depend on the model's depth.
+        # A key for each layer: its random numbers do not depend on the model's depth.
         num_layers = prod(spec.shape[: spec.num_layer_axes])
         layer_shape = spec.shape[spec.num_layer_axes :]
         fold_in_layer = jax.vmap(lambda layer: jax.random.fold_in(param_key, layer))
