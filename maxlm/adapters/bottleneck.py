@@ -44,7 +44,7 @@ class BottleneckParam(AdaptedParam):
     def finish_output(self, y: jax.Array, reader: ParamReader) -> jax.Array:
         (axis,) = reader.output_axes
 
-        def apply(
+        def apply_map(
             x: jax.Array,
             kernel: StoredParam,
             bias: StoredParam,
@@ -54,9 +54,9 @@ class BottleneckParam(AdaptedParam):
             (product,) = reader.multiply(x, reader.read(kernel, (in_axis, out_axis)))
             return product + reader.read(bias, (out_axis,)).move()
 
-        hidden = apply(y, self.adapter_down, self.adapter_down_bias, axis, None)
+        hidden = apply_map(y, self.adapter_down, self.adapter_down_bias, axis, None)
         hidden = ACTIVATIONS[self.activation](hidden)
-        return y + apply(hidden, self.adapter_up, self.adapter_up_bias, None, axis)
+        return y + apply_map(hidden, self.adapter_up, self.adapter_up_bias, None, axis)
 
 
 class BottleneckAdapter(Adapter):

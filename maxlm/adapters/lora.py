@@ -201,19 +201,19 @@ class LoraParam(AdaptedParam):
         output_layout = layout[output_start:]
         whole = ()
 
-        def read(
+        def read_in_layout(
             reader: ParamReader, param: StoredParam, axes: Axes, layout: Dims
         ) -> jax.Array:
             return reshard(reader.read(param, axes).value, make_spec(layout))
 
         a_layout = (*layout[:output_start], whole)
         b_layout = (*lead_layout, whole, *output_layout)
-        lora_a = read(reader, self.lora_a, a_axes, a_layout)
-        lora_b = read(reader, self.lora_b, b_axes, b_layout)
+        lora_a = read_in_layout(reader, self.lora_a, a_axes, a_layout)
+        lora_b = read_in_layout(reader, self.lora_b, b_axes, b_layout)
         magnitude = None
         if self.lora_magnitude is not None:
             # One a B's output: B's axes without the rank.
-            magnitude = read(
+            magnitude = read_in_layout(
                 replace(reader, dtype=jnp.float32),
                 self.lora_magnitude,
                 (*b_axes[:num_lead_dims], *b_axes[num_lead_dims + 1 :]),
@@ -307,9 +307,10 @@ class LoraParam(AdaptedParam):
         terms = b * (2 * self.scale * a_w + self.scale**2 * a_a_b)
         added = jnp.sum(terms, axis=num_lead_dims)
         base_squares = jnp.sum(jnp.square(w), axis=input_dims)
+        base_norms = jnp.sqrt(base_squares)
         # Rounding may leave less than nothing.
-        sum_squares = jnp.maximum(base_squares + added, 0)
-        return jnp.sqrt(base_squares), jnp.sqrt(sum_squares)
+        sum_norms = jnp.sqrt(jnp.maximum(base_squares + added, 0))
+        return base_norms, sum_norms
 
 
 @jax.tree_util.register_dataclass

@@ -186,8 +186,9 @@ def _read_shards(
         shards = {}
 
         def read_shard(
-            name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+            name: str, shape: tuple[int, ...], index: tuple[slice, ...] | None
         ) -> np.ndarray:
+            assert index is not None
             key = f"{name}@{_shard_key(index, shape)}"
             if key not in keys:
                 message = (

@@ -329,13 +329,14 @@ def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtype
 
     first_device = SingleDeviceSharding(jax.local_devices()[0])
 
-    def describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def describe_leaf(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or first_device
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     prefix = f"{subtree}." if subtree else ""
     return {
-        prefix + name: describe(leaf) for name, leaf in flatten_names(abstract).items()
+        prefix + name: describe_leaf(leaf)
+        for name, leaf in flatten_names(abstract).items()
     }
 
 

@@ -110,7 +110,7 @@ class Config(BaseModel):
         cls, source: object, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
         schema = handler(source)
-        model = handler.resolve_ref_schema(schema)
+        model = cast(dict[str, Any], handler.resolve_ref_schema(schema))
         inner = _check_scalars(model)
         # The wrapper takes the model's place, in the same dict, so that all references
         # to the model mean the wrapper.
@@ -153,12 +153,12 @@ def add_default_tag(name: str, value: str) -> BeforeValidator:
     """Adds the key ``name`` where a mapping lacks it, for a union discriminated by
     it."""
 
-    def add(settings: object) -> object:
+    def add_tag(settings: object) -> object:
         if isinstance(settings, Mapping) and name not in settings:
             return {name: value, **settings}
         return settings
 
-    return BeforeValidator(add)
+    return BeforeValidator(add_tag)
 
 
 def _check_file_name(text: str) -> str:

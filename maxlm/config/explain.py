@@ -210,7 +210,8 @@ def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     if "." in leaf and (*parents, *leaf.split(".")) in schema_keys:
         return "write it nested, one mapping inside the other"
 
-    # The same name elsewhere, similar ones beside it, very similar ones elsewhere.
+    # The same name elsewhere, similar ones beside it, and similar ones elsewhere: far
+    # from here only a closer match is worth naming.
     same = [join_key(key) for key in schema_keys if key[-1] == leaf]
     close_names = get_close_matches(leaf, siblings, n=3)
     close = [join_key((*parents, name)) for name in close_names]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -40,8 +40,9 @@ class ZarrArray:
         self._where = where
         self.shape: Shape = tuple(store.shape)
         self.dtype: np.dtype = store.dtype.numpy_dtype
-        self.shard_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
-        self.chunk_shape: Shape = tuple(store.chunk_layout.read_chunk.shape or ())
+        layout = store.chunk_layout
+        self.shard_shape = cast(Shape, tuple(layout.write_chunk.shape or ()))
+        self.chunk_shape = cast(Shape, tuple(layout.read_chunk.shape or ()))
         """Shape of a tile, the least that can be decoded."""
 
     @property

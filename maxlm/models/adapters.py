@@ -86,7 +86,7 @@ def _store_base_as(specs: Params, dtype: DTypeLike) -> Params:
     """Returns declarations with another dtype for the base's matrices and tables; heads
     of a task, which are trained beside an adapter, stay."""
 
-    def store(spec: ParamSpec) -> ParamSpec:
+    def set_dtype(spec: ParamSpec) -> ParamSpec:
         return spec if spec.role == "vector" else replace(spec, dtype=dtype)
 
     base = {}
@@ -94,7 +94,7 @@ def _store_base_as(specs: Params, dtype: DTypeLike) -> Params:
         if name == "heads":
             base[name] = module_specs
         else:
-            base[name] = jax.tree.map(store, module_specs)
+            base[name] = jax.tree.map(set_dtype, module_specs)
     return replace_base_params(specs, base)
 
 

@@ -354,12 +354,12 @@ def is_unstacked(params: Params) -> bool:
 def take_stacked_layer(params: Params, layer: int) -> Params:
     """Returns the parameters of one layer of a stack."""
 
-    def take(param: StoredParam) -> StoredParam:
+    def take_layer(param: StoredParam) -> StoredParam:
         if isinstance(param, UnstackedParam):
             return param.layers[layer]
         return jax.tree.map(lambda x: x[layer], param)
 
-    return jax.tree.map(take, params, is_leaf=is_leaf)
+    return jax.tree.map(take_layer, params, is_leaf=is_leaf)
 
 
 def read_weight(param: nnx.Param, rules: AxisRules, dtype: DTypeLike) -> ShardedWeight:
@@ -440,36 +440,36 @@ def replace_base_params(tree: Params, base: Params) -> Params:
     """Returns parameters with other values for what :func:`select_base_params`
     selects."""
 
-    def put(param: StoredParam, base: StoredParam) -> StoredParam:
+    def put_base(param: StoredParam, base: StoredParam) -> StoredParam:
         if isinstance(param, Leaf) and param.base_field is not None:
             leaf = cast(AdaptedParam, param)  # a dataclass, as all leaves are
             return replace(leaf, **{param.base_field: base})
         return base
 
-    return jax.tree.map(put, tree, base, is_leaf=is_leaf)
+    return jax.tree.map(put_base, tree, base, is_leaf=is_leaf)
 
 
 def seed_dropout(params: Params, specs: Params, key: jax.Array) -> Params:
     """Returns parameters whose leaves drop what training drops, each by random numbers
     of its own name; ``specs``: their declarations."""
 
-    def seed(
+    def seed_leaf(
         path: jax.tree_util.KeyPath, spec: StoredParam, param: StoredParam
     ) -> StoredParam:
         if not is_leaf(spec):
             return param
         return param.seed_dropout(spec, fold_in_name(key, join_path(path)))
 
-    return jax.tree_util.tree_map_with_path(seed, specs, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(seed_leaf, specs, params, is_leaf=is_leaf)
 
 
 def seed_micro_batch(params: Params, index: jax.Array) -> Params:
     """Returns parameters with :meth:`Leaf.seed_micro_batch` of each leaf."""
 
-    def seed(param: StoredParam) -> StoredParam:
+    def seed_leaf(param: StoredParam) -> StoredParam:
         return param.seed_micro_batch(index) if is_leaf(param) else param
 
-    return jax.tree.map(seed, params, is_leaf=is_leaf)
+    return jax.tree.map(seed_leaf, params, is_leaf=is_leaf)
 
 
 def get_values(module: nnx.Module) -> Params:
@@ -532,11 +532,11 @@ def init_params(specs: Params, key: jax.Array) -> Params:
     layer alone. Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole
     on one device."""
 
-    def init(path: jax.tree_util.KeyPath, spec: ParamSpec) -> jax.Array:
+    def init_param(path: jax.tree_util.KeyPath, spec: ParamSpec) -> jax.Array:
         param_key = fold_in_name(key, join_path(path))
         if not spec.num_layer_axes:
             return spec.init(param_key, spec.shape, spec.dtype)
-        # Layer by layer, so that a value does not depend on the model's depth.
+        # A key for each layer: its random numbers do not depend on the model's depth.
         num_layers = prod(spec.shape[: spec.num_layer_axes])
         layer_shape = spec.shape[spec.num_layer_axes :]
         fold_in_layer = jax.vmap(lambda layer: jax.random.fold_in(param_key, layer))
@@ -546,4 +546,4 @@ def init_params(specs: Params, key: jax.Array) -> Params:
         )
         return init_layers(layer_keys).reshape(spec.shape)
 
-    return jax.tree_util.tree_map_with_path(init, specs)
+    return jax.tree_util.tree_map_with_path(init_param, specs)

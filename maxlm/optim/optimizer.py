@@ -99,7 +99,7 @@ def shard_optimizer(
     if optimizer_rules == storage_rules:
         return inner
 
-    def move(tree: optax.Updates, rules: AxisRules) -> optax.Updates:
+    def lay_out(tree: optax.Updates, rules: AxisRules) -> optax.Updates:
         return jax.tree.map(
             lambda spec, x: gather_to_spec(x, rules.spec(*spec.axes)), specs, tree
         )
@@ -110,10 +110,10 @@ def shard_optimizer(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is not None:
-            params = move(params, optimizer_rules)
-        updates = move(updates, optimizer_rules)
+            params = lay_out(params, optimizer_rules)
+        updates = lay_out(updates, optimizer_rules)
         updates, state = inner.update(updates, state, params)
-        return move(updates, storage_rules), state
+        return lay_out(updates, storage_rules), state
 
     return optax.GradientTransformation(inner.init, update)
 

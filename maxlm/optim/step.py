@@ -229,7 +229,7 @@ def compute_loss_and_gradients(
         whole = merge_params(whole, rest)
         rest = jax.tree.map(lambda _: None, params)
 
-    def seed(params: Params, key: jax.Array) -> Params:
+    def add_dropout_seeds(params: Params, key: jax.Array) -> Params:
         return seed_dropout(params, param_specs(model), fold_in_name(key, "dropout"))
 
     def bind_params(params: Params, key: jax.Array | None = None) -> nnx.Module:
@@ -238,14 +238,14 @@ def compute_loss_and_gradients(
             params = jax.tree.map(GatheredParam, params, whole)
         params = merge_params(params, rest)
         if key is not None:
-            params = seed(params, key)
+            params = add_dropout_seeds(params, key)
         return bind(model, params)
 
     if schedule == "1f1b":
         # Once for the whole batch: stages then seed each micro-batch by its number
         # (`seed_micro_batch`).
-        params = seed(params, key)
-        whole = seed(whole, key)
+        params = add_dropout_seeds(params, key)
+        whole = add_dropout_seeds(whole, key)
         pipelined_model = cast(Model, model)
         result, gradients = _run_1f1b(
             pipelined_model, bind_params, loss, params, batch, key

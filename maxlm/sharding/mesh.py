@@ -142,8 +142,8 @@ def bind_mesh(mesh: Mesh, function: Callable[P, T]) -> Callable[P, T]:
     being traced. ``__wrapped__`` is ``function`` itself, say to lower it."""
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call_under_mesh(*args: P.args, **kwargs: P.kwargs) -> T:
         with jax.set_mesh(mesh):
             return function(*args, **kwargs)
 
-    return call
+    return call_under_mesh

@@ -377,7 +377,7 @@ class _AdapterReader:
                     # Our adapter has one scale; where a module has another, B has it.
                     scale = self._settings.compute_scale(site.name) / adapter.scale
                     tensor = tensor * np.float32(scale)
-                pieces = site.split(part, tensor)
+                pieces = site.split_tensor(part, tensor)
                 for place, piece in zip(site.places, pieces, strict=True):
                     array = arrays[f"{place.name}.{part}"][place.index]
                     # A lower rank than the adapter's fills the first of its ranks.

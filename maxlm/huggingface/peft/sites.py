@@ -59,7 +59,7 @@ class AdapterSite:
         """Returns the shapes of A and B there."""
         raise NotImplementedError
 
-    def split(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
+    def split_tensor(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
         """Splits a tensor there into an array a place, of the shape at its index."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class MapSite(AdapterSite):
         """Returns the shape of IA3's factors there."""
         return (1, self.num_inputs) if of_inputs else (self.num_outputs, 1)
 
-    def split(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
+    def split_tensor(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
         split_outputs = self.entry.convert_outputs().split
         inputs = self.entry.input_shape
         # Inputs are the same for all places: [rank, inputs] → [*inputs, rank].
@@ -162,7 +162,7 @@ class ExpertsSite(AdapterSite):
         columns = rank * self.num_experts
         return (columns, self.num_inputs), (sum(self.sizes), columns)
 
-    def split(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
+    def split_tensor(self, part: str, tensor: np.ndarray) -> list[np.ndarray]:
         """Splits A into [E, inputs, rank], B into [E, rank, outputs] a place."""
         if part == "lora_a":
             # [E · rank, inputs] → [E, inputs, rank].

@@ -378,9 +378,9 @@ class _AdapterFile:
         if not ids:
             return
         modules = [catalog.input_table]
-        has_head = catalog.head is not None and catalog.head in catalog.sites
-        if adapter.token_head and has_head:
-            modules.append(catalog.head)
+        head = catalog.head  # none of its own where it is tied to the table
+        if adapter.token_head and head is not None and head in catalog.sites:
+            modules.append(head)
         for module in modules:
             name = catalog.sites[module].places[0].name
             rows = self._run.checkpoint.open(f"{name}.{OUR_TOKEN_ROWS}").read()

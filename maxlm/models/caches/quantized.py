@@ -421,7 +421,7 @@ def _write_quantized(
     places = places.reshape(-1)
     ripe = exact.ripe.reshape(-1)
 
-    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
+    def write_to_pool(pool: jax.Array, new: jax.Array) -> jax.Array:
         return pool.at[places].set(pad_features(new, pool.shape[-1]), mode="drop")
 
     written = []
@@ -429,7 +429,7 @@ def _write_quantized(
         features = pages[ripe][..., : feature_sizes[index]]
         is_key = index == 0
         new = quantize_pages(features, pool.codes.dtype, per_channel=is_key)
-        written.append(jax.tree.map(write, pool, new))
+        written.append(jax.tree.map(write_to_pool, pool, new))
     return written
 
 
