@@ -89,7 +89,7 @@ def attention(
     d_sinks = np.zeros(N)
     d_biases = None if biases is None else np.zeros(np.shape(biases))
     learned = [
-        x for x, given in ((d_sinks, sinks), (d_biases, biases)) if given is not None
+        x for x, arrays in ((d_sinks, sinks), (d_biases, biases)) if arrays is not None
     ]
     for n in range(N):
         kv = n // (N // K)

@@ -150,7 +150,7 @@ def test_jax_differentiates_attention(place, dtype):
         )
 
 
-def flops(**options) -> float:
+def flops(**options: int) -> float:
     q, k, v = (jnp.zeros((1, 2048, 1, 8)) for _ in range(3))
     run = partial(kernel.attention, **options)
     return jax.jit(run).lower(q, k, v).cost_analysis().get("flops", 0.0)

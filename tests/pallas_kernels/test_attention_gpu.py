@@ -21,7 +21,7 @@ SMALL = triton.TritonBlockSizes(
 TRITON = {"backend": "triton", "block_sizes": SMALL, "interpret": True}
 
 
-def check_with(kernels, case, **bounds):
+def check_with(kernels, case, **bounds: float):
     forward, backward = (
         partial(f, **kernels)
         for f in (kernel.attention_forward, kernel.attention_backward)

@@ -45,7 +45,7 @@ POISONED = pltpu.InterpretParams(
 
 
 def check_tpu(
-    case: Case, blocks: TpuBlockSizes, interpret: Any = POISONED, **more
+    case: Case, blocks: TpuBlockSizes, interpret: Any = POISONED, **bounds: float
 ) -> None:
     options = {"backend": "tpu", "block_sizes": blocks, "interpret": interpret}
     forward = partial(kernel.attention_forward, **options)
@@ -54,7 +54,7 @@ def check_tpu(
         partial(kernel.attention_backward, **options),
         case,
         lse_rounding=BF16_SUMS,
-        **more,
+        **bounds,
     )
 
 

@@ -131,7 +131,7 @@ def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
     monkeypatch.setattr(
         tpu,
         "count_keys_in_vmem",
-        lambda of, own, *rest: seen.append(own) or known(of, own, *rest),
+        lambda of, ours, *rest: seen.append(ours) or known(of, ours, *rest),
     )
     run = problem.attention(None)
 
