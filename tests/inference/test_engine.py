@@ -168,12 +168,12 @@ def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
     """With no time for a second step, a measured dispatch has one of them."""
     engine = make_engine(llama, dispatch_seconds=1e-9, max_sequences=2)
 
-    def sizes(num_requests: int, **options) -> list[int]:
+    def sizes(num_requests: int, stream: bool = False) -> list[int]:
         requests = make_requests(PROMPTS[:num_requests], GREEDY, ignore_eos=True)
         expected = [
-            len(o.token_ids)
-            for o in engine.run(requests, **options)
-            if o.request_id == "0"
+            len(output.token_ids)
+            for output in engine.run(requests, stream=stream)
+            if output.request_id == "0"
         ]
         assert sum(expected) == 9
         return expected
@@ -427,7 +427,7 @@ def test_parameters_are_laid_out_once_and_equal(llama):
                 )
 
 
-def refusal(tiny, request: GenerationRequest, **settings) -> str:
+def refusal(tiny, request: GenerationRequest, **settings: int) -> str:
     return message(make_engine(tiny, **settings).add_request, request)
 
 

@@ -113,7 +113,7 @@ class Case:
         )
 
         @jax.jit
-        def step(cache, q, k, v, **arrays: jax.Array):
+        def step(cache, q, k, v, **arrays: jax.Array | tuple[jax.Array, ...]):
             arrays = jax.tree.map(
                 lambda x: jax.sharding.reshard(x, rules.spec("batch")), arrays
             )

@@ -153,9 +153,25 @@ def check_rest(scheduler, device):
     assert not scheduler._requests
 
 
-def make_request(tokens, number=0, new=4, **kwargs):
-    sampling = SamplingConfig(max_new_tokens=new)
-    return GenerationRequest(str(number), tuple(tokens), sampling, **kwargs)
+def make_request(
+    tokens,
+    number=0,
+    new=4,
+    *,
+    num_sequences=1,
+    continuations=(),
+    grammar=None,
+    prompt_logprobs=None,
+):
+    return GenerationRequest(
+        str(number),
+        tuple(tokens),
+        SamplingConfig(max_new_tokens=new),
+        num_sequences=num_sequences,
+        continuations=continuations,
+        grammar=grammar,
+        prompt_logprobs=prompt_logprobs,
+    )
 
 
 def make_scheduler(windows=(None,), num_shards=1, decoder_start_id=None, **settings):

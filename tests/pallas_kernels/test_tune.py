@@ -105,8 +105,11 @@ def test_kinds_of_masks():
     x = jax.ShapeDtypeStruct((1, 8, 1, 4), jnp.float32)
     ids = np.ones((1, 8), np.int32)
 
-    def kind(**options):
-        return tuned.name_mask_kind(*reversed(validate_arguments(x, x, x, **options)))
+    def kind(causal=True, window=None, segment_ids=None):
+        operands, params = validate_arguments(
+            x, x, x, causal=causal, window=window, segment_ids=segment_ids
+        )
+        return tuned.name_mask_kind(params, operands)
 
     assert kind() == tuned.parse_mask_kind("causal") == "causal"
     assert kind(causal=False) == tuned.parse_mask_kind("full") == "full"

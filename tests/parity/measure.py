@@ -157,7 +157,12 @@ def all_double() -> Iterator[None]:
     otherwise cast norms, angles, routers and softmax to fp32."""
     import torch
 
-    originals = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
+    originals = (
+        torch.float32,
+        torch.float,
+        torch.Tensor.float,
+        torch.get_default_dtype(),
+    )
     torch.float32 = torch.float = torch.float64  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.float = torch.Tensor.double
     torch.set_default_dtype(torch.float64)
@@ -275,5 +280,7 @@ def _theirs_continued(name: str, prompt: list[int]) -> list[int]:
         decoder_start_token_id=start,
         use_cache=start is None,
     )
-    out = built.model.generate(torch.tensor([prompt]), generation_config=greedy)[0].tolist()
+    out = built.model.generate(torch.tensor([prompt]), generation_config=greedy)[
+        0
+    ].tolist()
     return out[1 if start is not None else len(prompt) :]

@@ -84,7 +84,11 @@ def check(
             flat if features is None else flat | {"heads.features.kernel": features.T}
         )
 
-    task_settings = {"kind": "distill", "teacher": "teacher", "examples_per_row": 1} | settings
+    task_settings = {
+        "kind": "distill",
+        "teacher": "teacher",
+        "examples_per_row": 1,
+    } | settings
     task = make_task(path, rows, **task_settings)
     mesh = compare.one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))

@@ -97,7 +97,9 @@ def test_logits_and_counts_are_pefts(name, kind):
         name.removesuffix(".virtual"): f"{name.removesuffix('.virtual')}.base"
         for name in arrays
     }
-    flat = {based.get(name, name): array for name, array in case.params.items()} | arrays
+    flat = {
+        based.get(name, name): array for name, array in case.params.items()
+    } | arrays
     got = compare.logits(case.config, flat, row, positions, segments, adapter=adapter)[
         0
     ]

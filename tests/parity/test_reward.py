@@ -60,9 +60,9 @@ def test_scores_in_transformers(tied, tmp_path):
     padded = [ids + [tokenizer.pad_id] * (width - len(ids)) for ids in tokens]
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in tokens]
     with torch.no_grad():
-        expected = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[
-            :, 0
-        ]
+        expected = theirs(
+            torch.tensor(padded), attention_mask=torch.tensor(mask)
+        ).logits[:, 0]
     ours = score_texts(run, rows)
     assert np.ptp(ours) > 0.05
     np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)

@@ -147,7 +147,8 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
             "input_ids": whole,
             "attention_mask": [[1] * len(ids) for ids in whole],
             "labels": [
-                [-100] * len(example["prompt_ids"]) + example[f"{side}_ids"] for example in encoded
+                [-100] * len(example["prompt_ids"]) + example[f"{side}_ids"]
+                for example in encoded
             ],
         }
         for name, lists in parts.items():
@@ -211,7 +212,9 @@ def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     params = [compare.placed(convert(m.state_dict()), mesh) for m in (model, reference)]
     policy = config.build(rules=rules, dtype=jnp.float32)
-    loss, sums, gradient = compute_loss_and_gradient(task, (policy, mesh, *params), batch)
+    loss, sums, gradient = compute_loss_and_gradient(
+        task, (policy, mesh, *params), batch
+    )
     assert loss == pytest.approx(theirs.item(), rel=1e-5, abs=1e-5)
     logged = trainer._metrics["eval"]
     for ours, name in (

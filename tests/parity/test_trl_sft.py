@@ -68,7 +68,11 @@ def open_both(folder, name, template):
 
 
 def encode_there(tokenizer, talk):
-    options = {"return_assistant_tokens_mask": True, "return_dict": True, "tokenize": True}
+    options = {
+        "return_assistant_tokens_mask": True,
+        "return_dict": True,
+        "tokenize": True,
+    }
     encoding = tokenizer.apply_chat_template(talk, **options)
     return encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]]
 
@@ -127,7 +131,9 @@ def test_loss_and_gradient_are_those_of_unlearnt_labels(tmp_path, seed, most):
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    expected = compare.parameters(model_config, entries, {n: gradients[n] for n in tensors})
+    expected = compare.parameters(
+        model_config, entries, {n: gradients[n] for n in tensors}
+    )
     built = model_config.build(
         rules=ShardingConfig().compute.for_mesh(dict(mesh.shape)), dtype=jnp.float32
     )
@@ -143,7 +149,9 @@ def test_loss_and_gradient_are_those_of_unlearnt_labels(tmp_path, seed, most):
         return total / sums["tokens"]
 
     with jax.set_mesh(mesh):
-        params = compare.placed(compare.parameters(model_config, entries, tensors), mesh)
+        params = compare.placed(
+            compare.parameters(model_config, entries, tensors), mesh
+        )
         got, gradient = jax.jit(jax.value_and_grad(loss))(
             params, jax.tree.map(jnp.asarray, batch)
         )
