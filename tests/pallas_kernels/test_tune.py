@@ -28,7 +28,7 @@ PROBLEM = Problem(FORWARD, 128, 128, 4096, "causal", "bfloat16", 8)
 BLOCKS = TpuBlocks(1024, 512, 256, 128, 2, False)
 
 
-def entry(chip="v5p", blocks=BLOCKS, **changes):
+def entry(chip="v5p", blocks=BLOCKS, **changes: str | int):
     return PROBLEM._replace(**changes).entry(chip, blocks, 1000, "jax 0")
 
 

@@ -72,7 +72,7 @@ def logits(
     segments: np.ndarray | None = None,
     dtype: Any = jnp.float32,
     adapter: Adapter | None = None,
-    **more: Any,
+    **more: np.ndarray | tuple[np.ndarray | None, ...],
 ) -> np.ndarray:
     """[B, S, V] of our model.
 
