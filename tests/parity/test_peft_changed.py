@@ -100,8 +100,8 @@ def both(*changes: Change) -> Change:
 def _list_setting_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for adapter, key, values in _SETTINGS:
-        for outcome, weights in values.items():
-            for value in weights:
+        for outcome, setting_values in values.items():
+            for value in setting_values:
                 shown = "absent" if value is ABSENT else json.dumps(value)
                 case = Case(adapter, set_keys(**{key: value}), outcome)
                 cases[f"{adapter}-{key}={shown}"] = case
