@@ -63,7 +63,7 @@ def text(tmp_path_factory) -> str:
 @pytest.fixture
 def make_config(tmp_path, text):
     def make(
-        name: str, mesh: Mapping[str, int], folder: Path = tmp_path, **parts: Any
+        name: str, mesh: Mapping[str, int], folder: Path = tmp_path, **parts: tiny.Part
     ) -> RunConfig:
         settings = tiny.settings(folder, text) | {
             "name": name,
@@ -103,11 +103,10 @@ def trained(tmp_path_factory) -> dict[str, Any]:
 def train_once(make_config, train, trained):
     """``train_once(name, mesh, **parts)``: a run that no other test changes."""
 
-    def run(name: str, mesh: Mapping[str, int], **parts: Any) -> Any:
+    def run(name: str, mesh: Mapping[str, int], **parts: tiny.Part) -> Any:
         if name not in trained:
-            trained[name] = train(
-                make_config(name, mesh, folder=trained["folder"], **parts)
-            )
+            config = make_config(name, mesh, folder=trained["folder"], **parts)
+            trained[name] = train(config)
         return trained[name]
 
     return run

@@ -77,12 +77,15 @@ def load(engine: Engine, tiny: Tiny, name: str, seed: int = 0) -> None:
     engine.load_adapter(name, (ADAPTERS[name], draw_arrays(tiny, ADAPTERS[name], seed)))
 
 
-def request(adapter: str | None, request_id: str = "", **options) -> GenerationRequest:
+def request(
+    adapter: str | None, request_id: str = "", prompt_tokens=None
+) -> GenerationRequest:
     name = request_id or str(adapter)
-    request = GenerationRequest(
-        name, tuple(PROMPTS[adapter]), GREEDY, top_logprobs=0, adapter=adapter
+    if prompt_tokens is None:
+        prompt_tokens = tuple(PROMPTS[adapter])
+    return GenerationRequest(
+        name, prompt_tokens, GREEDY, top_logprobs=0, adapter=adapter
     )
-    return replace(request, **options)
 
 
 def collect(outputs, tokens_by_name=None) -> dict[str, list]:

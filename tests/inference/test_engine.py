@@ -45,7 +45,7 @@ def make_engine(tiny, tokenizer=None, draft=None, **settings) -> Engine:
     return Engine(tiny.model, tiny.params, config, tokenizer, draft=draft)
 
 
-def make_requests(prompts, sampling, **options) -> list[GenerationRequest]:
+def make_requests(prompts, sampling, **options: bool | int) -> list[GenerationRequest]:
     return [
         GenerationRequest(str(number), tuple(prompt), sampling, **options)
         for number, prompt in enumerate(prompts)
@@ -60,7 +60,7 @@ def collect(outputs) -> dict[tuple[str, int], list[int]]:
     return rows_by_key
 
 
-def rows(engine: Engine, prompts, sampling, **options) -> list[list[int]]:
+def rows(engine: Engine, prompts, sampling, **options: bool | int) -> list[list[int]]:
     rows_by_key = collect(engine.run(make_requests(prompts, sampling, **options)))
     assert engine.stats().num_free_pages == engine.stats().num_pages
     return [rows_by_key[str(number), 0] for number in range(len(prompts))]
@@ -174,12 +174,12 @@ def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
     """With no time for a second step, a measured dispatch has one of them."""
     engine = make_engine(llama, dispatch_seconds=1e-9, max_sequences=2)
 
-    def sizes(num_requests: int, **options) -> list[int]:
+    def sizes(num_requests: int, stream: bool = False) -> list[int]:
         requests = make_requests(PROMPTS[:num_requests], GREEDY, ignore_eos=True)
         expected = [
-            len(o.token_ids)
-            for o in engine.run(requests, **options)
-            if o.request_id == "0"
+            len(output.token_ids)
+            for output in engine.run(requests, stream=stream)
+            if output.request_id == "0"
         ]
         assert sum(expected) == 9
         return expected
@@ -371,7 +371,9 @@ def test_angles_that_grow_with_the_sequence_are_each_row_s_own(
             # A forward pass of just the prompt: padding is of no segment, and at 0.
             ids, places, segments = np.zeros((3, 1, 40), np.int32)
             size = len(prompt)
-            ids[0, :size], places[0, :size], segments[0, :size] = prompt, range(size), 1
+            ids[0, :size] = prompt
+            places[0, :size] = range(size)
+            segments[0, :size] = 1
             logits = forward(tiny.params, ids, places, segments)
             assert logits[0, size - 1].argmax() == row[0]
         plain = rows(make_engine(build_tiny("llama", one_device_mesh)), prompts, GREEDY)
@@ -442,7 +444,7 @@ def test_parameters_are_laid_out_once_and_equal(llama):
                 )
 
 
-def refusal(tiny, request: GenerationRequest, **settings) -> str:
+def refusal(tiny, request: GenerationRequest, **settings: int) -> str:
     return message(make_engine(tiny, **settings).add_request, request)
 
 

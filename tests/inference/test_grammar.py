@@ -92,11 +92,13 @@ def step(settings, allowed, position, vocab_size):
     )
 
 
-def generate(tokenizer, matchers: list[GrammarMatcher], **knobs) -> list[str]:
+def generate(
+    tokenizer, matchers: list[GrammarMatcher], sampling: SamplingConfig
+) -> list[str]:
     """Texts that end as they should."""
     streams = range(ROWS)
     texts = [[] for _ in range(ROWS)]
-    settings = stack_settings([SamplingConfig(**knobs)] * ROWS, ROWS, streams=streams)
+    settings = stack_settings([sampling] * ROWS, ROWS, streams=streams)
     words = -(-(tokenizer.vocab_size + EXTRA) // 32)
     for position in range(STEPS):
         allowed = np.full((ROWS, words), np.uint32(2**32 - 1))
@@ -127,9 +129,8 @@ def test_a_schema_a_regex_and_a_grammar(tokenizer, compiler):
         *[GrammarSpec("regex", DATE)] * 2,
         *[GrammarSpec("lark", SUM)] * 2,
     ]
-    texts = generate(
-        tokenizer, [compiler.compile(spec) for spec in specs], temperature=1.5
-    )
+    matchers = [compiler.compile(spec) for spec in specs]
+    texts = generate(tokenizer, matchers, SamplingConfig(temperature=1.5))
     for text in texts[:4]:
         jsonschema.validate(json.loads(text), SCHEMA)
     assert all(re.fullmatch(DATE, text) for text in texts[4:6])
@@ -144,9 +145,8 @@ def test_any_json_object(tokenizer, compiler):
     # end.
     ends = {tokenizer.encode(char)[0]: 8.0 for char in '"}]:'} | {tokenizer.eos_id: 9.0}
     spec = GrammarSpec("json_object")
-    for text in generate(
-        tokenizer, [compiler.compile(spec) for _ in range(ROWS)], logit_bias=ends
-    ):
+    matchers = [compiler.compile(spec) for _ in range(ROWS)]
+    for text in generate(tokenizer, matchers, SamplingConfig(logit_bias=ends)):
         assert isinstance(json.loads(text), dict)
 
 

@@ -113,7 +113,7 @@ class Case:
         )
 
         @jax.jit
-        def step(cache, q, k, v, **arrays):
+        def step(cache, q, k, v, **arrays: jax.Array | tuple[jax.Array, ...]):
             arrays = jax.tree.map(
                 lambda x: jax.sharding.reshard(x, rules.spec("batch")), arrays
             )
@@ -143,11 +143,14 @@ class Case:
                 computed = np.full((D, ROWS), -1, np.int32)
                 counts = np.zeros((D, ROWS), np.int32)
                 for row in decode:
-                    computed[:, row], counts[:, row] = known[row], width
+                    computed[:, row] = known[row]
+                    counts[:, row] = width
                 ids, starts, sizes = np.zeros((3, D, CHUNKS), np.int32)
                 places = [(r, known[r] + g) for r in range(ROWS) for g in range(width)]
                 for at, (row, size) in enumerate(chunks.items()):
-                    ids[:, at], starts[:, at], sizes[:, at] = row, known[row], size
+                    ids[:, at] = row
+                    starts[:, at] = known[row]
+                    sizes[:, at] = size
                     places += [(row, known[row] + i) for i in range(size)]
                 places += [(0, 0)] * (ROWS * width + CHUNK - len(places))
                 index = tuple(np.array(places).T)

@@ -106,7 +106,10 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 99), tokens=st.tuples(*[st.integers(0, 1)] * SIZE))
     def grow(self, which, tokens):
-        if not self.sequences or (new := self.allocate()) is None:
+        if not self.sequences:
+            return
+        new = self.allocate()
+        if new is None:
             return
         sequence = self.sequences[which % len(self.sequences)]
         index = len(sequence["tokens"]) // SIZE

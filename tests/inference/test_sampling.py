@@ -256,7 +256,12 @@ keep = jax.jit(compute_sampling_logits, static_argnames="vocab_size")
 
 
 def kept_ids(
-    logits, history=(), output=0, vocab_size=None, allowed=None, **knobs
+    logits,
+    history=(),
+    output=0,
+    vocab_size=None,
+    allowed=None,
+    **knobs: float | dict[int, float],
 ) -> list[int]:
     """Tokens that one row may draw."""
     settings = stack_settings([SamplingConfig(**knobs)], 1, stop_ids=[STOPS])

@@ -153,9 +153,25 @@ def check_rest(scheduler, device):
     assert not scheduler._requests
 
 
-def make_request(tokens, number=0, new=4, **kwargs):
-    sampling = SamplingConfig(max_new_tokens=new)
-    return GenerationRequest(str(number), tuple(tokens), sampling, **kwargs)
+def make_request(
+    tokens,
+    number=0,
+    new=4,
+    *,
+    num_sequences=1,
+    continuations=(),
+    grammar=None,
+    prompt_logprobs=None,
+):
+    return GenerationRequest(
+        str(number),
+        tuple(tokens),
+        SamplingConfig(max_new_tokens=new),
+        num_sequences=num_sequences,
+        continuations=continuations,
+        grammar=grammar,
+        prompt_logprobs=prompt_logprobs,
+    )
 
 
 def make_scheduler(windows=(None,), num_shards=1, decoder_start_id=None, **settings):
@@ -165,8 +181,8 @@ def make_scheduler(windows=(None,), num_shards=1, decoder_start_id=None, **setti
     )
 
 
-def simulate(*args, rng=None, **settings):
-    scheduler = make_scheduler(*args, **settings)
+def simulate(windows=(None,), *, rng=None, num_shards=1, **settings: int | bool):
+    scheduler = make_scheduler(windows, num_shards, **settings)
     return scheduler, SimulatedDevice(scheduler, rng)
 
 
@@ -297,8 +313,8 @@ def test_requests_share_a_prefix(together):
     for number in range(32):
         tokens = [*prefix.tolist(), number % VOCAB, number]
         sequences += scheduler.add(make_request(tokens, number, new=3))
-        while not together and (step := scheduler.schedule()):
-            device.run(step)
+        if not together:
+            finish_all(scheduler, device)
     most = 0
     while step := scheduler.schedule():
         pages |= set(scheduler.page_tables[0][0, :, : 1000 // 8].flat) - {0}
@@ -518,7 +534,8 @@ def test_little_of_a_step_is_padding():
         scheduler.add(
             GenerationRequest("0", (1,) * length, SamplingConfig(max_new_tokens=1))
         )
-        device, sizes[length] = SimulatedDevice(scheduler), []
+        device = SimulatedDevice(scheduler)
+        sizes[length] = []
         while step := scheduler.schedule():
             sizes[length] += [chunk.num_tokens for chunk in step.prefill]
             device.run(step)

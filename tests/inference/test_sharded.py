@@ -40,8 +40,8 @@ SAMPLED = SamplingConfig(temperature=2.0, top_k=50, top_p=0.95, max_new_tokens=6
 SMALL = {"max_sequences": 2, "max_length": 32, "page_size": 4, "prefill_tokens": 8}
 
 
-def tokens(tiny, sampling, **settings):
-    config = EngineConfig(**SMALL, **settings)
+def tokens(tiny, sampling):
+    config = EngineConfig(**SMALL)
     outputs = generate(tiny.model, tiny.params, PROMPTS, sampling, config=config)
     return collect_tokens(outputs)
 

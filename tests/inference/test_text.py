@@ -140,10 +140,10 @@ def test_a_prompt_opens_as_the_tokenizer_says_and_an_encoder_reads_a_whole_docum
     ]
 
 
-def sampling_run(folder, **top):
+def sampling_run(folder, **parts: tiny.Part):
     samples = {"prompts": ["the quiet sea", "", "gulls " * 30], "max_new_tokens": 9}
     settings = tiny.settings(
-        folder, tiny.write_text(folder / "text"), samples=samples, **top
+        folder, tiny.write_text(folder / "text"), samples=samples, **parts
     )
     return RunConfig.model_validate(settings)
 

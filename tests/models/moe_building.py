@@ -95,7 +95,9 @@ def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
     return on_devices(params, shardings(specs, mesh))
 
 
-def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any:
+def outputs_and_gradients(
+    mesh: Mesh, config: MoeConfig, **settings: str | tuple[str, ...]
+) -> Any:
     """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy;
     ``settings`` are compute rules."""
     model = layer(config, compute_rules(mesh, **settings))

@@ -90,7 +90,7 @@ def per_leaf(formula, params, grads):
     return jax.tree.map(leaf, SPECS, f64(params), *map(f64, grads))
 
 
-def assert_close(got, want, **tolerance):
+def assert_close(got, want, **tolerance: float):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, **tolerance), f64(got), want
     )
@@ -268,8 +268,8 @@ def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
         for seed in (1, 2):
             sharded = step(*sharded, jax.device_put(values(seed, specs), layout))
 
-    def check(array, asked, want):
-        assert array.sharding.is_equivalent_to(asked, array.ndim)
+    def check(array, requested, want):
+        assert array.sharding.is_equivalent_to(requested, array.ndim)
         np.testing.assert_allclose(
             jax.device_get(array), jax.device_get(want), atol=1e-6
         )

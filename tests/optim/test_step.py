@@ -52,7 +52,7 @@ def line_state(ema=None, step=3):
 
 
 def step_line(state, batch, **settings):
-    given = {
+    inputs = {
         "model": Line(),
         "task": task_of(squares),
         "optimizer": optax.sgd(RATE),
@@ -60,7 +60,7 @@ def step_line(state, batch, **settings):
         "seed": 0,
         **settings,
     }
-    return train_step(state, batch, **given)
+    return train_step(state, batch, **inputs)
 
 
 def line_batch(micro):

@@ -3,7 +3,7 @@ them."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import compute_row_delta, sink_gradient
+from pallas_kernels.attention.params import AttentionOptions
 from tests.models.building import QUICK
 from tests.pallas_kernels import reference
 
@@ -173,9 +174,10 @@ def check(
     B, S, T = case.shape[:3]
     seen = _seen(case, options)
     unseen = ~np.broadcast_to(seen.any(axis=1), (B, T))
-    k[unseen], v[unseen] = GARBAGE, -GARBAGE
+    k[unseen] = GARBAGE
+    v[unseen] = -GARBAGE
 
-    def run(q, k, v, d_o, **options):
+    def run(q, k, v, d_o, **options: Unpack[AttentionOptions]):
         o, lse = forward(q, k, v, **options)
         delta = compute_row_delta(o, d_o)
         d_q, d_k, d_v, *learned = backward(q, k, v, lse, delta, d_o, **options)

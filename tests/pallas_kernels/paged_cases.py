@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -116,22 +116,33 @@ def _draw_pages(rng, kind: str, shape: tuple[int, ...], used, per_channel: bool)
     return QuantizedPages(codes, scale, zero if "zeros" in kind else None)
 
 
-def run(case: Case, **call: Any) -> tuple[Any, Any]:
+class Implementation(TypedDict, total=False):
+    """Which implementation computes, and how; without a key, its default."""
+
+    backend: str
+    block_sizes: Any
+    interpret: Any
+
+
+def run(case: Case, **call: Unpack[Implementation]) -> tuple[Any, Any]:
     """o and lse of an implementation, compiled."""
     arguments, arrays, static = build(case)
     return run_built(arguments, arrays, static, **call)
 
 
-def run_built(arguments, arrays, static, **call: Any) -> tuple[np.ndarray, np.ndarray]:
+def run_built(
+    arguments, arrays, static, **call: Unpack[Implementation]
+) -> tuple[np.ndarray, np.ndarray]:
     function = jax.jit(
         partial(paged_attention, **static, **call), compiler_options=QUICK
     )
-    return jax.tree.map(
-        np.asarray, function(*jax.tree.map(jnp.asarray, arguments), **arrays)
-    )
+    results = function(*jax.tree.map(jnp.asarray, arguments), **arrays)
+    return jax.tree.map(np.asarray, results)
 
 
-def check(case: Case, *, tolerance: float = 2e-5, **call: Any) -> None:
+def check(
+    case: Case, *, tolerance: float = 2e-5, **call: Unpack[Implementation]
+) -> None:
     """Results are the reference's to ``tolerance``, of the largest value where that is
     above 1; and zeros and −inf of queries that are no row's."""
     arguments, arrays, static = build(case)

@@ -1,9 +1,11 @@
 """Paged attention in float64 NumPy, written from the definition, a query at a time."""
 
 import itertools
+from typing import Unpack
 
 import numpy as np
 
+from pallas_kernels.attention.params import AttentionOptions
 from tests.pallas_kernels import reference
 
 
@@ -38,7 +40,7 @@ def _read_token(pages, table, t, per_channel):
 
 def paged_attention(
     q, key_pages, value_pages, page_tables, kv_lengths, query_starts,
-    *, key_limits=None, value_dim=None, scale=None, **options,
+    *, key_limits=None, value_dim=None, scale=None, **options: Unpack[AttentionOptions],
 ):  # fmt: skip
     """o [T, N, Hv] and lse [T, N]; options are those of the reference of dense
     attention."""

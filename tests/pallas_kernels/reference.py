@@ -20,9 +20,28 @@ def distances(S, T, *, q_offset=0, k_offset=0, q_positions=None, k_positions=Non
     return at[:, :, None] - keys[:, None], keys
 
 
-def mask(S, T, *, causal=True, window=None, prefix=None, segment_ids=None, **places):
+def mask(
+    S,
+    T,
+    *,
+    causal=True,
+    window=None,
+    prefix=None,
+    segment_ids=None,
+    q_offset=0,
+    k_offset=0,
+    q_positions=None,
+    k_positions=None,
+):
     """bool [B or 1, S, T]: which keys each query may read."""
-    behind, keys = distances(S, T, **places)
+    behind, keys = distances(
+        S,
+        T,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        q_positions=q_positions,
+        k_positions=k_positions,
+    )
     allowed = behind >= 0 if causal else np.ones((1, S, T), bool)
     if window is not None:
         allowed = allowed & (behind < window)
@@ -65,7 +84,10 @@ def attention(
     slopes=None,
     sinks=None,
     biases=None,
-    **places,
+    q_offset=0,
+    k_offset=0,
+    q_positions=None,
+    k_positions=None,
 ):
     """Vaswani et al. 2017, eq. 1: the output and log-sum-exps; with ``d_o``, also the
     gradients of Σ d_o · output by q, k, v and, where there are any, sinks and biases,
@@ -73,6 +95,12 @@ def attention(
     value."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (S, N, H), (T, K) = q.shape[1:], k.shape[1:3]
+    places = {
+        "q_offset": q_offset,
+        "k_offset": k_offset,
+        "q_positions": q_positions,
+        "k_positions": k_positions,
+    }
     allowed = mask(
         S,
         T,
@@ -89,7 +117,7 @@ def attention(
     d_sinks = np.zeros(N)
     d_biases = None if biases is None else np.zeros(np.shape(biases))
     learned = [
-        x for x, given in ((d_sinks, sinks), (d_biases, biases)) if given is not None
+        x for x, arrays in ((d_sinks, sinks), (d_biases, biases)) if arrays is not None
     ]
     for n in range(N):
         kv = n // (N // K)

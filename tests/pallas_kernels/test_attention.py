@@ -2,6 +2,7 @@
 what is masked."""
 
 from functools import partial
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.params import AttentionOperands
+from pallas_kernels.attention.params import AttentionOperands, AttentionOptions
 from tests.pallas_kernels import reference
 from tests.pallas_kernels.cases import PLACES, Case, cases, check, compiled
 from tests.pallas_kernels.reference import operands
@@ -101,9 +102,9 @@ def test_the_reference_gradients_are_finite_differences(case):
     learned = [x for x in ("sinks", "biases") if x in options]
     operands += [options.pop(x).astype(np.float64) for x in learned]
 
-    def run(operands, **more):
+    def run(operands, d_o=None):
         learned_terms = dict(zip(learned, operands[3:], strict=True))
-        return reference.attention(*operands[:3], **learned_terms, **options, **more)
+        return reference.attention(*operands[:3], d_o=d_o, **learned_terms, **options)
 
     for i, grad in enumerate(run(operands, d_o=d_o)[2:]):
         toward = rng.standard_normal(grad.shape)
@@ -131,10 +132,10 @@ def test_jax_differentiates_attention(place, dtype):
     learned = [options.pop(name).astype(dtype) for name in ("sinks", "biases")]
     operands = [q.astype(dtype), k.astype(dtype), v, *learned]
 
-    def attend(q, k, v, sinks, biases, **options):
+    def attend(q, k, v, sinks, biases, **options: Unpack[AttentionOptions]):
         return kernel.attention(q, k, v, sinks=sinks, biases=biases, **options)
 
-    def pull(*operands, **options):
+    def pull(*operands, **options: Unpack[AttentionOptions]):
         *operands, d_o = operands
         o, back = jax.vjp(partial(attend, **options), *operands)
         return o, *back(d_o)
@@ -152,7 +153,7 @@ def test_jax_differentiates_attention(place, dtype):
         )
 
 
-def flops(**options) -> float:
+def flops(**options: int) -> float:
     q, k, v = (jnp.zeros((1, 2048, 1, 8)) for _ in range(3))
     run = partial(kernel.attention, **options)
     return jax.jit(run).lower(q, k, v).cost_analysis().get("flops", 0.0)
@@ -183,7 +184,7 @@ def test_float64_operands_are_computed_in_float64():
         )
 
 
-def both_passes(q, k, v, d_o, **options):
+def both_passes(q, k, v, d_o, **options: Unpack[AttentionOptions]):
     o, lse = kernel.attention_forward(q, k, v, **options)
     delta = kernel.compute_row_delta(o, d_o)
     options.pop("sinks", None)

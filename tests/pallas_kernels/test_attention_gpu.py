@@ -2,6 +2,7 @@
 mask."""
 
 from functools import partial
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import hopper, triton
+from pallas_kernels.attention.params import AttentionOptions
 from pallas_kernels.attention.triton_program import TritonTiles
 from tests.pallas_kernels import reference
 from tests.pallas_kernels.cases import Case, check
@@ -21,7 +23,7 @@ SMALL = triton.TritonBlockSizes(
 TRITON = {"backend": "triton", "block_sizes": SMALL, "interpret": True}
 
 
-def check_with(kernels, case, **bounds):
+def check_with(kernels, case, **bounds: float):
     forward, backward = (
         partial(f, **kernels)
         for f in (kernel.attention_forward, kernel.attention_backward)
@@ -109,7 +111,9 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
 
 
 def test_what_a_kernel_does_not_take_is_refused():
-    def run(backend, H, k_dtype=jnp.bfloat16, S=128, **options):
+    def run(
+        backend, H, k_dtype=jnp.bfloat16, S=128, **options: Unpack[AttentionOptions]
+    ):
         q = jax.ShapeDtypeStruct((1, S, 2, H), jnp.bfloat16)
         k = jax.ShapeDtypeStruct((1, 128, 2, H), k_dtype)
         jax.eval_shape(partial(kernel.attention, backend=backend, **options), q, k, k)

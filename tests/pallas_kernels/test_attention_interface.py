@@ -1,6 +1,8 @@
 """attention() refuses what does not belong together, and runs on the kernels of its
 platform."""
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,15 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import api
+from pallas_kernels.attention.params import AttentionOptions
 from pallas_kernels.chips import get_platform
 
 SHAPES = (2, 3, 4, 6), (2, 5, 2, 6), (2, 5, 2, 7)
 
 
-def refused(q=SHAPES[0], k=SHAPES[1], v=SHAPES[2], **options) -> str:
+def refused(
+    q=SHAPES[0], k=SHAPES[1], v=SHAPES[2], **options: Unpack[AttentionOptions]
+) -> str:
     """Before anything is lowered."""
     with pytest.raises(ValueError) as error:  # noqa: PT011
         jax.eval_shape(

@@ -1,7 +1,7 @@
 """The TPU attention kernels, in the interpreter, equal a float64 NumPy softmax."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import tpu
+from pallas_kernels.attention.params import AttentionOptions
 from pallas_kernels.attention.tpu_blocks import (
     BACKWARD,
     FORWARD,
@@ -45,7 +46,7 @@ POISONED = pltpu.InterpretParams(
 
 
 def check_tpu(
-    case: Case, blocks: TpuBlockSizes, interpret: Any = POISONED, **more
+    case: Case, blocks: TpuBlockSizes, interpret: Any = POISONED, **bounds: float
 ) -> None:
     options = {"backend": "tpu", "block_sizes": blocks, "interpret": interpret}
     forward = partial(kernel.attention_forward, **options)
@@ -54,7 +55,7 @@ def check_tpu(
         partial(kernel.attention_backward, **options),
         case,
         lse_rounding=BF16_SUMS,
-        **more,
+        **bounds,
     )
 
 
@@ -152,7 +153,7 @@ def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
         room = int(vmem_bytes(direction, blocks, sizes, keys) / 0.85) + 9
         chip = CHIPS["v4"]._replace(vmem_bytes=room)
 
-        def run(*operands, **options):
+        def run(*operands, **options: Unpack[AttentionOptions]):
             monkeypatch.setattr(tpu, "get_chip", lambda: chip)
             return function(
                 *operands,

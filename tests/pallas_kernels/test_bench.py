@@ -54,12 +54,12 @@ def costs(
     return CallCosts(CHIPS["v5p"], tuple(kernels), (), temp)
 
 
-def outcomes(of: Pass, **found) -> dict:
+def outcomes(of: Pass, **results) -> dict:
     """By contender's name, of costs."""
     names = {"own": OWN, "splash": "jax splash", "flash": "jax flash"}
     return {
         names[key]: Row(Contender(names[key], {}, key != "own"), of, Spec("m:f"), value)
-        for key, value in found.items()
+        for key, value in results.items()
     }
 
 
@@ -111,12 +111,12 @@ def folder(monkeypatch, tmp_path):
 
 def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     where, specs = folder
-    own = Spec("benchmarks.kernel_cycles.contests.attention:own_attention", {"seq": 1})
+    ours = Spec("benchmarks.kernel_cycles.contests.attention:own_attention", {"seq": 1})
     peer = Spec("benchmarks.kernel_cycles.static.peers:tokamax_splash", {"seq": 1})
 
     def measured() -> list[str]:
         specs.clear()
-        for spec in (own, peer):
+        for spec in (ours, peer):
             cache.Cache(where).measure(spec, "v5p")
         return [spec.function.rpartition(":")[2] for spec in specs]
 
@@ -124,7 +124,7 @@ def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     assert (measured(), measured()) == (both, [])
     # A list, as JSON makes of a tuple, is the same.
     first, again = (
-        cache.Cache(folder).measure(own, "v5p") for folder in (where / "new",) * 2
+        cache.Cache(folder).measure(ours, "v5p") for folder in (where / "new",) * 2
     )
     assert repr(first) == repr(again)
     read = Path.read_bytes
@@ -147,5 +147,5 @@ def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
         assert measured() == []
     monkeypatch.setattr(cache, "versions", lambda *names: f"{names} 2")
     assert measured() == both
-    cache.Cache(where).measure(own, "v6e")
+    cache.Cache(where).measure(ours, "v6e")
     assert len(specs) == 3

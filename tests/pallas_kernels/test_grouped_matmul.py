@@ -251,14 +251,14 @@ def test_gradients_are_those_of_the_definition(backend, transposed, monkeypatch)
     operand = kernels.swapaxes(1, 2) if transposed else kernels
 
     @jax.jit
-    def gradients(rows, given, cotangent, sizes):
+    def gradients(rows, arguments, cotangent, sizes):
         function = partial(
             grouped_matmul,
             group_sizes=sizes,
             transpose_kernels=transposed,
             backend=backend,
         )
-        return jax.vjp(function, rows, given)[1](cotangent)
+        return jax.vjp(function, rows, arguments)[1](cotangent)
 
     d_rows, d_kernels = gradients(rows, operand, cotangent, sizes)
     d_kernels = d_kernels.swapaxes(1, 2) if transposed else d_kernels

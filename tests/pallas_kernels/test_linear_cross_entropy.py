@@ -52,11 +52,19 @@ def operands(T, D, V, *, scale=1.0, seed=0):
     return hidden, head, targets, weights
 
 
-def found(arguments, bias=None, **options):
+def compute(arguments, bias=None, z_loss=0.0, soft_cap=None, chunk_tokens=1024):
     """As the reference's, by the public function."""
 
     def loss(hidden, head, bias):
-        return linear_cross_entropy(hidden, head, *arguments[2:], bias=bias, **options)
+        return linear_cross_entropy(
+            hidden,
+            head,
+            *arguments[2:],
+            bias=bias,
+            z_loss=z_loss,
+            soft_cap=soft_cap,
+            chunk_tokens=chunk_tokens,
+        )
 
     by = (*arguments[:2], bias)
     argnums = range(2 if bias is None else 3)
@@ -86,9 +94,8 @@ def test_chunks_equal_the_reference(T, D, V, chunk, z_loss, soft_cap, biased, se
     )
     options = {"z_loss": z_loss, "soft_cap": soft_cap, "bias": bias}
     true = reference(*arguments, **options)
-    for value, exact in zip(
-        found(arguments, chunk_tokens=chunk, **options), true, strict=True
-    ):
+    results = compute(arguments, chunk_tokens=chunk, **options)
+    for value, exact in zip(results, true, strict=True):
         np.testing.assert_allclose(
             value, exact, atol=3e-6 * max(1.0, np.abs(exact).max())
         )
@@ -101,7 +108,7 @@ def test_error_in_bfloat16_is_that_of_rounding():
     sure = np.arange(0, 64, 2)
     targets[sure], weights[sure] = 5, 1.0
     arguments = hidden.at[sure].set(head[:, 5] * 2.5), head, targets, weights
-    _, _, d_hidden, d_head = (np.asarray(x, np.float64) for x in found(arguments))
+    _, _, d_hidden, d_head = (np.asarray(x, np.float64) for x in compute(arguments))
     _, _, true_hidden, true_head = reference(*arguments)
     assert np.abs(true_hidden[sure]).max() < 0.3 * np.abs(true_hidden).max()
     rows = [(d_hidden[at], true_hidden[at]) for at in (sure, sure + 1)]

@@ -28,7 +28,7 @@ PROBLEM = Problem(FORWARD, 128, 128, 4096, "causal", "bfloat16", 8)
 BLOCKS = TpuBlocks(1024, 512, 256, 128, 2, False)
 
 
-def entry(chip="v5p", blocks=BLOCKS, **changes):
+def entry(chip="v5p", blocks=BLOCKS, **changes: str | int):
     return PROBLEM._replace(**changes).entry(chip, blocks, 1000, "jax 0")
 
 
@@ -105,8 +105,11 @@ def test_kinds_of_masks():
     x = jax.ShapeDtypeStruct((1, 8, 1, 4), jnp.float32)
     ids = np.ones((1, 8), np.int32)
 
-    def kind(**options):
-        return tuned.name_mask_kind(*reversed(validate_arguments(x, x, x, **options)))
+    def kind(causal=True, window=None, segment_ids=None):
+        operands, params = validate_arguments(
+            x, x, x, causal=causal, window=window, segment_ids=segment_ids
+        )
+        return tuned.name_mask_kind(params, operands)
 
     assert kind() == tuned.parse_mask_kind("causal") == "causal"
     assert kind(causal=False) == tuned.parse_mask_kind("full") == "full"
@@ -131,7 +134,7 @@ def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
     monkeypatch.setattr(
         tpu,
         "count_keys_in_vmem",
-        lambda of, own, *rest: seen.append(own) or known(of, own, *rest),
+        lambda of, ours, *rest: seen.append(ours) or known(of, ours, *rest),
     )
     run = problem.attention(None)
 

@@ -42,11 +42,25 @@ def attend_on_mesh(
     slopes=None,
     biases=None,
     sinks=None,
-    **layout,
+    rules,
+    causal=True,
+    segment_ids=None,
+    method="all_gather",
+    balanced=False,
 ):
     """``sharded_attention`` with the keywords of the kernels' ``attention``."""
     terms = AttentionTerms(window, scale, soft_cap, slopes, biases, sinks)
-    return sharded_attention(q, k, v, terms, **layout)
+    return sharded_attention(
+        q,
+        k,
+        v,
+        terms,
+        rules=rules,
+        causal=causal,
+        segment_ids=segment_ids,
+        method=method,
+        balanced=balanced,
+    )
 
 
 class Case(NamedTuple):
@@ -196,11 +210,13 @@ def assert_exact(results, case: Case, everything, order):
         np.testing.assert_allclose(results[4][name], want, atol=3e-5, err_msg=name)
 
 
-def check(axes, case: Case, order=slice(None), **method):
+def check(axes, case: Case, order=slice(None), *, method="all_gather", balanced=False):
     rules = rules_on(axes, case.shape[4])
     everything = arrays(case)
     operands, segments, slopes, learnt = everything
-    attend = partial(attend_on_mesh, rules=rules, **case.options, **method)
+    attend = partial(
+        attend_on_mesh, rules=rules, method=method, balanced=balanced, **case.options
+    )
     with jax.set_mesh(axes):
         turned = jax.tree.map(lambda x: x[:, order], (operands, segments))
         placed, segments = laid_out(axes, rules, *turned)

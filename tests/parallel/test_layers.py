@@ -39,9 +39,9 @@ def inputs():
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), values)
 
 
-def by_scan(layers, params, x, shared, context, **options):
+def by_scan(layers, params, x, shared, context, cast=lambda layer: layer):
     carry = x, jnp.zeros(())
-    out, total = scan_layers(layers, params, carry, context, shared=shared, **options)
+    out, total = scan_layers(layers, params, carry, context, shared=shared, cast=cast)
     return jnp.sum(jnp.sin(out)) + 0.5 * total
 
 

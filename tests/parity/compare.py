@@ -40,15 +40,15 @@ def parameters(
         param_specs(config.build(rules=ShardingConfig().compute, dtype=jnp.float32))
     )
     dtype = np.result_type(*(x.dtype for x in tensors.values()))
-    found = {name: np.full(spec.shape, np.nan, dtype) for name, spec in specs.items()}
+    arrays = {name: np.full(spec.shape, np.nan, dtype) for name, spec in specs.items()}
     for entry in entries:
         whole = tensors[entry.theirs]
         assert whole.shape == entry.shape, (entry.theirs, whole.shape, entry.shape)
         for place, part in zip(entry.ours, entry.split(whole), strict=True):
-            found[place.name][place.index] = part
-    for name, value in found.items():
+            arrays[place.name][place.index] = part
+    for name, value in arrays.items():
         assert not np.isnan(value).any(), f"{name} is not filled"
-    return found
+    return arrays
 
 
 def placed(flat: dict[str, Any], mesh: Mesh) -> Any:
@@ -72,7 +72,7 @@ def logits(
     segments: np.ndarray | None = None,
     dtype: Any = jnp.float32,
     adapter: Adapter | None = None,
-    **more: Any,
+    **more: np.ndarray | tuple[np.ndarray | None, ...],
 ) -> np.ndarray:
     """[B, S, V] of our model.
 

@@ -121,15 +121,12 @@ class Moe(nn.Module):
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.pre_attn_norm, self.post_attn_norm = (
-            RMSNorm(C.hidden_size),
-            RMSNorm(C.hidden_size),
-        )
-        self.pre_moe_norm, self.post_moe_norm = (
-            RMSNorm(C.hidden_size),
-            RMSNorm(C.hidden_size),
-        )
-        self.attn, self.moe_block = Attention(), Moe()
+        self.pre_attn_norm = RMSNorm(C.hidden_size)
+        self.post_attn_norm = RMSNorm(C.hidden_size)
+        self.pre_moe_norm = RMSNorm(C.hidden_size)
+        self.post_moe_norm = RMSNorm(C.hidden_size)
+        self.attn = Attention()
+        self.moe_block = Moe()
 
     def forward(self, x):
         x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x)))

@@ -31,18 +31,18 @@ def write(name: str, path: Path) -> None:
         for parameter in model.state_dict().values():
             parameter.copy_(parameter.to(torch.bfloat16))
     whole = measure.batch(name)
-    given = measure.Batch(*(None if x is None else x[:1] for x in whole))
+    row = measure.Batch(*(None if x is None else x[:1] for x in whole))
     shown = {
-        key: x.astype(np.int32) for key, x in given._asdict().items() if x is not None
+        key: x.astype(np.int32) for key, x in row._asdict().items() if x is not None
     }
-    shown["logits"] = measure.theirs(model, given)
+    shown["logits"] = measure.theirs(model, row)
     with TemporaryDirectory() as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
         tensors = load_file(Path(folder) / "model.safetensors")
     tensors |= {f"golden.{key}": torch.from_numpy(x.copy()) for key, x in shown.items()}
-    kept = {key: value for key, value in config.items() if key not in LEFT_OUT}
-    save_file(tensors, path, {"config": json.dumps(kept, sort_keys=True)})
+    saved_config = {key: value for key, value in config.items() if key not in LEFT_OUT}
+    save_file(tensors, path, {"config": json.dumps(saved_config, sort_keys=True)})
 
 
 if __name__ == "__main__":

@@ -74,11 +74,11 @@ class Batch(NamedTuple):
 
     def part(self, number: int) -> "Batch":
         """A document of the first row."""
-        own, other = _run_of(PARTS, number), _run_of(SOURCE_PARTS, number)
+        run, source_run = _run_of(PARTS, number), _run_of(SOURCE_PARTS, number)
         return Batch(
-            self.tokens[:1, own],
-            None if self.types is None else self.types[:1, own],
-            None if self.source is None else self.source[:1, other],
+            self.tokens[:1, run],
+            None if self.types is None else self.types[:1, run],
+            None if self.source is None else self.source[:1, source_run],
         )
 
 
@@ -96,31 +96,31 @@ def batch(name: str) -> Batch:
     )
 
 
-def theirs(model: Any, given: Batch) -> np.ndarray:
+def theirs(model: Any, batch: Batch) -> np.ndarray:
     """Logits [B, S, V] of the other implementation."""
     import torch
 
-    ids = torch.tensor(given.tokens)
+    ids = torch.tensor(batch.tokens)
     named = {"input_ids": ids}
-    if given.types is not None:
-        named["token_type_ids"] = torch.tensor(given.types)
-    if given.source is not None:
-        named = {"input_ids": torch.tensor(given.source), "decoder_input_ids": ids}
+    if batch.types is not None:
+        named["token_type_ids"] = torch.tensor(batch.types)
+    if batch.source is not None:
+        named = {"input_ids": torch.tensor(batch.source), "decoder_input_ids": ids}
     with torch.no_grad():
         logits = model(**named).logits
     return (logits.float() if logits.dtype == torch.bfloat16 else logits).numpy()
 
 
-def ours(name: str, given: Batch, dtype: Any = jnp.float32) -> np.ndarray:
+def ours(name: str, batch: Batch, dtype: Any = jnp.float32) -> np.ndarray:
     """Ours, of rows that are one document each."""
-    own = case(name)
-    params = {key: value.astype(dtype) for key, value in own.params.items()}
+    built = case(name)
+    params = {key: value.astype(dtype) for key, value in built.params.items()}
     more: dict[str, Any] = {}
-    if given.types is not None:
-        more["types"] = given.types
-    if given.source is not None:
-        more["inputs"] = (given.source, _places(given.source.shape), None)
-    return compare.logits(own.config, params, given.tokens, dtype=dtype, **more)
+    if batch.types is not None:
+        more["types"] = batch.types
+    if batch.source is not None:
+        more["inputs"] = (batch.source, _places(batch.source.shape), None)
+    return compare.logits(built.config, params, batch.tokens, dtype=dtype, **more)
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:
@@ -132,21 +132,21 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 @cache
 def single(name: str) -> float:
     """The error of logits in fp32."""
-    given = batch(name)
-    return relative(ours(name, given), theirs(case(name).model, given))
+    inputs = batch(name)
+    return relative(ours(name, inputs), theirs(case(name).model, inputs))
 
 
 @cache
 def double(name: str) -> float:
     """The error of logits where both sides compute in float64."""
-    given = batch(name)
+    inputs = batch(name)
     with jax.enable_x64(True):
-        got = ours(name, given, jnp.float64)
+        got = ours(name, inputs, jnp.float64)
     assert got.dtype == np.float64
     with all_double():
         model = build(name)
         model.load_state_dict(case(name).model.state_dict())
-        want = theirs(model, given)
+        want = theirs(model, inputs)
     assert want.dtype == np.float64
     return relative(got, want)
 
@@ -157,32 +157,37 @@ def all_double() -> Iterator[None]:
     otherwise cast norms, angles, routers and softmax to fp32."""
     import torch
 
-    kept = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
+    originals = (
+        torch.float32,
+        torch.float,
+        torch.Tensor.float,
+        torch.get_default_dtype(),
+    )
     torch.float32 = torch.float = torch.float64  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.float = torch.Tensor.double
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_default_dtype(kept[3])
-        torch.float32, torch.float, torch.Tensor.float = kept[:3]  # pyright: ignore[reportAttributeAccessIssue]
+        torch.set_default_dtype(originals[3])
+        torch.float32, torch.float, torch.Tensor.float = originals[:3]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
 def packed(name: str) -> float:
     """The largest difference of two documents' logits, in a row that they share and in
     rows padded on the right, from the documents alone."""
-    own = case(name)
-    given = batch(name)
-    parts = [given.part(0), given.part(1)]
+    built = case(name)
+    inputs = batch(name)
+    parts = [inputs.part(0), inputs.part(1)]
     rows = _rows([p.tokens[0] for p in parts], PARTS)
     more = {}
-    if given.types is not None:
+    if inputs.types is not None:
         more["types"] = _rows([p.types[0] for p in parts], PARTS).tokens
-    if given.source is not None:
+    if inputs.source is not None:
         source = _rows([p.source[0] for p in parts], SOURCE_PARTS)
         more["inputs"] = tuple(source)
-    got = compare.logits(own.config, own.params, *rows, **more)
+    got = compare.logits(built.config, built.params, *rows, **more)
     errors = []
     for number, part in enumerate(parts):
         want = ours(name, part)[0]
@@ -242,38 +247,40 @@ def prompts(name: str) -> list[list[int]]:
 def continued(name: str) -> tuple[list[list[int]], list[list[int]]]:
     """What follows each prompt, greedily: here, both at once and through the cache;
     there, one by one."""
-    given = prompts(name)
-    return _ours_continued(name, given), [
-        _theirs_continued(name, prompt) for prompt in given
+    texts = prompts(name)
+    return _ours_continued(name, texts), [
+        _theirs_continued(name, prompt) for prompt in texts
     ]
 
 
-def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
-    own = case(name)
+def _ours_continued(name: str, texts: list[list[int]]) -> list[list[int]]:
+    built = case(name)
     mesh = compare.one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
-    model = own.config.build(rules=rules, dtype=jnp.float32)
-    params = compare.placed(own.params, mesh)
+    model = built.config.build(rules=rules, dtype=jnp.float32)
+    params = compare.placed(built.params, mesh)
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW)
     config = EngineConfig(page_size=4)
-    return collect_tokens(generate(model, params, given, sampling, config=config))
+    return collect_tokens(generate(model, params, texts, sampling, config=config))
 
 
 def _theirs_continued(name: str, prompt: list[int]) -> list[int]:
     import torch
     from transformers import GenerationConfig
 
-    own = case(name)
-    start = getattr(own.config, "start_id", None)
+    built = case(name)
+    start = getattr(built.config, "start_id", None)
     # Nothing ends it early. Its caches want as many layers of the encoder as of the
     # decoder.
-    own.model.generation_config = GenerationConfig()
-    how = GenerationConfig(
+    built.model.generation_config = GenerationConfig()
+    greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=NEW,
         pad_token_id=0,
         decoder_start_token_id=start,
         use_cache=start is None,
     )
-    out = own.model.generate(torch.tensor([prompt]), generation_config=how)[0].tolist()
+    out = built.model.generate(torch.tensor([prompt]), generation_config=greedy)[
+        0
+    ].tolist()
     return out[1 if start is not None else len(prompt) :]

@@ -109,10 +109,8 @@ def list_adapters() -> dict[str, Any]:
         values = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
         return peft.LoraConfig(**values | {"task_type": "CAUSAL_LM"} | settings)
 
-    def prefix(**settings: Any) -> Any:
-        return peft.PrefixTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=3, **settings
-        )
+    def prefix() -> Any:
+        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     factors = {"target_modules": ["k_proj", "v_proj", "down_proj"]}

@@ -69,23 +69,27 @@ def check(
     map."""
     theirs.backward()
     models = []
-    for each in (student, teacher):
+    for model in (student, teacher):
         family, config = compare.read(
-            each.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+            model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
         )
         models.append((family, config))
 
     def convert(index: int, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
         family, config = models[index]
-        found = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
-        features = found.pop("features.weight", None)
-        flat = compare.parameters(config, family.list_entries(config), found)
+        arrays = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
+        features = arrays.pop("features.weight", None)
+        flat = compare.parameters(config, family.list_entries(config), arrays)
         return (
             flat if features is None else flat | {"heads.features.kernel": features.T}
         )
 
-    own = {"kind": "distill", "teacher": "teacher", "examples_per_row": 1} | settings
-    task = make_task(path, rows, **own)
+    task_settings = {
+        "kind": "distill",
+        "teacher": "teacher",
+        "examples_per_row": 1,
+    } | settings
+    task = make_task(path, rows, **task_settings)
     mesh = compare.one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     built = []
@@ -94,8 +98,8 @@ def check(
         config = config.model_copy(update={"heads": heads})
         built.append(config.build(rules=rules, dtype=jnp.float32))
     params = [
-        compare.placed(convert(i, each.state_dict()), mesh)
-        for i, each in enumerate((student, teacher))
+        compare.placed(convert(i, model.state_dict()), mesh)
+        for i, model in enumerate((student, teacher))
     ]
     batch = make_batch(task, SEQ, ROWS)
     loss, _, gradient = compute_loss_and_gradient(

@@ -54,15 +54,15 @@ def test_continues_alike(name):
 
 @pytest.mark.parametrize("name", [name for name in measure.CASES if name != "grok1"])
 def test_an_absent_key_means_what_it_means_there(name):
-    own = measure.case(name)
-    more = {"architectures": [type(own.model).__name__]}
-    whole = own.model.config.to_dict() | more
-    cls = type(own.model.config)
+    case = measure.case(name)
+    more = {"architectures": [type(case.model).__name__]}
+    whole = case.model.config.to_dict() | more
+    cls = type(case.model.config)
     for key in whole:
         bare = {other: value for other, value in whole.items() if other != key}
         try:
-            here = compare.read(copy.deepcopy(bare), own.tensors)[1]
-            there = compare.read(cls.from_dict(bare).to_dict() | more, own.tensors)[1]
+            here = compare.read(copy.deepcopy(bare), case.tensors)[1]
+            there = compare.read(cls.from_dict(bare).to_dict() | more, case.tensors)[1]
         except Exception:  # either refuses
             continue
         assert there == here, key
@@ -95,11 +95,11 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
 def _loaded(name: str, folder: Path) -> Any:
     if name == "grok1":
         model = measure.build(name)
-        kept = {
+        tensors = {
             key: torch.tensor(x.astype(np.float32))
             for key, x in _tensors(folder).items()
         }
-        model.load_state_dict(kept)  # all of them, and no other
+        model.load_state_dict(tensors)  # all of them, and no other
         return model
     cls = type(measure.case(name).model)
     kinds = {
@@ -107,6 +107,6 @@ def _loaded(name: str, folder: Path) -> Any:
         "experts_implementation": "eager",
         "dtype": "auto",
     }
-    model, told = cls.from_pretrained(folder, output_loading_info=True, **kinds)
-    assert not any(told.values()), told
+    model, loading = cls.from_pretrained(folder, output_loading_info=True, **kinds)
+    assert not any(loading.values()), loading
     return model.eval()

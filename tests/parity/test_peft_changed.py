@@ -100,8 +100,8 @@ def both(*changes: Change) -> Change:
 def _list_setting_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for adapter, key, values in _SETTINGS:
-        for outcome, own in values.items():
-            for value in own:
+        for outcome, setting_values in values.items():
+            for value in setting_values:
                 shown = "absent" if value is ABSENT else json.dumps(value)
                 case = Case(adapter, set_keys(**{key: value}), outcome)
                 cases[f"{adapter}-{key}={shown}"] = case
@@ -660,10 +660,10 @@ def test_a_changed_adapter_is_pefts_model_or_refused(
             run_ours(originals.opened[base], tmp_path, one_device_mesh)
         assert "\n" not in str(caught.value.message)
         return
-    found = run_ours(originals.opened[base], tmp_path, one_device_mesh)
-    wanted = run_peft(originals.bases[base], tmp_path)
-    assert wanted is not None, "PEFT refuses it"
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    ours = run_ours(originals.opened[base], tmp_path, one_device_mesh)
+    theirs = run_peft(originals.bases[base], tmp_path)
+    assert theirs is not None, "PEFT refuses it"
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 def test_the_cases_are_enough():

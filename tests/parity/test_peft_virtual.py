@@ -34,16 +34,16 @@ ADAPTERS = {
 
 def adapt(name, kind):
     """A model with random vectors of PEFT's, and these vectors."""
-    own = measure.case(name)
+    case = measure.case(name)
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N}
     if (
         name in ("llama", "gemma", "gemma3") and kind == "prefix"
     ):  # head_dim is not D / heads
-        heads, size = own.config.attention.num_kv_heads, own.config.attention.head_dim
+        heads, size = case.config.attention.num_kv_heads, case.config.attention.head_dim
         settings |= {"token_dim": heads * size, "num_attention_heads": heads}
     config = getattr(peft, ADAPTERS[kind][1])(**settings)
     model = peft.get_peft_model(measure.build(name), config).eval()
-    model.base_model.load_state_dict(own.model.state_dict())
+    model.base_model.load_state_dict(case.model.state_dict())
     (embedding,) = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
     torch.manual_seed(1)
     with torch.no_grad():
@@ -56,35 +56,37 @@ def adapt(name, kind):
 # well.
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "gemma3"])
 def test_logits_and_counts_are_pefts(name, kind):
-    own = measure.case(name)
+    case = measure.case(name)
     adapter = ADAPTERS[kind][0]
     model, embedding = adapt(name, kind)
 
     specs = param_specs(
-        build_adapted_model(own.config, adapter, rules=AxisRules(), dtype="float32")
+        build_adapted_model(case.config, adapter, rules=AxisRules(), dtype="float32")
     )
     shapes = {
         n: s.shape for n, s in flatten_names(specs).items() if n.endswith(".virtual")
     }
     assert sum(map(np.prod, shapes.values())) == model.get_nb_trainable_parameters()[0]
-    scale = own.config.embedding_scale
+    scale = case.config.embedding_scale
     arrays = from_peft(embedding.detach().numpy(), shapes, scale)
     np.testing.assert_allclose(
         to_peft(arrays, scale), embedding.detach().numpy(), rtol=1e-6
     )
 
     random = np.random.default_rng(0)
-    texts = [random.integers(0, own.config.vocab_size, length) for length in LENGTHS]
+    texts = [random.integers(0, case.config.vocab_size, length) for length in LENGTHS]
+    # [2, longest], padded on the right.
     tokens, mask = (np.zeros((2, max(LENGTHS)), np.int64) for _ in range(2))
     for row, text in enumerate(texts):
-        tokens[row, : len(text)], mask[row, : len(text)] = text, 1
+        tokens[row, : len(text)] = text
+        mask[row, : len(text)] = 1
     with torch.no_grad():
-        wanted = model(
+        expected = model(
             input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)
         ).logits
-    wanted = [
+    expected = [
         x[-max(LENGTHS) :][:size].numpy()
-        for x, size in zip(wanted, LENGTHS, strict=True)
+        for x, size in zip(expected, LENGTHS, strict=True)
     ]
 
     row = np.concatenate([np.pad(text, (N, 0)) for text in texts])[None]
@@ -95,12 +97,14 @@ def test_logits_and_counts_are_pefts(name, kind):
         name.removesuffix(".virtual"): f"{name.removesuffix('.virtual')}.base"
         for name in arrays
     }
-    flat = {based.get(name, name): array for name, array in own.params.items()} | arrays
-    found = compare.logits(own.config, flat, row, positions, segments, adapter=adapter)[
+    flat = {
+        based.get(name, name): array for name, array in case.params.items()
+    } | arrays
+    got = compare.logits(case.config, flat, row, positions, segments, adapter=adapter)[
         0
     ]
-    found = [found[N : sizes[0]], found[sizes[0] + N :]]
-    for ours, theirs in zip(found, wanted, strict=True):
+    got = [got[N : sizes[0]], got[sizes[0] + N :]]
+    for ours, theirs in zip(got, expected, strict=True):
         assert measure.relative(ours, theirs) < 1e-5
 
 
@@ -112,9 +116,9 @@ def test_files_hold_the_same_vectors_both_ways(name, kind, tmp_path, monkeypatch
     theirs.save_pretrained(tmp_path / "peft")
     theirs.base_model.save_pretrained(tmp_path / "base")
     convert(tmp_path / "peft", tmp_path / "run", base=tmp_path / "base")
-    found = flatten_names(load_run(tmp_path / "run").params)
+    params = flatten_names(load_run(tmp_path / "run").params)
     arrays = {
-        name: np.asarray(x) for name, x in found.items() if name.endswith(".virtual")
+        name: np.asarray(x) for name, x in params.items() if name.endswith(".virtual")
     }
     vectors = to_peft(arrays, measure.case(name).config.embedding_scale)
     np.testing.assert_allclose(vectors, embedding.detach().numpy(), rtol=1e-6)
@@ -126,8 +130,8 @@ def test_files_hold_the_same_vectors_both_ways(name, kind, tmp_path, monkeypatch
     again.base_model.load_state_dict(measure.case(name).model.state_dict())
     tokens = torch.arange(9)[None] + 2
     with torch.no_grad():
-        wanted, got = (each(input_ids=tokens).logits for each in (theirs, again))
-    assert measure.relative(got.numpy(), wanted.numpy()) < 1e-6
+        expected, got = (model(input_ids=tokens).logits for model in (theirs, again))
+    assert measure.relative(got.numpy(), expected.numpy()) < 1e-6
     with pytest.raises(MaxlmError, match=r"cannot be merged.*--adapter"):
         convert(tmp_path / "run", tmp_path / "merged")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())

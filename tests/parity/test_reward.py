@@ -57,15 +57,15 @@ def test_scores_in_transformers(tied, tmp_path):
         [*tokenizer.prefix_ids, *tokenizer.encode(t), tokenizer.eos_id] for t in texts
     ]
     width = max(map(len, tokens))
-    padded = [own + [tokenizer.pad_id] * (width - len(own)) for own in tokens]
-    mask = [[1] * len(own) + [0] * (width - len(own)) for own in tokens]
+    padded = [ids + [tokenizer.pad_id] * (width - len(ids)) for ids in tokens]
+    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in tokens]
     with torch.no_grad():
-        found = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[
-            :, 0
-        ]
+        expected = theirs(
+            torch.tensor(padded), attention_mask=torch.tensor(mask)
+        ).logits[:, 0]
     ours = score_texts(run, rows)
     assert np.ptp(ours) > 0.05
-    np.testing.assert_allclose(ours, found.numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
 
     convert(tmp_path / "out", tmp_path / "back")
     want, back = (

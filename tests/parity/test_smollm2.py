@@ -82,11 +82,11 @@ def test_greedy_continuations_are_the_same(theirs, ours, prompts):
     ] == prompts
     greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
     outputs = generate(ours.model, ours.params, prompts, greedy)
-    found = collect_tokens(outputs)
-    assert ours.tokenizer.decode(found[0]).startswith(" Paris")
+    continuations = collect_tokens(outputs)
+    assert ours.tokenizer.decode(continuations[0]).startswith(" Paris")
     # One look at the whole text tells what transformers would have said after every
     # token of it.
-    for prompt, continuation in zip(prompts, found, strict=True):
+    for prompt, continuation in zip(prompts, continuations, strict=True):
         with torch.no_grad():
             logits = theirs(torch.tensor([[*prompt, *continuation]])).logits[0]
         likeliest = logits.argmax(-1)[len(prompt) - 1 : -1]
@@ -112,9 +112,9 @@ def test_perplexity_is_the_same_to_four_digits(theirs, ours, folders):
     with jax.set_mesh(ours.mesh):
         positions = np.arange(ids.shape[1], dtype=np.int32)[None]
         put = [jax.device_put(a.astype(np.int32), whole) for a in (ids, positions)]
-        found = float(np.exp(loss(ours.params, *put)))
-    assert found == pytest.approx(expected, rel=5e-5)
-    assert 1 < found < 30
+        perplexity = float(np.exp(loss(ours.params, *put)))
+    assert perplexity == pytest.approx(expected, rel=5e-5)
+    assert 1 < perplexity < 30
 
 
 def test_fine_tuning_lowers_the_loss_of_held_out_text(folders, tmp_path):
@@ -166,8 +166,8 @@ def test_beams_are_the_same(theirs, ours, prompts, settings):
     config = BeamSearchConfig(max_new_tokens=32, num_return_sequences=3, **settings)
     room = EngineConfig(max_sequences=8, max_length=64, prefill_tokens=32)
     engine = Engine(ours.model, ours.params, room, ours.tokenizer)
-    found = beam_search(engine, prompts[:BEAM_PROMPTS], config)
-    for prompt, result in zip(prompts, found, strict=False):
+    results = beam_search(engine, prompts[:BEAM_PROMPTS], config)
+    for prompt, result in zip(prompts, results, strict=False):
         with torch.no_grad():
             expected = theirs.generate(
                 torch.tensor([prompt]),

@@ -91,8 +91,9 @@ def make_trainer(model: Any, reference: Any, settings: dict[str, Any]) -> Any:
 
 def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any:
     """The loss of TRL's trainer on its own collator's batch of the same tokens."""
-    encode, model = NumberTokenizer().encode, trainer.model
-    own = []
+    encode = NumberTokenizer().encode
+    model = trainer.model
+    encoded = []
     for row in rows:
         ids = {
             f"{name}_ids": [*encode(row[name]), EOS] for name in ("chosen", "rejected")
@@ -101,52 +102,53 @@ def compute_trl_loss(trainer: Any, kind: str, rows: list[dict[str, Any]]) -> Any
             "prompt_ids": encode(row["prompt"]),
             "completion_ids": [*encode(row["completion"]), EOS],
         }
-        own.append(ids | {"label": row["label"], "margin": row["margin"]})
+        encoded.append(ids | {"label": row["label"], "margin": row["margin"]})
     if kind == "sft":
-        examples = [
-            {
-                "input_ids": (whole := each["prompt_ids"] + each["completion_ids"]),
-                "labels": [-100] * len(each["prompt_ids"])
-                + whole[len(each["prompt_ids"]) :],
-            }
-            for each in own
-        ]
+        examples = []
+        for example in encoded:
+            prompt_ids = example["prompt_ids"]
+            completion_ids = example["completion_ids"]
+            labels = [-100] * len(prompt_ids) + completion_ids
+            examples.append(
+                {"input_ids": prompt_ids + completion_ids, "labels": labels}
+            )
         collate = sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0)
         return sft_trainer.SFTTrainer.compute_loss(trainer, model, collate(examples))
     if kind == "reward":
         examples = [
-            each
+            example
             | {
-                f"{s}_ids": each["prompt_ids"] + each[f"{s}_ids"]
+                f"{s}_ids": example["prompt_ids"] + example[f"{s}_ids"]
                 for s in ("chosen", "rejected")
             }
-            for each in own
+            for example in encoded
         ]
         collate = reward_trainer.DataCollatorForPreference(pad_token_id=0)
         return reward_trainer.RewardTrainer.compute_loss(
             trainer, model, collate(examples)
         )
     if kind == "dpo":
-        batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(own)
+        batch = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(encoded)
         return dpo_trainer.DPOTrainer._compute_loss(trainer, model, batch, False)
     if kind == "kto":
-        for i, each in enumerate(own):
-            each["KL_completion_ids"] = own[i - 1]["completion_ids"]
-        batch = kto_trainer.DataCollatorForUnpairedPreference(pad_token_id=0)(own)
+        for i, example in enumerate(encoded):
+            example["KL_completion_ids"] = encoded[i - 1]["completion_ids"]
+        batch = kto_trainer.DataCollatorForUnpairedPreference(pad_token_id=0)(encoded)
         cls = kto_trainer.KTOTrainer
         trainer._compute_kl_logps = lambda *args: cls._compute_kl_logps(trainer, *args)
         return cls._compute_loss(trainer, model, batch, False)
     cls = {"cpo": CPOTrainer, "orpo": ORPOTrainer}[kind]
     batch = {}
     for side in ("chosen", "rejected"):
-        whole = [each["prompt_ids"] + each[f"{side}_ids"] for each in own]
+        whole = [example["prompt_ids"] + example[f"{side}_ids"] for example in encoded]
         size = max(map(len, whole))
         padded = {"input_ids": 0, "attention_mask": 0, "labels": -100}
         parts = {
             "input_ids": whole,
             "attention_mask": [[1] * len(ids) for ids in whole],
             "labels": [
-                [-100] * len(each["prompt_ids"]) + each[f"{side}_ids"] for each in own
+                [-100] * len(example["prompt_ids"]) + example[f"{side}_ids"]
+                for example in encoded
             ],
         }
         for name, lists in parts.items():
@@ -164,7 +166,7 @@ def build_models(kind: str, seed: int) -> list[Any]:
     """A random Llama and its reference; the reward model's has a score in the head's
     place."""
     if kind != "reward":
-        models = [tiny.build("llama", own) for own in (seed, 100 + seed)]
+        models = [tiny.build("llama", model_seed) for model_seed in (seed, 100 + seed)]
         for model in models:
             add_fused_lm_head(model, outputs=OUTPUTS)
         return models
@@ -194,14 +196,14 @@ def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
         config = config.model_copy(update={"heads": {"score": 1}})
 
     def convert(tensors: dict[str, Any]) -> Any:
-        found = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
-        score = found.pop("score.weight", None)
+        arrays = {key: tensor.detach().numpy() for key, tensor in tensors.items()}
+        score = arrays.pop("score.weight", None)
         if score is not None:
-            found["lm_head.weight"] = np.zeros(
+            arrays["lm_head.weight"] = np.zeros(
                 (config.vocab_size, config.d_model), np.float32
             )
         plain = config.model_copy(update={"heads": {}})
-        flat = compare.parameters(plain, family.list_entries(plain), found)
+        flat = compare.parameters(plain, family.list_entries(plain), arrays)
         return flat if score is None else flat | {"heads.score.kernel": score.T}
 
     task = make_task(tmp_path, rows, **settings)
@@ -209,8 +211,10 @@ def test_same_loss_and_gradient_as_trl(name, seed, tmp_path):
     mesh = compare.one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     params = [compare.placed(convert(m.state_dict()), mesh) for m in (model, reference)]
-    own = config.build(rules=rules, dtype=jnp.float32)
-    loss, sums, gradient = compute_loss_and_gradient(task, (own, mesh, *params), batch)
+    policy = config.build(rules=rules, dtype=jnp.float32)
+    loss, sums, gradient = compute_loss_and_gradient(
+        task, (policy, mesh, *params), batch
+    )
     assert loss == pytest.approx(theirs.item(), rel=1e-5, abs=1e-5)
     logged = trainer._metrics["eval"]
     for ours, name in (

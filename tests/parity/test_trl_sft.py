@@ -51,9 +51,9 @@ def draw_talks(seed, count):
             "assistant",
         ] * random.integers(1, 4)
         texts = [" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in roles]
-        own = zip(roles, texts, strict=True)
+        turns = zip(roles, texts, strict=True)
         talks.append(
-            [{"role": role, "content": text.strip() or "hi"} for role, text in own]
+            [{"role": role, "content": text.strip() or "hi"} for role, text in turns]
         )
     return talks
 
@@ -68,9 +68,13 @@ def open_both(folder, name, template):
 
 
 def encode_there(tokenizer, talk):
-    own = {"return_assistant_tokens_mask": True, "return_dict": True, "tokenize": True}
-    found = tokenizer.apply_chat_template(talk, **own)
-    return found["input_ids"], [bool(mark) for mark in found["assistant_masks"]]
+    options = {
+        "return_assistant_tokens_mask": True,
+        "return_dict": True,
+        "tokenize": True,
+    }
+    encoding = tokenizer.apply_chat_template(talk, **options)
+    return encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]]
 
 
 @pytest.mark.parametrize("name", LITERALS)
@@ -119,16 +123,18 @@ def test_loss_and_gradient_are_those_of_unlearnt_labels(tmp_path, seed, most):
 
     model.save_pretrained(tmp_path / "model")
     values, tensors = compare.tensors_of(tmp_path / "model")
-    family, own = compare.read(values, tensors)
-    entries = family.list_entries(own)
+    family, model_config = compare.read(values, tensors)
+    entries = family.list_entries(model_config)
     mesh = compare.one_device()
     gradients = {
         name: p.grad.numpy()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    expected = compare.parameters(own, entries, {n: gradients[n] for n in tensors})
-    built = own.build(
+    expected = compare.parameters(
+        model_config, entries, {n: gradients[n] for n in tensors}
+    )
+    built = model_config.build(
         rules=ShardingConfig().compute.for_mesh(dict(mesh.shape)), dtype=jnp.float32
     )
     task = SftTask(files=(str(path),), examples_per_row=most)
@@ -143,15 +149,17 @@ def test_loss_and_gradient_are_those_of_unlearnt_labels(tmp_path, seed, most):
         return total / sums["tokens"]
 
     with jax.set_mesh(mesh):
-        params = compare.placed(compare.parameters(own, entries, tensors), mesh)
+        params = compare.placed(
+            compare.parameters(model_config, entries, tensors), mesh
+        )
         got, gradient = jax.jit(jax.value_and_grad(loss))(
             params, jax.tree.map(jnp.asarray, batch)
         )
     assert float(got) == pytest.approx(want.item(), rel=1e-5)
-    found = flatten_names(jax.device_get(gradient))
+    got_gradient = flatten_names(jax.device_get(gradient))
     a, b = (
         np.concatenate([np.ravel(tree[n]) for n in expected])
-        for tree in (found, expected)
+        for tree in (got_gradient, expected)
     )
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99999
     assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), rel=1e-4)

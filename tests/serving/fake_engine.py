@@ -115,10 +115,8 @@ class FakeEngine:
         if is_end or stopped:
             output.finish_reason = "stop"
         elif s.num_sent == request.sampling.max_new_tokens:
-            output.finish_reason, output.text = (
-                "length",
-                output.text + s.text.flush()[0],
-            )
+            output.finish_reason = "length"
+            output.text += s.text.flush()[0]
         if request.top_logprobs is not None:
             other = self.tokenizer.encode("a")[0]
             logprob = -1.0 * s.num_sent

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,12 @@ def train_chat_tokenizer() -> Tokenizer:
     return train_tokenizer(config, ["the model answers what it is asked\n"] * 20)
 
 
+ServerSetting = (
+    str | float | tuple[str, ...] | Mapping[str, Any] | Callable[..., Any] | None
+)
+"""A value of a field of ``ServerState``."""
+
+
 @contextmanager
 def run_in_thread(
     tokenizer: Tokenizer,
@@ -46,7 +52,7 @@ def run_in_thread(
     embedder: Any = None,
     max_open: int = 64,
     max_length: int = 2048,
-    **settings: Any,
+    **settings: ServerSetting,
 ) -> Iterator[RunningServer]:
     """``make_engine`` may make a real engine; ``settings`` are those of
     ``ServerState``."""
@@ -54,9 +60,10 @@ def run_in_thread(
     def encode(text: str, **options: bool) -> list[int]:
         return [tokenizer.bos_id, *tokenizer.encode(text, **options)]
 
-    engine = (
-        make_engine or (lambda fake_tokenizer: FakeEngine(fake_tokenizer, reply))
-    )(tokenizer)
+    if make_engine is None:
+        engine = FakeEngine(tokenizer, reply)
+    else:
+        engine = make_engine(tokenizer)
     loop = EngineLoop(engine, max_open)
     state = ServerState(
         "fake", tokenizer, max_length, encode, loop, embedder, **settings

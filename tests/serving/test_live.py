@@ -78,7 +78,7 @@ def test_mixed_requests_at_once_are_as_alone(server, tiny, chat_tokenizer):
 
 @pytest.mark.heavy
 def test_a_seed_repeats_an_answer_and_without_one_each_differs(server):
-    def ask(**settings) -> str:
+    def ask(**settings: int) -> str:
         completion = server.client.completions.create(
             model="fake", prompt="x", **settings
         )
@@ -261,9 +261,9 @@ def test_what_no_beam_search_has_is_refused_and_one_that_runs_is_finished(server
     assert answer.status_code == 400
     submit = server.loop.submit
 
-    def submit_and_drain(*args, **kwargs):
+    def submit_and_drain(requests):
         server.loop.is_draining = True
-        return submit(*args, **kwargs)
+        return submit(requests)
 
     server.loop.submit = submit_and_drain
     try:

@@ -21,7 +21,7 @@ ARGUMENTS = ['{"a": [1, {"b": "}]"}], "c": "\\\\\\"{"}', "{}", '{"ü": "</tool_c
 
 
 def read(
-    tool_format: str, text: str, seed: int, **options
+    tool_format: str, text: str, seed: int, **options: bool
 ) -> tuple[str, list[tuple[str, str]]]:
     """Content, and (name, arguments) of calls, of a text in random pieces."""
     parser = ToolCallParser(tool_format, ["f", "g"], **options)

@@ -94,12 +94,12 @@ def make_task(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Any:
     return task.model_validate({"files": [str(path)], **settings})
 
 
-def make_inputs(seq_len: int, batch_size: int, **more: Any) -> SourceInputs:
+def make_inputs(seq_len: int, batch_size: int) -> SourceInputs:
     ids = np.zeros(VOCAB, bool)
     loader = LoaderConfig(seq_len=seq_len, batch_size=batch_size, shuffle=False)
     tokenizer: Any = NumberTokenizer()
     vocabulary = Vocabulary(VOCAB, (), EOS, ids, ids)
-    return SourceInputs(loader, 0, vocabulary, tokenizer, **more)
+    return SourceInputs(loader, 0, vocabulary, tokenizer)
 
 
 def make_batch(

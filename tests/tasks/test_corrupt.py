@@ -294,7 +294,7 @@ SPECIAL = np.isin(np.arange(WORDS), [0, 1, 2, 3, 4])
 MASK = 4
 
 
-def masked(row, seed=0, starts_word=None, **settings):
+def masked(row, seed=0, starts_word=None, **settings: float):
     task = MlmTask(mask_id=MASK, whole_words=starts_word is not None, **settings)
     starts = SPECIAL if starts_word is None else starts_word
     vocabulary = Vocabulary(WORDS, (), 0, SPECIAL, starts)

@@ -258,13 +258,12 @@ def _parts_that_meet(name: str, model: str) -> set[tuple[str, ...]]:
     of them."""
     cell = CELLS[name]
     parallel = ParallelConfig.model_validate(cell.settings.get("parallel", {}))
-    how = {
+    axis_uses = {
         "context": f"{parallel.context}, balanced: {parallel.balance_sequence}",
         "stage": parallel.schedule,
     }
-    parts = [
-        f"{axis} {how.get(axis, '')}" for axis, size in cell.mesh.items() if size > 1
-    ]
+    axes = [axis for axis, size in cell.mesh.items() if size > 1]
+    parts = [f"{axis} {axis_uses.get(axis, '')}" for axis in axes]
     parts += [str(rules) for rules in cell.settings.get("sharding", {}).items()]
     return {(model,), *((part,) for part in parts), *combinations(sorted(parts), 2)}
 
@@ -284,8 +283,10 @@ def _cover_parts(
         missing -= list_parts(*cell)
     chosen = []
     while missing:
-        chosen.append(max(trained, key=lambda cell: len(parts[cell] & missing)))
-        missing -= parts[chosen[-1]]
+        # Greedy set cover: of the cells, the one that has most of what is missing.
+        best = max(trained, key=lambda cell: len(parts[cell] & missing))
+        chosen.append(best)
+        missing -= parts[best]
     return chosen
 
 
@@ -345,21 +346,25 @@ def refusal(model: str, cell: Cell) -> str | None:
 @cache
 def batches(vocab_size: int) -> list[dict[str, np.ndarray]]:
     """Rows of several documents and padding."""
-    rng = np.random.default_rng(1)
+    random = np.random.default_rng(1)
     shape = (ROWS * MICRO, SEQ)
-    made = []
+    columns = np.arange(SEQ)
+    step_batches = []
     for _ in range(STEPS):
-        tokens, targets = rng.integers(0, vocab_size, (2, *shape), dtype=np.int32)
-        starts = rng.random(shape) < 0.2
+        tokens, targets = random.integers(0, vocab_size, (2, *shape), dtype=np.int32)
+        # [rows, SEQ]: where a document begins, and for each token where its own did.
+        starts = random.random(shape) < 0.2
         starts[:, 0] = True
-        begun = np.maximum.accumulate(np.where(starts, np.arange(SEQ), 0), axis=1)
-        padding = np.arange(SEQ) >= rng.integers(SEQ // 2, SEQ + 1, shape[0])[:, None]
+        begun = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        lengths = random.integers(SEQ // 2, SEQ + 1, shape[0])
+        padding = columns >= lengths[:, None]
+        # Padding is segment 0; documents count from 1.
         segments = np.where(padding, 0, np.cumsum(starts, axis=1)).astype(np.int32)
-        positions = np.where(padding, 0, np.arange(SEQ) - begun).astype(np.int32)
-        weights = rng.random(shape, dtype=np.float32) * (segments > 0)
+        positions = np.where(padding, 0, columns - begun).astype(np.int32)
+        weights = random.random(shape, dtype=np.float32) * (segments > 0)
         batch = {"tokens": tokens, "targets": targets, "weights": weights}
-        made.append(batch | {"positions": positions, "segment_ids": segments})
-    return made
+        step_batches.append(batch | {"positions": positions, "segment_ids": segments})
+    return step_batches
 
 
 def devices_of(config: RunConfig) -> list[Any]:
@@ -389,22 +394,26 @@ def train(
     rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
     step = None
     for batch in batches(setup.config.model.vocab_size):
-        own = {name: array[rows] for name, array in batch.items()}
-        put = make_global_batch(own, arrays, rows, rules, mesh, lead, setup.token_order)
-        if step is None:  # XLA compiles a model twice as fast when it does not optimise
-            step = bind_mesh(setup.mesh, jitted.lower)(state, put).compile(
-                compiler_options=QUICK
-            )
-        state, metrics = step(state, put)
-        yield {k: float(v) for k, v in metrics.items()}, state
+        local_arrays = {name: array[rows] for name, array in batch.items()}
+        global_batch = make_global_batch(
+            local_arrays, arrays, rows, rules, mesh, lead, setup.token_order
+        )
+        if step is None:
+            lowered = bind_mesh(setup.mesh, jitted.lower)(state, global_batch)
+            # XLA compiles a model twice as fast when it does not optimise.
+            step = lowered.compile(compiler_options=QUICK)
+        state, metrics = step(state, global_batch)
+        yield {name: float(value) for name, value in metrics.items()}, state
 
 
 def canonical(setup: RunSetup, params: Any) -> dict[str, np.ndarray]:
     """Every parameter under its canonical name, layers on one axis."""
     groups = layer_group_shapes(setup.specs)
-    return {
-        name: np.array(value).reshape(-1, *value.shape[2:])
-        if name in groups
-        else np.array(value)
-        for name, value in flatten_names(params).items()
-    }
+    arrays = {}
+    for name, value in flatten_names(params).items():
+        array = np.array(value)
+        if name in groups:
+            # [layer groups, layers of each, ...] to [layers, ...].
+            array = array.reshape(-1, *array.shape[2:])
+        arrays[name] = array
+    return arrays

@@ -22,21 +22,21 @@ class Process:
     def __init__(
         self, command: Sequence[Any], log: Path, environment: Mapping[str, str]
     ):
-        self.out, self.err = log.with_suffix(".out"), log.with_suffix(".err")
+        self.out = log.with_suffix(".out")
+        self.err = log.with_suffix(".err")
         with self.out.open("w") as out, self.err.open("w") as err:
             self._process = subprocess.Popen(
                 list(map(str, command)), stdout=out, stderr=err, env=dict(environment)
             )
-        self.id, self.send = self._process.pid, self._process.send_signal
+        self.id = self._process.pid
+        self.send = self._process.send_signal
 
     def ended(self, seconds: float = 600) -> tuple[int, list[str], list[str]]:
         """Its exit code and the lines that it wrote, on stdout and on stderr."""
         code = self._process.wait(seconds)
-        return (
-            code,
-            self.out.read_text().splitlines(),
-            self.err.read_text().splitlines(),
-        )
+        out = self.out.read_text().splitlines()
+        err = self.err.read_text().splitlines()
+        return code, out, err
 
     def until(self, condition: Any, seconds: float = 600) -> None:
         """Look on until something is so."""
@@ -57,7 +57,8 @@ class Jobs:
     there too."""
 
     def __init__(self, folder: Path, config: str):
-        self.folder, self._config = folder, config
+        self.folder = folder
+        self._config = config
         self._started: list[Process] = []
 
     def train(
@@ -67,17 +68,20 @@ class Jobs:
         processes: int = 1,
         devices: int = 1,
         faults: Mapping[int, tuple[str, Any]] | None = None,
-        own: Mapping[int, Sequence[str]] | None = None,
+        process_settings: Mapping[int, Sequence[str]] | None = None,
     ) -> list[Process]:
         """Start ``maxlm train`` on the hosts of a cluster, or on one.
 
         Args:
             devices: of each process.
             faults: of a process by its number, (what, where): see ``faults_worker.py``.
-            own: settings of one process alone, by its number.
+            process_settings: settings of one process alone, by its number.
         """
         arguments = ["train", self._config, f"name={name}", *settings]
         port = free_port()
+        faults = faults or {}
+        process_settings = process_settings or {}
+        environment = tiny.environment(self.folder)
         begun = []
         for number in range(processes):
             cluster = {
@@ -86,30 +90,35 @@ class Jobs:
                 "MAXLM_PROCESS_ID": str(number),
                 "JAX_NUM_CPU_DEVICES": str(devices),
             }
-            program = [WORKER, *(faults or {}).get(number, ("none", 0))]
-            log = self.folder / f"{name}-{len(self._started)}"
+            fault = faults.get(number, ("none", 0))
             command = [
                 sys.executable,
-                *program,
+                WORKER,
+                *fault,
                 *arguments,
-                *(own or {}).get(number, ()),
+                *process_settings.get(number, ()),
             ]
-            begun.append(Process(command, log, tiny.environment(self.folder) | cluster))
-            self._started.append(begun[-1])
+            log = self.folder / f"{name}-{len(self._started)}"
+            process = Process(command, log, environment | cluster)
+            begun.append(process)
+            self._started.append(process)
         return begun
 
-    def trained(self, name: str, *settings: str, **how: Any) -> list[str]:
-        """Train to the end; what process 0 said."""
-        ended = [process.ended() for process in self.train(name, *settings, **how)]
+    def trained(
+        self, name: str, *settings: str, processes: int = 1, devices: int = 1
+    ) -> list[str]:
+        """Train to the end; what process 0 wrote to stdout."""
+        begun = self.train(name, *settings, processes=processes, devices=devices)
+        ended = [process.ended() for process in begun]
         for code, _, err in ended:
             assert code == 0, "\n".join(err)
-        return ended[0][1]
+        _, out, _ = ended[0]
+        return out
 
     def step(self, name: str) -> int:
         """The newest that is on record."""
-        return max(
-            (r["step"] for r in tiny.read_metrics(self.folder / name)), default=0
-        )
+        records = tiny.read_metrics(self.folder / name)
+        return max((record["step"] for record in records), default=0)
 
     def end(self) -> None:
         for process in self._started:

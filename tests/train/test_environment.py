@@ -20,14 +20,17 @@ def test_what_is_here(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some_flag")
     monkeypatch.setenv("SECRET_TOKEN", "s3cret")
-    found = describe_environment()
-    assert json.loads(json.dumps(found)) == found
-    assert found["versions"]["orbax-checkpoint"] == version("orbax-checkpoint")
-    assert found["devices"] == {"kind": jax.devices()[0].device_kind, "count": 8}
-    assert (found["processes"], found["hosts"]) == (1, [socket.gethostname()])
-    assert found["variables"]["SLURM_JOB_ID"] == "4711"
-    assert found["variables"]["LIBTPU_INIT_ARGS"] == "--xla_some_flag"
-    assert "s3cret" not in json.dumps(found)
+    environment = describe_environment()
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["versions"]["orbax-checkpoint"] == version("orbax-checkpoint")
+    assert environment["devices"] == {"kind": jax.devices()[0].device_kind, "count": 8}
+    assert (environment["processes"], environment["hosts"]) == (
+        1,
+        [socket.gethostname()],
+    )
+    assert environment["variables"]["SLURM_JOB_ID"] == "4711"
+    assert environment["variables"]["LIBTPU_INIT_ARGS"] == "--xla_some_flag"
+    assert "s3cret" not in json.dumps(environment)
 
 
 def git(folder, *arguments):

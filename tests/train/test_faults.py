@@ -34,7 +34,9 @@ class Runs:
     """Trains runs on text that is prepared, in this process, as `maxlm train` does."""
 
     def __init__(self, config: str, folder: Path, capfd):
-        self.config, self.folder, self._capfd = config, folder, capfd
+        self.config = config
+        self.folder = folder
+        self._capfd = capfd
 
     def train(self, name: str, *settings: str, folder: Path | None = None):
         """The exit code, and the lines on stdout and on stderr."""
@@ -60,16 +62,16 @@ class Runs:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    own = tiny.prepare(folder / "prepared")
-    own["data"]["sources"][0]["heldout_store"] = str(
-        folder / "prepared/data/text/heldout"
-    )
-    own |= {
-        "train": {"steps": STEPS, "eval_every": 8},
-        "reporting": {"tensorboard": False},
-    }
+    prepared = tiny.prepare(folder / "prepared")
+    [source] = prepared["data"]["sources"]
+    source["heldout_store"] = str(folder / "prepared/data/text/heldout")
     return tiny.write_config(
-        folder, "", checkpoint={"every_steps": 6, "keep_last": 3}, **own
+        folder,
+        "",
+        **prepared,
+        train={"steps": STEPS, "eval_every": 8},
+        checkpoint={"every_steps": 6, "keep_last": 3},
+        reporting={"tensorboard": False},
     )
 
 
@@ -77,10 +79,10 @@ def config(tmp_path_factory):
 def runs(config, capfd, compiled_once):
     """Where ``one`` has been trained without a fault, with checkpoints at 6, 12 and
     18."""
-    found = Runs(config, Path(config).parent, capfd)
-    if not (found.folder / "one").exists():
-        found.trained("one")
-    return found
+    runs = Runs(config, Path(config).parent, capfd)
+    if not (runs.folder / "one").exists():
+        runs.trained("one")
+    return runs
 
 
 @pytest.fixture
@@ -100,15 +102,16 @@ def fill(disk: Path, left: int | None) -> None:
     ballast = disk / "ballast"
     ballast.unlink(missing_ok=True)
     if left is not None:
-        free = os.statvfs(disk)
-        ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - left)))
+        status = os.statvfs(disk)
+        free = status.f_bavail * status.f_bsize
+        ballast.write_bytes(bytes(max(0, free - left)))
 
 
-def at_batch(monkeypatch, wanted: int, do) -> None:
+def at_batch(monkeypatch, batch_number: int, do) -> None:
     """Call a function before a batch of a run is trained on."""
 
     def change(number, batch):
-        if number == wanted:
+        if number == batch_number:
             do()
         return batch
 
@@ -121,9 +124,19 @@ def record_stop_requests(monkeypatch) -> list:
     requests = []
     load = setup.load_batches
 
-    def load_batches(*arguments, is_stop_requested, **options):
+    def load_batches(
+        source, rows, *, start_step, num_steps, workers, prefetch, is_stop_requested
+    ):
         requests.append(is_stop_requested)
-        return load(*arguments, is_stop_requested=is_stop_requested, **options)
+        return load(
+            source,
+            rows,
+            start_step=start_step,
+            num_steps=num_steps,
+            workers=workers,
+            prefetch=prefetch,
+            is_stop_requested=is_stop_requested,
+        )
 
     monkeypatch.setattr(setup, "load_batches", load_batches)
     return requests
@@ -153,11 +166,11 @@ def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_fro
     flipped.write_bytes(data)
     cut = largest(home / "12" / "state")
     os.truncate(cut, cut.stat().st_size // 2)
-    said = runs.trained("damaged")
-    assert [line.split(": ")[0] for line in said[:2]] == [
+    out = runs.trained("damaged")
+    assert [line.split(": ")[0] for line in out[:2]] == [
         f"checkpoint {step} is skipped" for step in (18, 12)
     ]
-    assert said[2] == f"resuming from step 6 in {home}"
+    assert out[2] == f"resuming from step 6 in {home}"
     runs.check_same("damaged")
     names = {path.name for path in home.iterdir() if path.is_dir()}
     assert names == {"6", "12", "12.damaged", "18", "18.damaged"}
@@ -197,8 +210,8 @@ def test_a_run_whose_events_are_lost_goes_on_from_its_checkpoints(runs):
         run = shutil.copytree(runs.folder / "one", runs.folder / f"events_{kind}")
         LOST_EVENTS[kind](run / "events.jsonl")
         shutil.rmtree(run / "checkpoints/18")
-        said = runs.trained(run.name)
-        assert said[0] == f"resuming from step 12 in {run}/checkpoints"
+        out = runs.trained(run.name)
+        assert out[0] == f"resuming from step 12 in {run}/checkpoints"
         runs.check_same(run.name)
 
 
@@ -212,9 +225,8 @@ def test_a_run_whose_events_and_checkpoints_are_lost_is_not_begun_anew(runs, kin
     assert code == 2
     assert err[-1] == (
         f"error: {run}/checkpoints: no checkpoint is left, events.jsonl is lost or cut "
-        f"short, and "
-        "metrics.jsonl has records up to step 18; put both back; to start afresh, move "
-        f"{run} away, or set another name=..."
+        "short, and metrics.jsonl has records up to step 18; put both back; to start "
+        f"afresh, move {run} away, or set another name=..."
     )
     assert {path: path.read_bytes() for path in run.glob("*.jsonl")} == before
 
@@ -222,11 +234,10 @@ def test_a_run_whose_events_and_checkpoints_are_lost_is_not_begun_anew(runs, kin
 def test_a_newest_checkpoint_that_is_gone_is_told_of(runs):
     run = shutil.copytree(runs.folder / "one", runs.folder / "newest_gone")
     shutil.rmtree(run / "checkpoints/18")
-    said = runs.trained(run.name)
-    assert said[:2] == [
+    out = runs.trained(run.name)
+    assert out[:2] == [
         "checkpoint 18 is gone: events.jsonl says that it was saved, and none of the "
-        "run's places "
-        "has it; the 6 steps since step 12 are trained again",
+        "run's places has it; the 6 steps since step 12 are trained again",
         f"resuming from step 12 in {run}/checkpoints",
     ]
     runs.check_same(run.name)
@@ -236,24 +247,28 @@ def test_a_newest_checkpoint_that_is_gone_is_told_of(runs):
 def test_where_hosts_disks_alone_have_checkpoints_of_another_mesh_a_run_begins_anew(
     runs, tmp_path, monkeypatch
 ):
-    own = [f"checkpoint.local_folder={tmp_path}/fast", "checkpoint.every_steps=0"]
-    own += ["checkpoint.local_every_steps=4"]
+    settings = [
+        f"checkpoint.local_folder={tmp_path}/fast",
+        "checkpoint.every_steps=0",
+        "checkpoint.local_every_steps=4",
+    ]
     home = runs.folder / "moved" / "checkpoints"
-    place = f"moved-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(str(home).encode()).hexdigest()
+    place = f"moved-{digest[:8]}"
     with monkeypatch.context() as patch:
         at_batch(patch, 10, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            runs.train("moved", *own, "mesh={fsdp: 8}")
+            runs.train("moved", *settings, "mesh={fsdp: 8}")
     saved = sorted((tmp_path / "fast" / place / "process-0").iterdir())
     assert [path.name for path in saved] == ["4.safetensors", "8.safetensors"]
     for path in saved:
         as_of_another_mesh(path)
-    said = runs.trained("moved", *own)
+    out = runs.trained("moved", *settings)
     other = "it was written on another mesh or by other processes"
-    assert said[:2] == [
+    assert out[:2] == [
         f"local checkpoint {step} is skipped: unreadable ({other})" for step in (8, 4)
     ]
-    assert not [line for line in said if "resuming" in line]
+    assert not [line for line in out if "resuming" in line]
     runs.check_same("moved")
     assert not (tmp_path / "fast" / place).exists()  # it is done
 
@@ -265,7 +280,8 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(
 
     def stops(expected, words):
         code, _, err = runs.train("told")
-        assert (code, err[-1]) == (expected, f"error: {run}: {words}")
+        assert code == expected
+        assert err[-1] == f"error: {run}: {words}"
         assert not [line for line in err if "Traceback" in line]
 
     # Before the first step is compiled, and in the evaluation at step 8. What is wanted
@@ -279,22 +295,19 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(
     with monkeypatch.context() as patch:
         evaluate = HeldOutEvaluator.evaluate_metrics
 
-        def told(*arguments):
+        def preempt_and_evaluate(*arguments):
             signal.raise_signal(signal.SIGUSR1)
             return evaluate(*arguments)
 
-        patch.setattr(HeldOutEvaluator, "evaluate_metrics", told)
+        patch.setattr(HeldOutEvaluator, "evaluate_metrics", preempt_and_evaluate)
         stops(75, f"preempted at step 10 of {STEPS}, which is saved; {RESUME}")
     with monkeypatch.context() as patch:  # In the last step, which the loop ends with.
         at_batch(patch, STEPS - 1, lambda: signal.raise_signal(signal.SIGTERM))
         stops(75, f"preempted (SIGTERM) while no step was under way; {RESUME}")
-    for _ in range(
-        2
-    ):  # Finished, it has nothing left to do, and nothing is written down twice.
-        assert (
-            runs.trained("told")[0]
-            == f"resuming from step {STEPS} in {run / 'checkpoints'}"
-        )
+    # Finished, it has nothing left to do, and nothing is written down twice.
+    for _ in range(2):
+        out = runs.trained("told")
+        assert out[0] == f"resuming from step {STEPS} in {run / 'checkpoints'}"
         runs.check_same("told")
     resumed = [event["step"] for event in read_events(run, "resume")]
     assert resumed == [2, 10, STEPS, STEPS]
@@ -304,23 +317,20 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(
 def test_a_second_run_in_the_same_folder_is_refused(runs):
     with lock_run_folder(runs.folder / "held"):
         code, _, err = runs.train("held")
-    assert (code, err) == (
-        2,
-        [
-            f"error: {runs.folder / 'held'}: another run writes to this folder "
-            f"(process "
-            f"{os.getpid()} on {HERE}); wait for it to end, stop it, or give this one "
-            f"another "
-            "name=..."
-        ],
-    )
+    assert code == 2
+    assert err == [
+        f"error: {runs.folder / 'held'}: another run writes to this folder (process "
+        f"{os.getpid()} on {HERE}); wait for it to end, stop it, or give this one "
+        "another name=..."
+    ]
 
 
 @pytest.mark.more
 def test_a_folder_that_is_deleted_under_the_run_ends_it_and_its_copy_is_gone_on_from(
     runs, tmp_path, monkeypatch
 ):
-    run, copies = runs.folder / "deleted", tmp_path / "there"
+    run = runs.folder / "deleted"
+    copies = tmp_path / "there"
     copied = f"checkpoint.remote_folder={copies}"
 
     def delete() -> None:
@@ -331,20 +341,19 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it_and_its_copy_is_gone_on_
     with monkeypatch.context() as patch:
         at_batch(patch, 9, delete)
         code, _, err = runs.train("deleted", copied)
-    assert (code, run.exists()) == (2, False)  # it does not reappear
+    assert code == 2
+    assert not run.exists()  # it does not reappear
     assert err[-1] == (
         f"error: {run}: this folder, or a file of the run's in it, was deleted or "
-        f"moved during the "
-        "run; put the run's folder back and run the same command to resume, or set "
-        "another "
-        "name=... to start afresh"
+        "moved during the run; put the run's folder back and run the same command to "
+        "resume, or set another name=... to start afresh"
     )
-    assert (
-        runs.trained("deleted", copied)[0]
-        == f"resuming from step 6 in {copies}/deleted"
-    )
+    out = runs.trained("deleted", copied)
+    assert out[0] == f"resuming from step 6 in {copies}/deleted"
     unbroken = read_results(runs.folder / "one")
-    assert read_results(run) == [each for each in unbroken if each[0] > 6]
+    assert read_results(run) == [
+        (step, values) for step, values in unbroken if step > 6
+    ]
 
     def read_data() -> None:
         with lock_run_folder(run):
@@ -360,14 +369,11 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it_and_its_copy_is_gone_on_
 def test_a_folder_that_cannot_be_written(runs, disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     code, _, err = runs.train("x", folder=disk)
-    assert (code, err) == (
-        2,
-        [
-            f"error: {disk}/x: cannot write the run folder (Read-only file system); "
-            f"set "
-            "folder=PATH to a place you may write to"
-        ],
-    )
+    assert code == 2
+    assert err == [
+        f"error: {disk}/x: cannot write the run folder (Read-only file system); "
+        "set folder=PATH to a place you may write to"
+    ]
 
 
 @pytest.mark.more
@@ -386,15 +392,15 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(runs, disk, monkeypatch):
     fill(disk, None)
     with monkeypatch.context() as patch:
         at_batch(patch, 9, lambda: fill(disk, 0))
-        code, said, err = runs.train("full", "checkpoint.every_steps=0", folder=disk)
-    assert (code, said[0]) == (2, f"resuming from step 6 in {home}")
+        code, out, err = runs.train("full", "checkpoint.every_steps=0", folder=disk)
+    assert code == 2
+    assert out[0] == f"resuming from step 6 in {home}"
     fix = f"cannot write: {FULL}; free some disk space, or check the folder and its permissions"
     assert err[-1] == f"error: {disk}/full/metrics.jsonl: {fix}"
     fill(disk, 0)
-    code, _, [line] = runs.train(
-        "full", folder=disk
-    )  # which file depends on the file system
-    assert (code, line[: len(f"error: {disk}/full/")]) == (2, f"error: {disk}/full/")
+    code, _, [line] = runs.train("full", folder=disk)
+    assert code == 2
+    assert line.startswith(f"error: {disk}/full/")  # which file: as the disk has it
     assert line.endswith(f": {fix}")
 
     fill(disk, None)
@@ -404,13 +410,12 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(runs, disk, monkeypatch):
 
 def test_a_fast_disk_that_fills_up_is_told_of_and_training_goes_on(runs, disk):
     fill(disk, 200_000)
-    own = [f"checkpoint.local_folder={disk}", "checkpoint.local_every_steps=8"]
-    code, _, err = runs.train("small", *own, "checkpoint.every_steps=0")
+    settings = [f"checkpoint.local_folder={disk}", "checkpoint.local_every_steps=8"]
+    code, _, err = runs.train("small", *settings, "checkpoint.every_steps=0")
     assert code == 0, err
-    said = [line.partition(" was not written to ") for line in err if "local" in line]
-    assert [what for what, _, _ in said] == [
-        f"local checkpoint {step}" for step in (8, 16)
-    ]
-    words = f" (Error while serializing: I/O error: {FULL} (os error 28)); training continues"
-    assert all(rest.endswith(words) for _, _, rest in said)
+    warnings = [line for line in err if "local" in line]
+    reason = f"Error while serializing: I/O error: {FULL} (os error 28)"
+    for step, warning in zip((8, 16), warnings, strict=True):
+        assert warning.startswith(f"local checkpoint {step} was not written to ")
+        assert warning.endswith(f" ({reason}); training continues")
     runs.check_same("small")

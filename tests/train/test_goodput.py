@@ -44,18 +44,18 @@ EVENTS = st.fixed_dictionaries(
 @settings(max_examples=200)
 @given(st.lists(EVENTS, max_size=25), st.floats(0, 2e4))
 def test_parts_sum_to_the_whole_whatever_was_written(events, now):
-    told = summarize_run_events(events, now)
-    assert sum(told.seconds_by_activity.values()) == pytest.approx(
-        told.wall_seconds, abs=1e-6
+    history = summarize_run_events(events, now)
+    assert sum(history.seconds_by_activity.values()) == pytest.approx(
+        history.wall_seconds, abs=1e-6
     )
-    assert told.seconds_by_activity.keys() == {*PARTS}
-    assert min(told.seconds_by_activity.values()) >= 0
-    assert told.goodput is None or 0 <= told.goodput <= 1 + 1e-9
-    for attempt in told.attempts:
+    assert history.seconds_by_activity.keys() == {*PARTS}
+    assert min(history.seconds_by_activity.values()) >= 0
+    assert history.goodput is None or 0 <= history.goodput <= 1 + 1e-9
+    for attempt in history.attempts:
         assert attempt.ended >= attempt.began
         times = [time for time, _ in attempt.points]
         assert times == sorted(times)
-    for piece, following in pairwise(told.slices):
+    for piece, following in pairwise(history.slices):
         assert piece.end == following.begin
 
 
@@ -64,7 +64,10 @@ class Play:
     kept."""
 
     def __init__(self):
-        self.clock, self.events, self.spent = 1e9, [], defaultdict(float)
+        self.clock = 1e9  # Unix seconds
+        self.events = []
+        self.spent = defaultdict(float)
+        """Seconds by part of the time."""
         self.kept = {}
         """By step: the seconds of the update that the run holds, None of one that came
         with compilation."""
@@ -113,11 +116,11 @@ class Play:
                 counted[part] += seconds
             self.pass_("other", draw(st.just(0.0) | st.floats(0.1, 2)))
             self.event("progress", step, **counted)
-            what = draw(st.sampled_from(["go on", "save", "save", "roll back"]))
-            if what == "save":
+            action = draw(st.sampled_from(["go on", "save", "save", "roll back"]))
+            if action == "save":
                 self.event("checkpoint", step, tier="folder", seconds=0.0)
                 saved = step
-            elif what == "roll back" and saved:
+            elif action == "roll back" and saved:
                 self.event(
                     "rollback", saved, from_step=step, reason="loss", batches=[0, 1]
                 )
@@ -150,26 +153,29 @@ def test_parts_are_those_of_a_run_played_out(data):
             play.pass_(idle, data.draw(st.floats(0.1, 500)))
         begins, end = play.attempt(data.draw, begins)
         ends.append(end)
-    told = summarize_run_events(play.events, now_unix_seconds=play.clock + 1000)
+    history = summarize_run_events(play.events, now_unix_seconds=play.clock + 1000)
     seconds = dict.fromkeys(PARTS, 0.0) | play.spent
     # What was run and never gone back from is all that is kept: the last attempt's is
     # still.
     seconds["productive"] = sum(play.kept.values())
     seconds["lost"] = play.stepped - seconds["productive"]
-    assert told.seconds_by_activity == pytest.approx(seconds, abs=1e-4)
-    assert told.wall_seconds == pytest.approx(play.clock - 1e9, abs=1e-4)
-    assert [attempt.end for attempt in told.attempts] == ends
-    interrupted = [end for end in ends if end != "done"]
-    assert told.interruptions == Counter(interrupted)
-    ran = told.wall_seconds - seconds["down"] - seconds["finished"]
-    mean = pytest.approx(ran / len(interrupted), abs=1e-4) if interrupted else None
-    assert told.mean_time_to_interruption == mean
+    assert history.seconds_by_activity == pytest.approx(seconds, abs=1e-4)
+    assert history.wall_seconds == pytest.approx(play.clock - 1e9, abs=1e-4)
+    assert [attempt.end for attempt in history.attempts] == ends
+    interruptions = [end for end in ends if end != "done"]
+    assert history.interruptions == Counter(interruptions)
+    if interruptions:
+        ran = history.wall_seconds - seconds["down"] - seconds["finished"]
+        mean = pytest.approx(ran / len(interruptions), abs=1e-4)
+        assert history.mean_time_to_interruption == mean
+    else:
+        assert history.mean_time_to_interruption is None
 
 
 def log(*events):
     return [
-        {"event": kind, "step": step, "time": time, **more}
-        for kind, step, time, more in events
+        {"event": kind, "step": step, "time": time, **details}
+        for kind, step, time, details in events
     ]
 
 
@@ -179,10 +185,10 @@ def log(*events):
 )
 def test_an_attempt_heard_of_just_now_is_running(silent, end, wall):
     events = log(("start", 0, 0, {"began": 0}), ("progress", 5, 10, {"stepping": 10}))
-    told = summarize_run_events(events, now_unix_seconds=10 + silent)
-    assert told.attempts[0].end == end
-    assert told.wall_seconds == wall
-    assert told.interruptions == ({} if end == "running" else {"killed": 1})
+    history = summarize_run_events(events, now_unix_seconds=10 + silent)
+    assert history.attempts[0].end == end
+    assert history.wall_seconds == wall
+    assert history.interruptions == ({} if end == "running" else {"killed": 1})
 
 
 def test_a_hang_that_ended_by_itself_is_not_taken_for_steps():

@@ -12,14 +12,15 @@ pytestmark = pytest.mark.heavy
 def run(tmp_path_factory):
     """A run whose model stays as it is, so that only the rows can make a difference."""
     folder = tmp_path_factory.mktemp("heldout")
-    top = {
-        "schedule": {"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-30},
-        "train": {"steps": 3, "eval_every": 1, "eval_batches": 1},
-        "checkpoint": {"every_steps": 0},
-        "reporting": {"tensorboard": False},
-    }
-    text = tiny.write_text(folder / "text", documents=40)
-    result, _ = tiny.train(tiny.write_config(folder, text, **top))
+    config = tiny.write_config(
+        folder,
+        tiny.write_text(folder / "text", documents=40),
+        schedule={"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-30},
+        train={"steps": 3, "eval_every": 1, "eval_batches": 1},
+        checkpoint={"every_steps": 0},
+        reporting={"tensorboard": False},
+    )
+    result, _ = tiny.train(config)
     return result
 
 
@@ -47,9 +48,9 @@ def test_the_plot_marks_it_apart_from_the_curve(run, tmp_path, monkeypatch):
     drawn = {}
     plot = Axes.plot
 
-    def record_line(self, x, y, **options):
-        drawn[options.get("label")] = [float(value) for value in y]
-        return plot(self, x, y, **options)
+    def record_line(self, x, y, *, label=None, **style: object):
+        drawn[label] = [float(value) for value in y]
+        return plot(self, x, y, label=label, **style)
 
     monkeypatch.setattr(Axes, "plot", record_line)
     plot_loss(run.folder / "metrics.jsonl", tmp_path / "loss.png")

@@ -99,9 +99,9 @@ def test_the_page_shows_which_layouts_are_refused_and_why():
     ("settings", "says"), EXAMPLES, ids=[e[0].split("\n")[0] for e in EXAMPLES]
 )
 def test_what_the_page_tells_to_write_is_planned_as_it_says(settings, says, tmp_path):
-    own = yaml.safe_load(settings)
-    data = {"batch_size": DEVICES * own.get("train", {}).get("micro_batches", 1)}
-    run = {"include": "llama3_8b", **own, "data": data | own.get("data", {})}
+    example = yaml.safe_load(settings)
+    data = {"batch_size": DEVICES * example.get("train", {}).get("micro_batches", 1)}
+    run = {"include": "llama3_8b", **example, "data": data | example.get("data", {})}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))
     config = load_config(RunConfig, file).value

@@ -36,8 +36,8 @@ def test_memory_is_labelled_by_what_was_measured():
     assert 50e6 < record["process_memory_peak"] < 1e12
 
 
-def run(folder, steps, resume_step=0, **options):
-    with MetricsLog(folder, resume_step, **options) as log:
+def run(folder, steps, resume_step=0, reporting=ReportingConfig(), write=True):
+    with MetricsLog(folder, resume_step, write=write, reporting=reporting) as log:
         log.event("resume" if resume_step else "start", resume_step)
         for step in steps:
             log.log(step, {"loss": jnp.float32(1 / step), "tokens": 8 * step})
@@ -135,10 +135,10 @@ def test_no_room_for_a_record_is_an_error_and_leaves_no_half_of_it(tmp_path, nam
             else lambda step, values: log.event("x", step)
         )
         write(1, {"loss": 1.0})
-        kept = path.read_bytes()
-        with files_at_most(len(kept) + 10), pytest.raises(MaxlmError) as error:
+        first_record = path.read_bytes()
+        with files_at_most(len(first_record) + 10), pytest.raises(MaxlmError) as error:
             write(2, {"loss": 2.0})
-        assert path.read_bytes() == kept
+        assert path.read_bytes() == first_record
     assert str(error.value) == (
         f"{path}: cannot write: {os.strerror(errno.EFBIG)}; "
         "free some disk space, or check the folder and its permissions"

@@ -79,18 +79,18 @@ def one_device(tmp_path_factory):
     """What one device makes of a model and its batches: (setup, records, first
     checkpoint)."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    made = {}
+    references = {}
 
     def find(model: str):
-        if model not in made:
+        if model not in references:
             config = cells.config_of(model, cells.ALONE)
             setup = set_up_run(config, cells.devices_of(config))
             steps = cells.train(setup, cells.start_from(folder / model, setup))
             records = [
                 with_metrics(cells.canonical(setup, s.params), m) for m, s in steps
             ]
-            made[model] = setup, records, folder / model
-        return made[model]
+            references[model] = setup, records, folder / model
+        return references[model]
 
     return find
 

@@ -59,20 +59,21 @@ def as_if_saved_elsewhere(path: Path) -> None:
 
 @pytest.mark.more
 def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_path):
-    own = [
+    settings = [
         "checkpoint.every_steps=6",
         "checkpoint.local_every_steps=4",
+        f"checkpoint.local_folder={tmp_path}/fast",
         "faults.peer_seconds=10",
     ]
-    own += [f"checkpoint.local_folder={tmp_path}/fast"]
     run = jobs.folder / "pair"
     home = run / "checkpoints"
-    place = f"pair-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(str(home).encode()).hexdigest()
+    place = f"pair-{digest[:8]}"
     disks = [tmp_path / "fast" / place / f"process-{number}" for number in range(2)]
 
-    def told(victim, number, step):
+    def signal_after_step(victim, number, step):
         """Send a process a signal after a step is on all disks; how both ended."""
-        processes = jobs.train("pair", *own, processes=2, faults=SLOW)
+        processes = jobs.train("pair", *settings, processes=2, faults=SLOW)
         for disk, process in zip(disks, processes, strict=True):
             process.until((disk / f"{step}.safetensors").exists)
         processes[victim].send(number)
@@ -83,21 +84,20 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
         names = (path.name.removesuffix(".safetensors") for path in folder.iterdir())
         return {int(name) for name in names if name.isdigit()}
 
-    def beginning(said):
-        return [line for line in said if "skipped" in line or "resuming" in line]
+    def beginning(out):
+        return [line for line in out if "skipped" in line or "resuming" in line]
 
-    (code, _, err), _ = told(1, signal.SIGKILL, 4)
+    (code, _, err), _ = signal_after_step(1, signal.SIGKILL, 4)
     words = (
         f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint"
     )
-    assert (code, any(words in line for line in err)) == (
-        76,
-        True,
-    )  # JAX may write beside it
+    assert code == 76
+    assert any(words in line for line in err)  # JAX may write beside it
 
     newest = max(steps_in(disks[0]) & steps_in(disks[1]))
-    ended = told(1, signal.SIGTERM, 8)
-    assert beginning(ended[0][1]) == [f"resuming from step {newest} in {disks[0]}"]
+    ended = signal_after_step(1, signal.SIGTERM, 8)
+    (_, out, _), _ = ended
+    assert beginning(out) == [f"resuming from step {newest} in {disks[0]}"]
     words = f"preempted at step {jobs.step('pair')} of {STEPS}, which is saved"
     line = f"error: {run}: {words}; run the same command to resume"
     assert [(code, err[-1]) for code, _, err in ended] == [(75, line)] * 2
@@ -113,16 +113,13 @@ def test_hosts_go_on_after_a_kill_a_preemption_and_the_loss_of_a_disk(jobs, tmp_
             as_if_saved_elsewhere(path)
         else:
             path.unlink()
-    said = jobs.trained("pair", *own, processes=2)
-    why = dict.fromkeys(lost, "process 1 has none") | {
-        newest: "its files are not of one save"
-    }
-    assert beginning(said) == [
-        *(
-            f"local checkpoint {step} is skipped: {why[step]}"
-            for step in sorted(lost, reverse=True)
-            if step >= folder
-        ),
+    out = jobs.trained("pair", *settings, processes=2)
+    reasons = dict.fromkeys(lost, "process 1 has none")
+    reasons[newest] = "its files are not of one save"
+    # The newest first, down to the step that the run's folder has.
+    skipped = [step for step in sorted(lost, reverse=True) if step >= folder]
+    assert beginning(out) == [
+        *(f"local checkpoint {step} is skipped: {reasons[step]}" for step in skipped),
         f"resuming from step {folder} in {home}",
     ]
     assert newest > folder
@@ -148,26 +145,24 @@ def test_two_processes_end_together_when_one_hangs(jobs):
         assert line.startswith(f"error: {run}: process {number} hangs: step {step} (")
         assert line.endswith(
             f" s; what its threads were doing is in {path}; run the same command to "
-            f"resume from "
-            "the last checkpoint"
+            "resume from the last checkpoint"
         )
-        assert (
-            "a_place_to_hang" if number == 0 else "_finish_step"
-        ) in path.read_text()
+        # Process 0 hangs itself; process 1 waits for it in a step.
+        frame = "a_place_to_hang" if number == 0 else "_finish_step"
+        assert frame in path.read_text()
     assert read_run(run).history.event_counts["hang"] == 1
 
 
 @pytest.mark.slow
 def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
-    own = {1: ["data.batch_size=4", "train.eval_every=9"]}
+    process_settings = {1: ["data.batch_size=4", "train.eval_every=9"]}
     line = (
         f"error: hosts disagree on data.batch_size: 8 on process 0 ({HERE}); 4 on "
-        f"process 1 "
-        f"({HERE}); and on train.eval_every; start all hosts with the same software, "
-        f"config and "
-        "kind of machine"
+        f"process 1 ({HERE}); and on train.eval_every; start all hosts with the same "
+        "software, config and kind of machine"
     )
-    ended = [process.ended() for process in jobs.train("differ", processes=2, own=own)]
+    processes = jobs.train("differ", processes=2, process_settings=process_settings)
+    ended = [process.ended() for process in processes]
     assert [(code, err) for code, _, err in ended] == [(2, [line])] * 2
 
 
@@ -182,17 +177,15 @@ def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
     os.kill(workers[1].pop(), signal.SIGKILL)
     line = (
         "data.workers: a loader worker was killed by signal 9 (Killed), probably out "
-        "of memory; "
-        "run the same command to go on from the last checkpoint, with fewer "
-        "data.workers or more "
-        "memory if it happens again"
+        "of memory; run the same command to go on from the last checkpoint, with fewer "
+        "data.workers or more memory if it happens again"
     )
-    said = [f"error: process 1 ({HERE}): {line}", f"error: {line}"]
-    for process, text in zip(processes, said, strict=True):
+    messages = [f"error: process 1 ({HERE}): {line}", f"error: {line}"]
+    for process, message in zip(processes, messages, strict=True):
         code, _, err = process.ended()
         # JAX's own words may come behind it.
-        assert (code, err.count(text)) == (76, 1), err
-        assert not [each for each in err if "Traceback" in each]
+        assert (code, err.count(message)) == (76, 1), err
+        assert not any("Traceback" in err_line for err_line in err)
     wait_until(lambda: not any(map(alive, workers[0] | workers[1])))
 
 
@@ -207,7 +200,7 @@ def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
     ]
     before = 0
     for processes, devices, mesh, until, parts in machines:
-        said = jobs.trained(
+        out = jobs.trained(
             "moved",
             f"mesh={mesh}",
             f"train.steps={until}",
@@ -215,24 +208,21 @@ def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
             devices=devices,
         )
         resumed = f"resuming from step {before} in {home / 'checkpoints'}"
-        assert (resumed in said) == (before > 0)
+        assert (resumed in out) == (before > 0)
         plan = json.loads((home / "plan.json").read_text())
         assert plan["micro_batches"] == parts
         before = until
-    want, got = (
-        [r for r in read_metrics(jobs.folder / name) if "loss" in r]
-        for name in ("one", "moved")
-    )
-    assert (
-        [r["step"] for r in got]
-        == [r["step"] for r in want]
-        == list(range(1, STEPS + 1))
-    )
-    assert [r["tokens"] for r in got] == [r["tokens"] for r in want]
-    assert [r["loss"] for r in got] == pytest.approx(
-        [r["loss"] for r in want], rel=1e-5
-    )
-    assert want[-1]["loss"] < want[0]["loss"] - 0.5
+
+    def read_column(name, column):
+        records = read_metrics(jobs.folder / name)
+        return [record[column] for record in records if "loss" in record]
+
+    assert read_column("one", "step") == list(range(1, STEPS + 1))
+    assert read_column("moved", "step") == list(range(1, STEPS + 1))
+    assert read_column("moved", "tokens") == read_column("one", "tokens")
+    want = read_column("one", "loss")
+    assert read_column("moved", "loss") == pytest.approx(want, rel=1e-5)
+    assert want[-1] < want[0] - 0.5
     starts = read_events(home, "start", "resume")
     assert [(e["processes"], e["devices"]) for e in starts] == [(2, 4), (1, 1), (2, 2)]
 
@@ -245,6 +235,6 @@ def test_a_machine_that_the_batch_does_not_divide_over(tmp_path):
         set_up_run(run, jax.devices()[:3])
     assert str(error.value) == (
         "train.max_device_rows: a batch of 8 sequences does not divide over 3 devices "
-        "into parts "
-        "of 2 or less; use a mesh whose batch axes and stages divide the batch"
+        "into parts of 2 or less; use a mesh whose batch axes and stages divide the "
+        "batch"
     )

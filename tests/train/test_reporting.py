@@ -82,16 +82,16 @@ def test_full_disk_is_an_error_of_tensorboard_not_a_wait(tmp_path):
 def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(
     tmp_path, monkeypatch
 ):
-    started, told = [], []
+    started, calls = [], []
 
     def init(**settings):
         if settings["project"] != "tiny":
             raise wandb.Error("no such project")
         started.append(settings)
         return SimpleNamespace(
-            define_metric=lambda name, step_metric: told.append((name, step_metric)),
-            log=told.append,
-            finish=lambda: told.append("finished"),
+            define_metric=lambda name, step_metric: calls.append((name, step_metric)),
+            log=calls.append,
+            finish=lambda: calls.append("finished"),
         )
 
     wandb = SimpleNamespace(
@@ -106,18 +106,15 @@ def test_wandb_gets_one_run_for_all_attempts_with_steps_as_its_axis(
     for step in (1, 2):
         with MetricsLog(tmp_path, step - 1, reporting=config) as log:
             log.log(step, {"loss": 1 / step})
-    assert told == [
+    assert calls == [
         *[("*", "step"), {"step": 1, "loss": 1.0}, "finished"],
         *[("*", "step"), {"step": 2, "loss": 0.5}, "finished"],
     ]
     assert started[0] == started[1]
-    kept = {name: started[0][name] for name in ("resume", "name", "mode", "config")}
-    assert kept == {
-        "resume": "allow",
-        "name": tmp_path.name,
-        "mode": "offline",
-        "config": {"seed": 17},
-    }
+    assert started[0]["resume"] == "allow"
+    assert started[0]["name"] == tmp_path.name
+    assert started[0]["mode"] == "offline"
+    assert started[0]["config"] == {"seed": 17}
     refused = ReportingConfig(tensorboard=False, wandb=WandbConfig())
     with pytest.raises(
         MaxlmError, match=r"Weights & Biases: no such project; .*mode=offline"

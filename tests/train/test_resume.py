@@ -34,13 +34,13 @@ def text(tmp_path_factory):
 def path(tmp_path, text, compiled_once):
     """The config of a run that has taken 3 steps, of which a copy is beside it."""
     trained = Path(text).with_name("trained")
-    own = {"train": {"steps": 3}, "checkpoint": {"every_steps": 2}}
-    own["data"] = tiny.settings(tmp_path, text)["data"] | {"heldout_fraction": 0}
-    own["reporting"] = {"tensorboard": False}
+    parts = {"train": {"steps": 3}, "checkpoint": {"every_steps": 2}}
+    parts["data"] = tiny.settings(tmp_path, text)["data"] | {"heldout_fraction": 0}
+    parts["reporting"] = {"tensorboard": False}
     if not trained.exists():
-        train(tiny.write_config(trained, text, **own))
+        train(tiny.write_config(trained, text, **parts))
     shutil.copytree(trained / "tiny", tmp_path / "tiny")
-    return tiny.write_config(tmp_path, text, **own)
+    return tiny.write_config(tmp_path, text, **parts)
 
 
 def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path, path):
@@ -171,17 +171,17 @@ def test_a_run_told_to_verify_refuses_another_stores_tokens(tmp_path):
     """Which the store reads as its own without; a store of before is told of once."""
     path, store, _ = build_alike(tmp_path)
     shutil.copyfile(tmp_path / "new/tokens/c/0", store / "tokens/c/0")
-    found = r"store/tokens/c/0: this file has changed since it was written; put the store back"
-    with pytest.raises(MaxlmError, match=found):
+    message = r"store/tokens/c/0: this file has changed since it was written; put the store back"
+    with pytest.raises(MaxlmError, match=message):
         train(path, "data.verify=true")
     train(path)
     shutil.copyfile(tmp_path / "old/tokens/c/0", store / "tokens/c/0")
     manifest = json.loads((store / "manifest.json").read_text())
     del manifest["segments"][0]["checksums_sha256"], manifest["sha256"]
     (store / "manifest.json").write_text(json.dumps(manifest))
-    _, said = train(path, "data.verify=true")
+    _, lines = train(path, "data.verify=true")
     assert (
-        len([line for line in said if "segment 0 without checksums of files" in line])
+        len([line for line in lines if "segment 0 without checksums of files" in line])
         == 1
     )
 
@@ -232,4 +232,4 @@ def test_a_run_leaves_nothing_of_text_that_it_refuses(tmp_path):
     with pytest.raises(MaxlmError):
         train(path)
     assert main(["corpus", "mix", path]) == 2
-    assert [each.name for each in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.yaml"]

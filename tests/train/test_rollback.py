@@ -26,46 +26,44 @@ FAULTS = {"max_skipped": 2, "spike_window": 8, "spike_steps": 2, "spike_threshol
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollback")
-    how = {
-        "train": {"steps": STEPS},
-        "checkpoint": {"every_steps": 4},
-        "faults": FAULTS,
-    }
-    how["reporting"] = {"tensorboard": False}
-    return tiny.write_config(folder, "", **how, **tiny.prepare(folder / "prepared"))
+    return tiny.write_config(
+        folder,
+        "",
+        **tiny.prepare(folder / "prepared"),
+        train={"steps": STEPS},
+        checkpoint={"every_steps": 4},
+        faults=FAULTS,
+        reporting={"tensorboard": False},
+    )
 
 
 @pytest.fixture
 def train(config, tmp_path):
     """``train(name, *overrides, resume=None)``: the result, and what it said."""
 
-    def train(name, *overrides, **how):
-        return tiny.train(
-            config, f"folder={tmp_path}", f"name={name}", *overrides, **how
-        )
+    def train(name, *overrides, resume=None):
+        place = [f"folder={tmp_path}", f"name={name}"]
+        return tiny.train(config, *place, *overrides, resume=resume)
 
     return train
 
 
-def spoil(monkeypatch, **how):
-    """Change batches before they are trained on: ``no_number={1, 2},
-    other_targets={5}``."""
-    made = {n: globals()[name] for name, numbers in how.items() for n in numbers}
-    tiny.spoil_batches(
-        monkeypatch, lambda n, batch: made[n](batch) if n in made else batch
-    )
+def spoil(monkeypatch, no_number, other_targets=()):
+    """Change batches, by their numbers, before they are trained on."""
 
+    def change(number, batch):
+        if number in no_number:
+            return batch | {"weights": batch["weights"] * jnp.nan}
+        if number in other_targets:
+            return batch | {"targets": (batch["targets"] * 7 + 3) % 300}
+        return batch
 
-def no_number(batch):
-    return batch | {"weights": batch["weights"] * jnp.nan}
-
-
-def other_targets(batch):
-    return batch | {"targets": (batch["targets"] * 7 + 3) % 300}
+    tiny.spoil_batches(monkeypatch, change)
 
 
 def losses(folder):
-    return {r["step"]: r["loss"] for r in read_metrics(folder) if "loss" in r}
+    records = [record for record in read_metrics(folder) if "loss" in record]
+    return {record["step"]: record["loss"] for record in records}
 
 
 def assert_same_state(one, other):
@@ -78,26 +76,25 @@ def test_a_run_leaves_out_updates_and_goes_back_and_is_then_the_run_without_thos
     # Before any checkpoint; once, which is no reason to go back; two in a row; two
     # spikes.
     spoil(monkeypatch, no_number={1, 2, 5, 12, 13, 28, 29}, other_targets={19, 20})
-    backs = [
-        # from step, to step, batches that are skipped
+    rollbacks = [
+        # from step, to step, first and last batch that are skipped, reason
         (3, 0, [0, 2], "2 updates in a row were not finite"),
         (11, 8, [11, 13], "2 updates in a row were not finite"),
         (15, 12, [18, 20], "above the spike limit of"),
     ]
-    first, said = train("bad", "train.steps=16")
+    first, lines = train("bad", "train.steps=16")
     events = read_events(first.folder, "rollback")
-    assert [(e["from_step"], e["step"], e["batches"]) for e in events] == [
-        b[:3] for b in backs
-    ]
-    assert all(
-        reason in event["reason"]
-        for event, (*_, reason) in zip(events, backs, strict=True)
-    )
-    assert [line for line in said if "rolling back" in line] == [
-        f"rolling back from step {start} to step {end}: {event['reason']}; "
-        f"batches {batches[0]} to {batches[1]} are skipped"
-        for event, (start, end, batches, _) in zip(events, backs, strict=True)
-    ]
+    expected_lines = []
+    for event, (start, end, batches, reason) in zip(events, rollbacks, strict=True):
+        assert event["from_step"] == start
+        assert event["step"] == end
+        assert event["batches"] == batches
+        assert reason in event["reason"]
+        expected_lines.append(
+            f"rolling back from step {start} to step {end}: {event['reason']}; "
+            f"batches {batches[0]} to {batches[1]} are skipped"
+        )
+    assert [line for line in lines if "rolling back" in line] == expected_lines
     skips = [
         {"batches": event["batches"], "reason": event["reason"]} for event in events
     ]
@@ -113,27 +110,29 @@ def test_a_run_leaves_out_updates_and_goes_back_and_is_then_the_run_without_thos
     norms = {r["step"]: r["param_norm"] for r in recorded}
     assert norms[3] == norms[2]  # nothing changed
     assert norms[4] != norms[3]
-    assert all(
-        np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(trained.state))
-    )
+    for array in jax.tree.leaves(jax.device_get(trained.state)):
+        assert np.isfinite(array).all()
+    skipped = [batches for _, _, batches, _ in rollbacks]
     with FolderTier(trained.folder / "checkpoints", read_only=True) as keeper:
-        assert keeper.metadata()["skipped_batches"] == [
-            batches for _, _, batches, _ in backs
-        ]
+        assert keeper.metadata()["skipped_batches"] == skipped
 
     # A run told from its beginning to leave them out.
     (tmp_path / "told").mkdir()
-    ranges = [{"batches": batches} for _, _, batches, _ in backs]
+    ranges = [{"batches": batches} for batches in skipped]
     (tmp_path / "told" / "skipped_batches.json").write_text(json.dumps(ranges))
-    told, _ = train("told")
-    assert not read_events(told.folder, "rollback")
-    assert losses(told.folder) == losses(trained.folder)
-    assert_same_state(trained, told)
+    forewarned, _ = train("told")
+    assert not read_events(forewarned.folder, "rollback")
+    assert losses(forewarned.folder) == losses(trained.folder)
+    assert_same_state(trained, forewarned)
 
     # Another goes on from it, as advised to one that gives up: only its own rollbacks
     # count.
-    how = ["faults.max_rollbacks=1", "schedule.final_fraction=0.5", "train.steps=22"]
-    other, _ = train("other", *how, resume=trained.folder)
+    settings = [
+        "faults.max_rollbacks=1",
+        "schedule.final_fraction=0.5",
+        "train.steps=22",
+    ]
+    other, _ = train("other", *settings, resume=trained.folder)
     [back] = read_events(other.folder, "rollback")
     assert (back["step"], back["batches"]) == (18, [27, 29])
 
@@ -147,10 +146,8 @@ def test_a_run_that_stays_bad_gives_up_and_never_saves_what_is_no_number(
     folder = tmp_path / "bad"
     assert str(error.value) == (
         f"{folder}: 2 updates in a row were not finite at step 6, and the run has "
-        f"rolled back 2 "
-        "times; lower schedule.learning_rate in another run folder (--resume), or "
-        "raise "
-        "faults.max_rollbacks"
+        "rolled back 2 times; lower schedule.learning_rate in another run folder "
+        "(--resume), or raise faults.max_rollbacks"
     )
     assert [e["batches"] for e in read_events(folder, "rollback")] == [[4, 7], [8, 9]]
     with FolderTier(folder / "checkpoints", read_only=True) as keeper:
@@ -174,10 +171,11 @@ def test_checkpoints_of_bad_steps_are_not_gone_on_from_also_after_a_kill_in_a_ro
     """Of the first bad steps are all checkpoints, which are set aside, and of the
     others one with nothing new."""
     spoil(monkeypatch, no_number={0, 1, 4, 5})
-    how = ["train.steps=6", "checkpoint.every_steps=1"]
-    whole, _ = train("whole", *how)
-    backs = [(e["step"], e["batches"]) for e in read_events(whole.folder, "rollback")]
-    assert backs == [(0, [0, 1]), (2, [4, 5])]
+    settings = ["train.steps=6", "checkpoint.every_steps=1"]
+    whole, _ = train("whole", *settings)
+    events = read_events(whole.folder, "rollback")
+    rollbacks = [(event["step"], event["batches"]) for event in events]
+    assert rollbacks == [(0, [0, 1]), (2, [4, 5])]
     original = StateRestorer.rollback
 
     def killed(*_):
@@ -190,7 +188,7 @@ def test_checkpoints_of_bad_steps_are_not_gone_on_from_also_after_a_kill_in_a_ro
     with monkeypatch.context() as patch:
         patch.setattr(StateRestorer, "rollback", rollback)
         with pytest.raises(KeyboardInterrupt):
-            train("cut", *how)
-    again, _ = train("cut", *how)
+            train("cut", *settings)
+    again, _ = train("cut", *settings)
     assert list(losses(again.folder)) == list(range(1, 7))
     assert_same_state(again, whole)

@@ -78,13 +78,13 @@ def test_a_run_beside_its_plan_and_config(tmp_path):
         "goodput": plan.goodput.configured,
     }
     # 59 steps in 100 s, nine of which the second attempt takes again.
-    told = run.to_json()
-    assert told["seconds"]["lost"] == pytest.approx(100 * 9 / 59)
-    assert told["goodput"] == pytest.approx((200 - 100 * 9 / 59) / 330)
-    assert told["steps_per_second"] == pytest.approx(102 / 330)
-    assert told["interruptions"] == {"killed": 1, "preempted": 1}
-    assert told["mean_time_to_interruption"] == pytest.approx((150 + 130) / 2)
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    report = run.to_json()
+    assert report["seconds"]["lost"] == pytest.approx(100 * 9 / 59)
+    assert report["goodput"] == pytest.approx((200 - 100 * 9 / 59) / 330)
+    assert report["steps_per_second"] == pytest.approx(102 / 330)
+    assert report["interruptions"] == {"killed": 1, "preempted": 1}
+    assert report["mean_time_to_interruption"] == pytest.approx((150 + 130) / 2)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
 def test_a_folder_may_hold_next_to_nothing(tmp_path):
@@ -123,13 +123,14 @@ def test_an_image_shows_all_of_the_time_and_every_attempt(tmp_path, monkeypatch)
     plot = Axes.plot
     stairs = Axes.stairs
 
-    def record_line(self, x, y, **options):
+    def record_line(self, x, y, **style: object):
         lines.append((np.atleast_1d(x), np.atleast_1d(y)))
-        return plot(self, x, y, **options)
+        return plot(self, x, y, **style)
 
-    def record_area(self, top, edges, **options):
-        areas[options["label"].split()[0]] = top - options["baseline"]
-        return stairs(self, top, edges, **options)
+    def record_area(self, top, edges, *, baseline, label, **style: object):
+        part = label.split()[0]
+        areas[part] = top - baseline
+        return stairs(self, top, edges, baseline=baseline, label=label, **style)
 
     monkeypatch.setattr(Axes, "plot", record_line)
     monkeypatch.setattr(Axes, "stairs", record_area)

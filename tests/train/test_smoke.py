@@ -69,8 +69,8 @@ def test_every_shipped_config_passes(name, tmp_path, monkeypatch):
     run = read(name, *(MORE if "deepseek" in name else ()))
     checks = list(smoke(run, jax.devices()[:1]))
     # An encoder continues nothing.
-    made = CHECKS[:-1] if run.model.architecture == "encoder" else CHECKS
-    assert [check.name for check in checks] == made
+    names = CHECKS[:-1] if run.model.architecture == "encoder" else CHECKS
+    assert [check.name for check in checks] == names
     assert [check for check in checks if not check.passed] == []
 
 
@@ -142,15 +142,18 @@ def test_shrinking_keeps_the_structure(name):
     sizes = {
         "vocab_size",
         "num_layers",
+        "encoder_layers",
         "d_model",
         "max_seq_len",
         "attention",
         "mlp",
         "moe",
+        "logit_scale",
     }
-    sizes |= {"encoder_layers", "logit_scale"}
-    kept = set(type(run.model).model_fields) - sizes - {"positions", "pattern"}
-    assert small.model.model_dump(include=kept) == run.model.model_dump(include=kept)
+    unchanged = set(type(run.model).model_fields) - sizes - {"positions", "pattern"}
+    assert small.model.model_dump(include=unchanged) == run.model.model_dump(
+        include=unchanged
+    )
     by_width = run.model.logit_scale == pytest.approx(run.model.d_model**-0.5, rel=1e-3)
     same = small.model.d_model**-0.5 if by_width else run.model.logit_scale
     assert small.model.logit_scale == pytest.approx(same)
@@ -163,19 +166,23 @@ def test_shrinking_keeps_the_structure(name):
     was, now = run.model.attention, small.model.attention
     assert now.bias == was.bias
     assert (now.num_kv_heads == 1) == (was.num_kv_heads == 1)
-    group = was.num_heads // was.num_kv_heads
-    assert now.num_heads // now.num_kv_heads == min(group, 8)
+    group_size = was.num_heads // was.num_kv_heads
+    assert now.num_heads // now.num_kv_heads == min(group_size, 8)
     assert now.num_heads * now.head_dim == small.model.d_model
-    of_mlp, of_moe = (run.model.mlp, small.model.mlp), (run.model.moe, small.model.moe)
-    for wide, narrow in (of_mlp, of_moe):
+    for wide, narrow in (
+        (run.model.mlp, small.model.mlp),
+        (run.model.moe, small.model.moe),
+    ):
         assert (narrow is None) == (wide is None)
         if wide is None or narrow is None:
             continue
         as_wide = wide.d_ff / run.model.d_model * small.model.d_model
         assert narrow.d_ff == pytest.approx(as_wide, abs=4)  # a multiple of 8
         of_experts = {"num_experts", "experts_per_token", "groups", "groups_per_token"}
-        kept = set(type(wide).model_fields) - of_experts - {"d_ff"}
-        assert narrow.model_dump(include=kept) == wide.model_dump(include=kept)
+        unchanged = set(type(wide).model_fields) - of_experts - {"d_ff"}
+        assert narrow.model_dump(include=unchanged) == wide.model_dump(
+            include=unchanged
+        )
     assert small.task == run.task.for_small_model()
     for part in ("optimizer", "sharding", "compute_dtype", "seed"):
         assert getattr(small, part) == getattr(run, part)

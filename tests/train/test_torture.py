@@ -42,6 +42,6 @@ def test_runs_killed_ten_times_end_like_unbroken_ones(tmp_path):
     same = ("arrays", "records", "metadata", "steps", "batches", "files", "litter")
     near = ("arrays", "losses", "steps", "batches", "files", "litter")
     assert compared == [
-        *[(campaign, what, "no") for campaign in ("one", "two") for what in same],
-        *[("changing", what, "no") for what in near],
+        *[(campaign, part, "no") for campaign in ("one", "two") for part in same],
+        *[("changing", part, "no") for part in near],
     ]

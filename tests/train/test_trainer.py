@@ -54,7 +54,7 @@ class Journal(Callback):
         assert first_suspect_step == (first + 1 if step in self.bad else None)
         assert step == state.step
         assert metadata["meta"] == 1
-        good = step - sum(each <= step for each in self.bad)
+        good = step - sum(bad_step <= step for bad_step in self.bad)
         assert len(metadata["losses"]["losses"]) == good
         if not (force or self.is_due(step)) or ("save", step) in self.lines:
             return None

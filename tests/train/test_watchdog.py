@@ -67,8 +67,8 @@ def test_a_hang_is_told_of_with_every_threads_stack(tmp_path, capfd):
     )
 
 
-def limit_seconds(watchdog, what):
-    watchdog.start_timer(1, what)
+def limit_seconds(watchdog, work):
+    watchdog.start_timer(1, work)
     return watchdog.awaited.timeout_seconds
 
 
@@ -79,7 +79,7 @@ def test_step_has_a_multiple_of_the_median_and_other_work_has_longer(tmp_path):
     assert limit_seconds(watchdog, "step") == 1.5  # four steps say little
     take(watchdog, 0.08)
     assert limit_seconds(watchdog, "step") == pytest.approx(5 * 0.08)
-    assert {limit_seconds(watchdog, what) for what in ("first step", "save")} == {1.5}
+    assert {limit_seconds(watchdog, work) for work in ("first step", "save")} == {1.5}
     for _ in range(5):
         take(watchdog, 0.02)
     assert (
@@ -137,18 +137,18 @@ def test_a_telling_that_never_ends_hides_no_later_hang(tmp_path, monkeypatch):
     """The disk that it is written to hangs too."""
     monkeypatch.setattr("maxlm.train.watchdog._REPORT_SECONDS", 0.2)
     watchdog, ends, _ = watch(tmp_path, QUICK.model_copy(update={"idle_seconds": 0.3}))
-    told, never = threading.Event(), threading.Event()
+    reporting, never = threading.Event(), threading.Event()
 
     def event(*_, **__):
-        if not told.is_set():
+        if not reporting.is_set():
             watchdog.start_timer(4, "save")
-            told.set()
+            reporting.set()
             never.wait(60)
 
     watchdog.event = event
     with watchdog:
         watchdog.start_timer(3, "save")
-        assert told.wait(60)
+        assert reporting.wait(60)
         wait_for(ends)
     never.set()
     assert ends == [LOST]

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 TEXT = "the sun rises over a quiet sea and grey gulls turn slowly into wind"
 # What must not depend on how a run got there.
 SAME = ("loss", "grad_norm", "param_norm", "update_norm", "eval_loss", "tokens")
+Part = dict[str, Any] | str | int | None
+"""A part of a run's settings, as YAML would hold it."""
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -24,13 +26,12 @@ def environment(folder: Path) -> dict[str, str]:
     not at all."""
     from tests.models.building import QUICK
 
+    flags = [f"--{name}={int(value)}" for name, value in QUICK.items()]
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(
-            f"--{name}={int(value)}" for name, value in QUICK.items()
-        ),
+        "XLA_FLAGS": " ".join(flags),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -42,15 +43,15 @@ def write_text(folder: Path, documents: int = 12, seed: int = 0) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for number in range(documents):
-        chosen = random.choice(TEXT.split(), int(random.integers(100, 400)))
-        (folder / f"{number:02}.txt").write_text(
-            " ".join([f"{number}:", *chosen]) + "\n"
-        )
+        num_words = int(random.integers(100, 400))
+        words = random.choice(TEXT.split(), num_words)
+        text = " ".join([f"{number}:", *words])
+        (folder / f"{number:02}.txt").write_text(text + "\n")
     return str(folder)
 
 
-def settings(folder: Path, text: str, **top: Any) -> dict[str, Any]:
-    """A run in ``folder``/tiny, as YAML would hold it; ``top`` replaces whole parts."""
+def settings(folder: Path, text: str, **parts: Part) -> dict[str, Any]:
+    """A run in ``folder``/tiny, as YAML would hold it; ``parts`` replace whole ones."""
     return {
         "name": "tiny",
         "folder": str(folder),
@@ -76,15 +77,15 @@ def settings(folder: Path, text: str, **top: Any) -> dict[str, Any]:
         "schedule": {"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-2},
         "train": {"steps": 20},
         "checkpoint": {"every_steps": 10},
-        **top,
+        **parts,
     }
 
 
-def write_config(folder: Path, text: str, **top: Any) -> str:
+def write_config(folder: Path, text: str, **parts: Part) -> str:
     """The same as a file, beside the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings(folder, text, **top)))
+    path.write_text(yaml.safe_dump(settings(folder, text, **parts)))
     return str(path)
 
 
@@ -103,16 +104,21 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {"data": data, "tokenizer": {"path": str(folder / "tokenizer")}}
 
 
-def train(path: str | Path, *overrides: str, **how: Any) -> tuple[Any, list[str]]:
-    """A run trained in this process, and what it said."""
+def train(
+    path: str | Path,
+    *overrides: str,
+    resume: str | Path | None = None,
+    profile: tuple[int, int] | None = None,
+) -> tuple[Any, list[str]]:
+    """A run trained in this process, and the lines that it said."""
     from maxlm.config.load import load_config
     from maxlm.run.config import RunConfig
     from maxlm.train.program import train_model
 
-    said: list[str] = []
-    return train_model(
-        load_config(RunConfig, path, overrides).value, say=said.append, **how
-    ), said
+    lines: list[str] = []
+    config = load_config(RunConfig, path, overrides).value
+    result = train_model(config, resume=resume, profile=profile, say=lines.append)
+    return result, lines
 
 
 def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
@@ -126,9 +132,9 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     @contextmanager
     def spoiled(setup: Any, source: Any, start: int, skips: Any = (), *stop: Any):
         with original(setup, source, start, skips, *stop) as batches:
-            numbered = enumerate(batches, start)
             yield (
-                change(get_batch_index(step, skips), batch) for step, batch in numbered
+                change(get_batch_index(step, skips), batch)
+                for step, batch in enumerate(batches, start)
             )
 
     monkeypatch.setattr(train, "open_training_batches", spoiled)
@@ -140,7 +146,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def read_results(run: Path) -> list[tuple[int, dict[str, float]]]:
     """What must not depend on how a run got there."""
-    return [(r["step"], {k: r[k] for k in SAME if k in r}) for r in read_metrics(run)]
+    results = []
+    for record in read_metrics(run):
+        values = {name: record[name] for name in SAME if name in record}
+        results.append((record["step"], values))
+    return results
 
 
 def read_events(run: Path, *kinds: str) -> list[dict[str, Any]]:

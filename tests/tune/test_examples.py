@@ -61,10 +61,10 @@ def test_rows_are_shown_with_their_masks_and_counted(folder, capsys):
 
 
 def test_json_says_the_same_and_colours_show_what_is_learnt(folder, capsys):
-    own = ["task.turns=last", "data.seq_len=128"]
+    settings = ["task.turns=last", "data.seq_len=128"]
     show(
         folder / "rows.jsonl",
-        own,
+        settings,
         model=str(folder / "tokenizer"),
         examples=2,
         as_json=True,
@@ -87,7 +87,7 @@ def test_json_says_the_same_and_colours_show_what_is_learnt(folder, capsys):
         for span in text.spans
         if "green" in span.style
     ]
-    assert coloured == [each for example in learnt for each in example]
+    assert coloured == [piece for example in learnt for piece in example]
 
 
 def test_kinds_are_guessed_and_unknown_ones_named(folder):

@@ -133,22 +133,25 @@ def test_a_stored_reference_gives_the_losses_of_one_that_is_held(
     home, kind, adapter, tmp_path
 ):
     """With an adapter the one that is held is the base."""
-    held = make_config(
+    live_config = make_config(
         home, f"{kind}_held", {"kind": kind, "beta": 0.5}, adapter=adapter
     )
-    precompute_reference_log_probs(held, tmp_path)
+    precompute_reference_log_probs(live_config, tmp_path)
     stored = {"kind": kind, "beta": 0.5, "reference_log_probs": str(tmp_path)}
-    found = train(make_config(home, f"{kind}_stored", stored, adapter=adapter))
-    assert not found.state.frozen
-    want = read_records(train(held))
-    for here, there in zip(want, read_records(found), strict=True):
+    stored_result = train(make_config(home, f"{kind}_stored", stored, adapter=adapter))
+    assert not stored_result.state.frozen
+    want = read_records(train(live_config))
+    for here, there in zip(want, read_records(stored_result), strict=True):
         for name in ("loss", "eval_loss", "kl", "eval_accuracy", "margin", "grad_norm"):
             if name in here:
                 assert there[name] == pytest.approx(here[name], rel=1e-5, abs=1e-6), (
                     name
                 )
-    sizes = dict(found.setup.mesh.shape)
-    both, alone = (plan_run(c, sizes=sizes).memory for c in (held, found.setup.config))
+    sizes = dict(stored_result.setup.mesh.shape)
+    both, alone = (
+        plan_run(c, sizes=sizes).memory
+        for c in (live_config, stored_result.setup.config)
+    )
     assert both.frozen == (0 if adapter else both.parameters)
     assert alone.frozen == 0
 

@@ -14,13 +14,17 @@ from tests.train import tiny
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
 
-def train(folder, text, *overrides, resume=None, **top) -> list[str]:
-    top |= {
-        "checkpoint": {"every_steps": 1, "keep_last": 1},
-        "reporting": {"tensorboard": False},
-    }
-    own = ("data.heldout_fraction=0", *overrides)
-    return tiny.train(tiny.write_config(folder, text, **top), *own, resume=resume)[1]
+def train(folder, text, *overrides, train, resume=None) -> list[str]:
+    """Trains with these settings of training; returns the lines that the run said."""
+    config = tiny.write_config(
+        folder,
+        text,
+        train=train,
+        checkpoint={"every_steps": 1, "keep_last": 1},
+        reporting={"tensorboard": False},
+    )
+    _, lines = tiny.train(config, "data.heldout_fraction=0", *overrides, resume=resume)
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +68,10 @@ def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text, other):
 
 
 @pytest.mark.parametrize(
-    "how", ["start_from", pytest.param("resume", marks=pytest.mark.more)]
+    "origin", ["start_from", pytest.param("resume", marks=pytest.mark.more)]
 )
 def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
-    tmp_path, text, other, monkeypatch, how
+    tmp_path, text, other, monkeypatch, origin
 ):
     """It deletes its old checkpoints, while this one prepares its text."""
     prepare = program.prepare_data_on_all_hosts
@@ -79,36 +83,34 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(
         return prepare(*arguments)
 
     monkeypatch.setattr(program, "prepare_data_on_all_hosts", slowly)
-    steps = {"steps": 3}
+    settings = {"steps": 3}
     resume = None
-    if how == "start_from":
-        steps |= {"start_from": str(other)}
+    if origin == "start_from":
+        settings["start_from"] = str(other)
+        expected = f"starting from the parameters in {other}"
     else:
         resume = other
-    said = train(tmp_path / "second", text, train=steps, resume=resume)
-    assert said[0] == (
-        f"starting from the parameters in {other}"
-        if how == "start_from"
-        else f"resuming from step 2 in {other / 'checkpoints'}"
-    )
+        expected = f"resuming from step 2 in {other / 'checkpoints'}"
+    lines = train(tmp_path / "second", text, train=settings, resume=resume)
+    assert lines[0] == expected
 
 
 @pytest.mark.more
 def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
-    how = {"train": {"steps": 2}, "reporting": {"tensorboard": False}}
-    path = tiny.write_config(tmp_path, text, **how)
+    path = tiny.write_config(
+        tmp_path, text, train={"steps": 2}, reporting={"tensorboard": False}
+    )
     run = tmp_path / "tiny"
-    none = "data.heldout_fraction=0"
+    nothing_held_out = "data.heldout_fraction=0"
     with pytest.raises(MaxlmError) as error:
-        tiny.train(path, none, profile=(3, 5))
+        tiny.train(path, nothing_held_out, profile=(3, 5))
     assert str(error.value) == (
         "--profile: step 3 never comes: the run has 2 steps; name steps that it takes"
     )
     assert not run.exists()
-    _, said = tiny.train(path, none, profile=(2, 5))
+    _, lines = tiny.train(path, nothing_held_out, profile=(2, 5))
     assert list((run / "profile").rglob("*.xplane.pb"))
-    assert not [line for line in said if "trace" in line]
-    _, said = tiny.train(
-        path, none, "train.steps=3", profile=(1, 2)
-    )  # as one started again does
-    assert "no trace is taken: step 2, the last to trace, has been taken" in said
+    assert not [line for line in lines if "trace" in line]
+    # As one started again does.
+    _, lines = tiny.train(path, nothing_held_out, "train.steps=3", profile=(1, 2))
+    assert "no trace is taken: step 2, the last to trace, has been taken" in lines

@@ -70,23 +70,34 @@ def test_all_log_probabilities_stored_are_the_teacher(home):
     stored = train_student(home, "stored", files=[str(home / "all.arrow")], top_k=VOCAB)
     np.testing.assert_allclose(stored, live, rtol=1e-6)
     # Fewer, at another temperature, on a mesh.
-    own = {"k": 7, "temperature": 2.0, "mesh": "fsdp=2,tensor=2"}
-    store_teacher_logits(str(teacher), [rows], home / "few.arrow", **own)
+    k = 7
+    temperature = 2.0
+    store_teacher_logits(
+        str(teacher),
+        [rows],
+        home / "few.arrow",
+        k=k,
+        temperature=temperature,
+        mesh="fsdp=2,tensor=2",
+    )
     first, few = (open_rows(home / f"{name}.arrow")[2] for name in ("all", "few"))
     assert few["prompt"] == first["prompt"]
-    size = len(first["teacher_targets"]) // 4
-    whole = np.frombuffer(first["teacher_log_probs"], np.float32).reshape(
-        size, VOCAB + 1
-    )
+    size = len(first["teacher_targets"]) // 4  # int32 each
+    # [size, VOCAB + 1], likeliest first; the last column is of all that is left out.
+    whole = np.frombuffer(first["teacher_log_probs"], np.float32)
+    whole = whole.reshape(size, VOCAB + 1)
     assert (whole[:, -1] == -np.inf).all()
-    ids = np.frombuffer(few["teacher_ids"], np.int32).reshape(size, 7)
-    logits = np.zeros((size, VOCAB))
     order = np.frombuffer(first["teacher_ids"], np.int32).reshape(size, VOCAB)
-    np.put_along_axis(logits, order, whole[:, :VOCAB] / 2, 1)
+    # Log-probabilities at another temperature, from all of those at 1.
+    logits = np.zeros((size, VOCAB))
+    np.put_along_axis(logits, order, whole[:, :VOCAB] / temperature, 1)
     want = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    read = np.frombuffer(few["teacher_log_probs"], np.float32).reshape(size, 8)
-    np.testing.assert_allclose(read[:, :7], np.take_along_axis(want, ids, 1), atol=1e-4)
-    np.testing.assert_allclose(np.exp(read).sum(1), 1, atol=1e-5)
+    ids = np.frombuffer(few["teacher_ids"], np.int32).reshape(size, k)
+    stored = np.frombuffer(few["teacher_log_probs"], np.float32).reshape(size, k + 1)
+    np.testing.assert_allclose(
+        stored[:, :k], np.take_along_axis(want, ids, 1), atol=1e-4
+    )
+    np.testing.assert_allclose(np.exp(stored).sum(1), 1, atol=1e-5)
 
 
 def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(home):
@@ -115,18 +126,20 @@ def test_a_student_of_text_learns_features_from_a_run_it_started_from(home, tmp_
         "teacher": str(tmp_path / "teacher"),
         "features": 32,
     }
-    own = {
-        "task": task,
-        "train": {"steps": 2, "start_from": str(home / "tiny")},
+    config = tiny.write_config(
+        tmp_path,
+        str(text),
+        task=task,
+        train={"steps": 2, "start_from": str(home / "tiny")},
         **QUIET,
-    }
-    settings = tiny.write_config(tmp_path, str(text), **own)
-    more = (
+    )
+    overrides = (
         "data.heldout_fraction=0",
         "compute_dtype=float32",
         "model.heads.features=32",
+        f"tokenizer.path={home / 'tiny/tokenizer'}",
     )
-    result, _ = tiny.train(settings, *more, f"tokenizer.path={home / 'tiny/tokenizer'}")
+    result, _ = tiny.train(config, *overrides)
     first = tiny.read_metrics(result.folder)[0]
     assert first["divergence"] == pytest.approx(0, abs=1e-5)
     assert first["features"] > 0.1  # the map is new
@@ -148,12 +161,13 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     )
     assert sum(cut) == 9
 
-    def make_ending_engine(*args, **kwargs):
-        engine = make_engine(*args, **kwargs)
-        whole = engine.run
+    def make_ending_engine(loaded, settings, *, warm_up):
+        """An engine whose answers end by themselves, also those cut at a length."""
+        engine = make_engine(loaded, settings, warm_up=warm_up)
+        run = engine.run
         engine.run = lambda requests: (
-            replace(each, finish_reason=each.finish_reason and "stop")
-            for each in whole(requests)
+            replace(output, finish_reason=output.finish_reason and "stop")
+            for output in run(requests)
         )
         return engine
 
@@ -161,17 +175,18 @@ def test_answers_are_the_engines(home, tmp_path, monkeypatch):
     written, left_out = generate_answers(
         model, [rows], out, settings=settings, sampling=sampling
     )
-    made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert (len(made), written + left_out) == (written, 9)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (len(answers), written + left_out) == (written, 9)
     assert written > max(4, cut[0])
     loaded = load_run(home / "tiny")
-    prompts = [row["prompt"] for row in made[:3]]
-    parts = (
+    prompts = [row["prompt"] for row in answers[:3]]
+    results = search_text(
         loaded.model,
         loaded.params,
         loaded.tokenizer,
         prompts,
         sampling,
+        num_beams=None,
     )
-    found = [texts[i] for i, texts in enumerate(search_text(*parts, num_beams=None))]
-    assert [row["completion"] for row in made[:3]] == found
+    expected = [texts[i] for i, texts in enumerate(results)]
+    assert [row["completion"] for row in answers[:3]] == expected

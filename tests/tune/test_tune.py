@@ -40,22 +40,18 @@ def home(tmp_path_factory):
 
 
 def load(home, folder, *settings):
-    own = (
+    tiny_settings = (
         f"folder={folder}",
         "data.seq_len=32",
         "data.batch_size=8",
         "compilation_cache=null",
-    )
-    own += (
         "task.examples_per_row=1",
         "task.validation_fraction=0.2",
         "sharding.max_unsharded=1",
-    )
-    own += (
         f"train.start_from={home / 'published'}",
         f"task.files=[{home / 'rows.jsonl'}]",
     )
-    return load_run_config("sft_lora", [*own, *settings])
+    return load_run_config("sft_lora", [*tiny_settings, *settings])
 
 
 @pytest.mark.heavy
@@ -81,7 +77,7 @@ def test_a_published_model_is_tuned_for_epochs(home, tmp_path):
     check_adapter_alone(home, tmp_path, result.folder, ours)
 
 
-def check_adapter_alone(home, folder, run, wanted):
+def check_adapter_alone(home, folder, run, params):
     """A folder of PEFT's is a model to use, where its base is one here."""
     convert(run, folder / "adapter", adapter=True)
     with pytest.raises(
@@ -96,7 +92,7 @@ def check_adapter_alone(home, folder, run, wanted):
     )
     loaded = load_model(folder / "adapter")
     for name, value in flatten_names(loaded.params).items():
-        np.testing.assert_allclose(value, wanted[name], atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(value, params[name], atol=1e-6, err_msg=name)
     assert render_chat(loaded.tokenizer, [{"role": "user", "content": "the"}]) == "the!"
 
 
@@ -160,8 +156,8 @@ def test_the_vocabulary_grows_for_special_tokens_whose_rows_are_trained(home, tm
     assert "resize_token_embeddings(320)" in done.notes[0]
     again = load_tokenizer(result.folder / "tokenizer")
     assert again.special.ids.keys() >= {*more}
-    own = import_tokenizer(tmp_path / "adapter", eos=base.tokenizer.special.eos)
-    assert own.encode("<|call|>", allow_special=True) == [ids[1]]
+    tokenizer = import_tokenizer(tmp_path / "adapter", eos=base.tokenizer.special.eos)
+    assert tokenizer.encode("<|call|>", allow_special=True) == [ids[1]]
 
 
 def test_training_refuses_special_tokens_that_its_tokenizer_lacks(home, tmp_path):

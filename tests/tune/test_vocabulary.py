@@ -66,15 +66,15 @@ def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read
     tokenizer, ids = read(name)
     special, opening, end = SPECIAL[name]
     last = max(ids.values())
-    found = make_vocabulary(tokenizer, last + 1 + 7)
-    assert found.size == last + 8
-    assert {piece for piece, i in ids.items() if found.is_special[i]} == special
-    assert found.is_special.shape == (last + 8,)
-    assert found.is_special[last + 1 :].all()
-    assert found.is_special[
+    vocabulary = make_vocabulary(tokenizer, last + 1 + 7)
+    assert vocabulary.size == last + 8
+    assert {piece for piece, i in ids.items() if vocabulary.is_special[i]} == special
+    assert vocabulary.is_special.shape == (last + 8,)
+    assert vocabulary.is_special[last + 1 :].all()
+    assert vocabulary.is_special[
         sorted(set(range(last)) - set(ids.values()))
     ].all()  # qwen's has holes
-    assert (found.bos_ids, found.eos) == (
+    assert (vocabulary.bos_ids, vocabulary.eos) == (
         tuple(ids[piece] for piece in opening),
         ids[end],
     )
@@ -84,10 +84,10 @@ def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read
 def test_words_begin_where_no_letter_or_digit_goes_on(name, read):
     tokenizer, ids = read(name)
     begin, go_on = PIECES[name]
-    found = make_vocabulary(tokenizer, tokenizer.vocab_size + 3).starts_word
-    assert [piece for piece in begin + go_on if found[ids[piece]]] == begin
-    assert not found[[ids[piece] for piece in BROKEN.get(name, [])]].any()
-    assert found[tokenizer.vocab_size :].all()
+    starts_word = make_vocabulary(tokenizer, tokenizer.vocab_size + 3).starts_word
+    assert [piece for piece in begin + go_on if starts_word[ids[piece]]] == begin
+    assert not starts_word[[ids[piece] for piece in BROKEN.get(name, [])]].any()
+    assert starts_word[tokenizer.vocab_size :].all()
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen", "roberta", "llama2", "gemma"])
@@ -100,7 +100,7 @@ def test_a_text_falls_into_its_words(name, read):
     starts = make_vocabulary(tokenizer, tokenizer.vocab_size).starts_word[ids]
     words = np.split(ids, np.flatnonzero(starts[1:]) + 1)
     assert len(ids) > len(words) + 8
-    found = [
+    word_texts = [
         tokenizer.decode_bytes(word.tolist(), continued=True).decode() for word in words
     ]
-    assert [word.strip() for word in found] == text.split()
+    assert [word.strip() for word in word_texts] == text.split()
