@@ -174,9 +174,7 @@ def write_counting_rows(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def smoke(
-    config: RunConfig, devices: Sequence[Any] | None = None
-) -> Iterator[Check]:
+def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as
     it is made.
 
