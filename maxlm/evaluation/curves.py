@@ -32,10 +32,12 @@ def compute_position_losses(
         Nats per token, by the last position of a range that begins behind the one
         before: 1, 2, 4, 8, ... tokens of context.
     """
-    scores = scorer.score(
-        [(document[:1], document[1:]) for document in documents], on_progress
-    )
-    losses = -np.array([score.token_logprobs for score in scores]).mean(axis=0)
+    # A document's first token is context alone.
+    pairs = [(document[:1], document[1:]) for document in documents]
+    scores = scorer.score(pairs, on_progress)
+    logprobs = np.array([score.token_logprobs for score in scores])
+    losses = -logprobs.mean(axis=0)  # [length − 1]
+    # Means over ranges that double: [0, 1), [1, 2), [2, 4), [4, 8), ...
     losses_by_position: dict[int, float] = {}
     start = 0
     end = 1
@@ -65,6 +67,7 @@ def compute_gold_probability(samples: Sequence[JsonMapping]) -> float | None:
             return None
         if not 0 <= gold < len(logprobs):
             return None
+        # A softmax over the choices.
         weights = np.exp(np.array(logprobs) - max(logprobs))
         probabilities.append(weights[gold] / weights.sum())
     return float(np.mean(probabilities)) if probabilities else None
@@ -81,22 +84,9 @@ def draw_downstream(
             ``eval_loss_at/N``.
         flops_per_token: of training.
     """
-    by_task: dict[str, set[str]] = {}
-    for record in records:
-        for name in record:
-            if name.startswith("downstream/"):
-                task = name.split("/")[1]
-                by_task.setdefault(task, set()).add(name)
-    by_position: list[tuple[float, list[tuple[int, float]]]] = []
-    """Of each record with losses by position: the step, and (position, loss)."""
-    for record in records:
-        points = []
-        for name, value in record.items():
-            if name.startswith(_LOSS_AT):
-                points.append((int(name.removeprefix(_LOSS_AT)), value))
-        if points:
-            by_position.append((record["step"], points))
-    num_panels = len(by_task) + bool(by_position)
+    by_task = _group_metrics_by_task(records)
+    by_position = _list_position_losses(records)
+    num_panels = len(by_task) + int(bool(by_position))
     if not num_panels:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,6 +117,35 @@ def draw_downstream(
         axes.grid(axis="y", alpha=0.25)
     with replace_file(image) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _group_metrics_by_task(
+    records: Sequence[Mapping[str, float]],
+) -> dict[str, set[str]]:
+    """Returns the names ``downstream/TASK/METRIC`` that any record has, by task."""
+    by_task: dict[str, set[str]] = {}
+    for record in records:
+        for name in record:
+            if name.startswith("downstream/"):
+                task = name.split("/")[1]
+                by_task.setdefault(task, set()).add(name)
+    return by_task
+
+
+def _list_position_losses(
+    records: Sequence[Mapping[str, float]],
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Returns, of each record with losses by position, the step and (position, loss)
+    of each."""
+    by_position: list[tuple[float, list[tuple[int, float]]]] = []
+    for record in records:
+        points = []
+        for name, value in record.items():
+            if name.startswith(_LOSS_AT):
+                points.append((int(name.removeprefix(_LOSS_AT)), value))
+        if points:
+            by_position.append((record["step"], points))
+    return by_position
 
 
 def _draw_metric(

@@ -144,7 +144,8 @@ class MaxlmModel(TemplateLM):
         num_done = 0
         for output in self.engine.run(engine_requests):
             tokens[int(output.request_id)] += output.token_ids
-            num_done += output.finish_reason is not None
+            if output.finish_reason is not None:
+                num_done += 1
             self.on_progress(num_done, len(engine_requests))
         special_ids = set(self._codec.special_tokens.values())
         answers = []

@@ -413,14 +413,14 @@ def _summarize_values(records: Sequence[Record]) -> Record:
         else:
             values.append(value)
     all_values = [values for values in values_by_question.values() if values]
-    sums = np.array([sum(values) for values in all_values])
+    sums = np.array([sum(values) for values in all_values])  # [questions]
     counts = np.array([len(values) for values in all_values], int)
     cell: Record = {"mean": None, "low": None, "high": None}
     num_questions = len(all_values)
     if num_questions:
-        draws = np.random.default_rng(0).integers(
-            num_questions, size=(2000, num_questions)
-        )
+        # Resampled questions, [resamples, questions].
+        generator = np.random.default_rng(0)
+        draws = generator.integers(num_questions, size=(2000, num_questions))
         means = sums[draws].sum(1) / counts[draws].sum(1)
         low, high = np.percentile(means, [2.5, 97.5])
         mean = sum(sums.tolist()) / sum(counts.tolist())

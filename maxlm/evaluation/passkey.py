@@ -104,13 +104,12 @@ def evaluate_passkey(
     num_done = 0
     for output in engine.run(requests):
         answers[int(output.request_id)] += output.token_ids
-        num_done += output.finish_reason is not None
+        if output.finish_reason is not None:
+            num_done += 1
         on_progress(num_done, len(keys))
-    is_right = np.array(
-        [
-            parse_passkey(tokenizer.decode(answer)) == key
-            for answer, key in zip(answers, keys, strict=True)
-        ]
-    )
-    by_cell = is_right.reshape(len(lengths), len(depths), num_samples)
+    is_right = []
+    for answer, key in zip(answers, keys, strict=True):
+        is_right.append(parse_passkey(tokenizer.decode(answer)) == key)
+    # Requests are in this order: by length, depth and sample.
+    by_cell = np.array(is_right).reshape(len(lengths), len(depths), num_samples)
     return by_cell.mean(axis=-1).tolist()

@@ -6,8 +6,10 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from urllib.request import urlopen
 
 import jax
@@ -21,14 +23,35 @@ from maxlm.inference.scoring import MaskedScorer, Scorer
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.run.load import LoadedRun
 from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import show_progress
 from maxlm.serving.program import load_chat_model, make_engine
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.models.api_models import TemplateAPI
+
+    from maxlm.evaluation.lm_eval_model import ResumableModel
 
 HarnessModel = TypeVar("HarnessModel")
 DEFAULT_MAX_LENGTH = 4096
 """Tokens that a model reads at once, if it can."""
 ENGINE_TOKENS = 32_768
 """Tokens that sequences of an engine hold together, or one of them that is longer."""
+
+
+@dataclass(frozen=True)
+class _OpenModel:
+    """A model to evaluate, and where its results go."""
+
+    lm: Any
+    """A client of the harness's, or :class:`MaxlmModel`."""
+    name: str
+    step: int | None
+    """Of a run."""
+    folder: Path
+    answer_log: Path | None = None
+    """File of a server's answers so far; None: the model is here."""
 
 
 def evaluate_model(
@@ -46,7 +69,7 @@ def evaluate_model(
     chat: bool = False,
     limit: int | None = None,
     system: str | None = None,
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[JsonObject, Path]:
     """Evaluates a model on tasks; writes ``results_TIME.json`` and
     ``samples_TASK_TIME.jsonl``.
 
@@ -63,50 +86,97 @@ def evaluate_model(
         The harness's dict of results, and the folder.
     """
     models, harness = import_harness()
-    opened = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
-    about: dict[str, Any] = {"folder": model, "step": step}
-    names = [""]
+    loaded_tasks = harness.load_tasks(tasks, data=data, shots=shots, seed=seed)
     is_server = model.startswith(("http://", "https://"))
     if is_server:
-        lm = open_server(model.rstrip("/"), settings, chat=chat)
-        name = lm.model
+        evaluated = _open_served_model(model, settings, step, output, chat=chat)
+        convert_errors = _convert_server_errors(model)
     else:
         loaded = load_chat_model(model, step=step, mesh=mesh, template=template)
-        name = loaded.config.name
-        is_run = (Path(model) / "config.yaml").exists()
-        about["step"] = loaded.step if is_run else None
         if chat:
-            get_chat_template(loaded.tokenizer)
-        if output is None and is_run:
-            output = Path(model, "evaluations", f"step-{loaded.step:06d}")
+            get_chat_template(loaded.tokenizer)  # refuses a model that has none
         lm = make_harness_model(loaded, models.MaxlmModel, settings, seed=seed or 0)
-    folder = output or Path("runs", name.rpartition("/")[2], "evaluations")
-    log = folder / "answers.jsonl"
-    if is_server:
-        lm = resume_answers(lm, log)
-    convert_errors = _convert_server_errors(model) if is_server else nullcontext()
+        evaluated = _describe_loaded_model(model, loaded, lm, output)
+        convert_errors = nullcontext()
+
+    task_names = [""]  # the last is that of the task under way
     with show_progress("requests") as progress, convert_errors:
         if jax.process_index() == 0:
-            lm.on_progress = lambda done, total: progress(names[-1], done, total)
+            evaluated.lm.on_progress = lambda done, total: progress(
+                task_names[-1], done, total
+            )
         results = harness.evaluate_tasks(
-            lm, opened, limit=limit, chat=chat, system=system, on_task=names.append
+            evaluated.lm,
+            loaded_tasks,
+            limit=limit,
+            chat=chat,
+            system=system,
+            on_task=task_names.append,
         )
     seconds = results.pop("seconds_by_task")
-    about |= {"seconds": sum(seconds.values()), "seconds_by_task": seconds}
-    engine = getattr(lm, "engine", None)
+    about: JsonObject = {
+        "folder": model,
+        "step": evaluated.step,
+        "seconds": sum(seconds.values()),
+        "seconds_by_task": seconds,
+    }
+    engine = getattr(evaluated.lm, "engine", None)
     if engine is not None:
         stats = engine.stats()
         about["prompt_tokens"] = stats.prompt_tokens_total
         about["generated_tokens"] = stats.generated_tokens_total
     results["maxlm"] = about
     if jax.process_index() == 0:
-        write_results(folder, results, name)
-        if is_server:
-            log.unlink(missing_ok=True)
-    return results, folder
+        write_results(evaluated.folder, results, evaluated.name)
+        if evaluated.answer_log is not None:
+            evaluated.answer_log.unlink(missing_ok=True)
+    return results, evaluated.folder
 
 
-def import_harness() -> tuple[Any, Any]:
+def _open_served_model(
+    url: str,
+    settings: Sequence[str],
+    step: int | None,
+    output: Path | None,
+    *,
+    chat: bool,
+) -> _OpenModel:
+    client = open_server(url.rstrip("/"), settings, chat=chat)
+    assert client.model is not None  # open_server has asked for one
+    name = client.model
+    folder = output or _name_evaluations_folder(name)
+    answer_log = folder / "answers.jsonl"
+    return _OpenModel(
+        lm=resume_answers(client, answer_log),
+        name=name,
+        step=step,
+        folder=folder,
+        answer_log=answer_log,
+    )
+
+
+def _describe_loaded_model(
+    path: str, loaded: LoadedRun, lm: Any, output: Path | None
+) -> _OpenModel:
+    """Says where the results of a model in the folder ``path`` go."""
+    name = loaded.config.name
+    is_run = (Path(path) / "config.yaml").exists()
+    if output is not None:
+        folder = output
+    elif is_run:
+        folder = Path(path, "evaluations", f"step-{loaded.step:06d}")
+    else:
+        folder = _name_evaluations_folder(name)
+    step = loaded.step if is_run else None
+    return _OpenModel(lm=lm, name=name, step=step, folder=folder)
+
+
+def _name_evaluations_folder(model_name: str) -> Path:
+    """Returns the folder of evaluations of a model that is no run here."""
+    return Path("runs", model_name.rpartition("/")[2], "evaluations")
+
+
+def import_harness() -> tuple[ModuleType, ModuleType]:
     """Imports :mod:`maxlm.evaluation.lm_eval_model` and ``tasks`` beside it, which load
     lm-evaluation-harness and keep it quiet."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -156,7 +226,8 @@ def make_harness_model(
 def make_evaluation_engine(loaded: LoadedRun, settings: Sequence[str] = ()) -> Engine:
     """Makes an engine for ``MaxlmModel``, which compiles what it runs when it does."""
     length = min(loaded.config.model.max_seq_len, DEFAULT_MAX_LENGTH)
-    # Most sequences are short: 64 of 256 tokens, and what several of them share.
+    # Pages of 16 tokens. Most sequences are short: 64 of 256 tokens, and what several
+    # of them share.
     pages = max(2 * length, 64 * 256) // 16 + 1
     engine_settings = [
         f"max_length={length}",
@@ -189,7 +260,9 @@ def make_masked_scorer(loaded: LoadedRun) -> MaskedScorer:
     )
 
 
-def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -> Any:
+def open_server(
+    url: str, settings: Sequence[str] = (), *, chat: bool = False
+) -> "TemplateAPI":
     """Makes the harness's own client of an OpenAI-compatible server, for its first
     model.
 
@@ -201,40 +274,43 @@ def open_server(url: str, settings: Sequence[str] = (), *, chat: bool = False) -
     from lm_eval.api.registry import get_model
     from lm_eval.utils import check_remote_tokenizer_support, simple_parse_args_string
 
+    kind = "local-completions"
+    base_url = f"{url}/completions"
+    if chat:
+        kind = "local-chat-completions"
+        base_url = f"{url}/chat/completions"
+    client_class = cast("type[TemplateAPI]", get_model(kind))
     client_options = simple_parse_args_string(",".join(settings))
-    make: Any = get_model("local-chat-completions" if chat else "local-completions")
-    client_options["base_url"] = (
-        f"{url}/chat/completions" if chat else f"{url}/completions"
-    )
+    client_options["base_url"] = base_url
     try:
         if "model" not in client_options:
             with urlopen(f"{url}/models", timeout=30) as answer:
                 client_options["model"] = json.load(answer)["data"][0]["id"]
         if "tokenizer" not in client_options:
-            has_one = not chat and check_remote_tokenizer_support(
-                client_options["base_url"], max_retries=1
+            has_tokenizer = not chat and check_remote_tokenizer_support(
+                base_url, max_retries=1
             )
-            client_options.setdefault(
-                "tokenizer_backend", "remote" if has_one else "none"
-            )
-        client = make(**client_options)
+            backend = "remote" if has_tokenizer else "none"
+            client_options.setdefault("tokenizer_backend", backend)
+        client = client_class(**client_options)
     except (OSError, ValueError, LookupError, ModuleNotFoundError) as error:
         message = f"this server cannot be used ({error})"
         fix = "check the address, and the server"
         raise MaxlmError(message, where=url, fix=fix) from error
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
         message = "log-likelihoods from a server need its tokenizer"
         raise MaxlmError(
             message, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
         )
 
     if client.tokenizer is None:
-        client.loglikelihood = client.loglikelihood_rolling = refuse
+        client.loglikelihood = refuse
+        client.loglikelihood_rolling = refuse
     return client
 
 
-def resume_answers(client: Any, log: Path) -> Any:
+def resume_answers(client: "LM", log: Path) -> "ResumableModel":
     """Wraps a client to keep answers in a file, and begin with those of a run that was
     cut off."""
     from maxlm.evaluation.lm_eval_model import ResumableModel
@@ -264,7 +340,7 @@ def _convert_server_errors(url: str) -> Iterator[None]:
         ) from error
 
 
-def write_results(folder: Path, results: dict[str, Any], model_name: str) -> None:
+def write_results(folder: Path, results: JsonObject, model_name: str) -> None:
     """Writes results as ``lm_eval --output_path --log_samples``; takes ``samples`` out
     of them."""
     from lm_eval.loggers import EvaluationTracker
@@ -320,10 +396,13 @@ def cut_windows(
         raise MaxlmError(
             message, where=str(text), fix="use a longer text, or another --length"
         )
-    fitting = len(ids) // room
-    count = min(count, fitting)
-    starts = [i * fitting // count * room for i in range(count)]
-    return [[*prefix, *ids[start : start + room]] for start in starts]
+    num_fitting = len(ids) // room
+    count = min(count, num_fitting)
+    windows = []
+    for i in range(count):
+        start = i * num_fitting // count * room
+        windows.append([*prefix, *ids[start : start + room]])
+    return windows
 
 
 def load_engine_for_length(

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
@@ -14,7 +13,7 @@ from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import Progress
 
 Record = JsonObject
-Key = tuple[Any, ...]
+Key = tuple[str | int, ...]
 """The values of some of a record's fields, by which it is found."""
 
 
@@ -36,14 +35,12 @@ def read_json_records(
     for number, row in enumerate(rows, 1):
         if row in (b"", b"\r"):
             continue
-        fault = None
-        record: Any = row
-        if isinstance(row, bytes):
-            try:
-                record = json.loads(row)
-            except (ValueError, RecursionError) as error:
-                fault = repr(error)
-        if fault is None:
+        try:
+            record = json.loads(row) if isinstance(row, bytes) else row
+        except (ValueError, RecursionError) as error:
+            record = None
+            fault = repr(error)
+        else:
             fault = _find_fault(record, fields)
         if fault is None:
             records.append(record)
@@ -53,7 +50,7 @@ def read_json_records(
     return records
 
 
-def _find_fault(record: Any, fields: Sequence[str]) -> str | None:
+def _find_fault(record: object, fields: Sequence[str]) -> str | None:
     """Says why JSON is no record with these fields; None: it is one."""
     if not isinstance(record, dict):
         return f"a {type(record).__name__}, not an object"
@@ -99,9 +96,9 @@ def fill_records(
         for key, record in zip(keys, pool.map(make_and_append, keys), strict=True):
             new[key] = record
             progress(path.stem, len(new), len(keys))
-    lines: list[str] = []
+    # Once more in the order of the keys, without damaged lines and errors made good.
+    in_order = sorted({**old, **new}.items())
     with replace_file(path) as temporary:
-        for _, record in sorted({**old, **new}.items()):
-            lines.append(json.dumps(record) + "\n")
+        lines = [json.dumps(record) + "\n" for _, record in in_order]
         temporary.write_text("".join(lines), "utf-8")
     return new

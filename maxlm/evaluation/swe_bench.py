@@ -104,19 +104,18 @@ def evaluate_prediction(
         if not applied.passed:
             return report, applied.output
         tested = run_script(instance.get("test_command", DEFAULT_TEST_COMMAND))
-    is_complete = tested.status != "timed_out"
-    passed = parse_passed_tests(tested.output) if is_complete else set()
+    passed: set[str] = set()
+    if tested.status != "timed_out":
+        passed = parse_passed_tests(tested.output)
     tests_status = {}
     is_resolved = True
     for group in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         tests = instance[group]
         if isinstance(tests, str):
             tests = json.loads(tests)
+        success = [test for test in tests if test in passed]
         failure = [test for test in tests if test not in passed]
-        tests_status[group] = {
-            "success": [test for test in tests if test in passed],
-            "failure": failure,
-        }
+        tests_status[group] = {"success": success, "failure": failure}
         if failure:
             is_resolved = False
     report["patch_successfully_applied"] = True

@@ -18,19 +18,24 @@ from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from lm_eval.api.group import Group
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Kind
+from lm_eval.tasks._index import Entry, Kind
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.code import replace_code_eval
 from maxlm.runtime.json_files import parse_json, read_json_file
 from maxlm.runtime.json_types import JsonMapping, JsonObject
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = JsonObject
 _SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")
@@ -59,7 +64,7 @@ class LocalTaskFactory(TaskFactory):
         self._shots = shots
         self.missing: list[str] = []
 
-    def _build_task(self, entry: Any, overrides: JsonObject | None) -> Any:
+    def _build_task(self, entry: Entry, overrides: JsonObject | None) -> Task:
         config = self._load_full_config(entry, overrides)
         if "dataset_path" not in config:
             raise MissingData("this task takes no local files", where=entry.name)
@@ -80,25 +85,40 @@ class LocalTaskFactory(TaskFactory):
             "dataset_kwargs": None,
             "custom_dataset": lambda **_: rows,
         }
+        # A split without rows must not be loaded.
         for name in _SPLITS:
             split = config.get(name)
             changes[name] = split if split in rows else None
         return super()._build_task(entry, {**(overrides or {}), **changes})
 
-    def _build_tag(self, entry: Any, overrides: Any, registry: Any) -> list[Any]:
-        return self._build_group_members([entry.name], entry.name, overrides, registry)
+    def _build_tag(
+        self,
+        entry: Entry,
+        overrides: JsonObject | None,
+        registry: Mapping[str, Entry],
+    ) -> list[Task]:
+        entries = cast(dict[str, Entry], registry)
+        members = self._build_group_members(
+            [entry.name], entry.name, overrides, entries
+        )
+        return cast(list[Task], members)  # a tag has no groups
 
     def _build_group_members(
-        self, member_list: Any, group_name: str, overrides: Any, registry: Any
-    ) -> list[Any]:
-        members = []
+        self,
+        member_list: Sequence[str | JsonObject],
+        group_name: str,
+        overrides: JsonObject | None,
+        registry: dict[str, Entry],
+    ) -> list[Task | Group]:
+        # A tag is replaced by its tasks, so that one without files is left out alone.
+        members: list[str | JsonObject] = []
         for member in member_list:
             entry = registry.get(member) if isinstance(member, str) else None
             if entry and entry.kind is Kind.TAG:
                 members += sorted(entry.tags)
             else:
                 members.append(member)
-        tasks = []
+        tasks: list[Task | Group] = []
         error = None
         for member in members:
             try:
@@ -142,8 +162,8 @@ def check_task_names(manager: TaskManager, names: Sequence[str]) -> None:
         raise MaxlmError(f"no task {name!r}", where="--tasks", fix=fix)
 
 
-# Once a process: it reads 13,000 files, which takes ten seconds.
 _index_tasks = cache(TaskManager)
+"""Once a process: it reads 13,000 files, which takes ten seconds."""
 
 
 def load_tasks(
@@ -179,9 +199,10 @@ def load_tasks(
         factory = TaskFactory() if data is None else LocalTaskFactory(data, shots)
         manager._factory = factory
         runs_code = any(code_task in name for code_task in _CODE_TASKS)
+        sandbox = replace_code_eval() if runs_code else nullcontext()
         try:
-            with replace_code_eval() if runs_code else nullcontext():
-                loaded: Any = manager.load(name)
+            with sandbox:
+                loaded: JsonObject = {**manager.load(name)}
         except MaxlmError:
             raise
         except Exception as error:
@@ -199,13 +220,14 @@ def load_tasks(
     return loaded_by_name
 
 
-def _check_runs_no_code(task: Any, *, runs_in_sandbox: bool) -> None:
+def _check_runs_no_code(task: Task, *, runs_in_sandbox: bool) -> None:
+    """Raises MaxlmError for a task that runs generated programs, but in the sandbox."""
+    name = str(task.config.task)
     # cruxeval's tasks run code without saying so.
-    runs_code = getattr(task, "UNSAFE_CODE", False) or "cruxeval" in task.config.task
+    runs_code = getattr(task, "UNSAFE_CODE", False) or "cruxeval" in name
     if runs_code and not runs_in_sandbox:
         message = "it would run generated programs outside the sandbox"
-        where = f"task {task.config.task}"
-        raise MaxlmError(message, where=where, fix="leave it out")
+        raise MaxlmError(message, where=f"task {name}", fix="leave it out")
 
 
 def evaluate_tasks(
@@ -238,7 +260,7 @@ def evaluate_tasks(
             on_task(name)
         for task in loaded["tasks"].values():  # each time: the same examples
             task.set_fewshot_seed(seed=loaded["seed"])
-        results: Any = evaluate(
+        results = evaluate(
             model,
             loaded,
             limit=limit,
@@ -248,6 +270,7 @@ def evaluate_tasks(
             bootstrap_iters=1000,
             confirm_run_unsafe_code=True,  # in the sandbox: load_tasks refuses others
         )
+        assert results is not None  # None: the harness's own ranks above 0
         for key, value in results.items():
             if isinstance(value, dict):
                 value = {**merged.get(key, {}), **value}
@@ -259,9 +282,9 @@ def evaluate_tasks(
 
 def load_split(
     folder: Path, config: JsonMapping, split: str, *, is_evaluated: bool
-) -> Any:
-    """Loads a split of a task as a ``datasets.Dataset``. Raises MissingData: no file;
-    MaxlmError: a file whose rows have no known form.
+) -> "Dataset":
+    """Loads a split of a task. Raises MissingData: no file; MaxlmError: a file whose
+    rows have no known form.
 
     Args:
         config: the task's definition (``task``, ``dataset_path``, ``dataset_name``).
@@ -293,6 +316,8 @@ def load_split(
 def _find_files(
     folder: Path, config: JsonMapping, split: str, *, is_evaluated: bool
 ) -> list[Path]:
+    """Finds the files of a split: one, or the numbered parts of one folder; none, where
+    nothing matches."""
     dataset = config["dataset_path"].rpartition("/")[2]
     subset = str(config.get("dataset_name") or "main")
     has_one_subset = subset in ("main", "default", "all")

@@ -1,10 +1,11 @@
 """A run's scores on tasks, with the engine, while it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.evaluation.curves import compute_gold_probability, compute_position_losses
@@ -78,15 +79,12 @@ class DownstreamEvaluator:
         return record
 
     def _select_documents(self) -> list[list[int]]:
-        """The beginnings of the first held-out documents that are long enough."""
+        """Returns the beginnings of the first held-out documents that are long
+        enough."""
         length = self._setup.config.data.seq_len
-        documents = (
-            store.text_tokens(index)
-            for store in self._data.heldout_stores.values()
-            for index in range(store.num_documents)
+        selected = islice(
+            self._read_long_documents(length), self._config.position_documents
         )
-        long_documents = (document for document in documents if len(document) >= length)
-        selected = islice(long_documents, self._config.position_documents)
         rows = [document[:length].tolist() for document in selected]
         if not rows:
             message = f"no held-out document has {length} tokens (data.seq_len)"
@@ -94,3 +92,11 @@ class DownstreamEvaluator:
                 message, where="train.downstream.position_documents", fix="set it to 0"
             )
         return rows
+
+    def _read_long_documents(self, length: int) -> Iterator[np.ndarray]:
+        """Yields the held-out documents of ``length`` tokens or more."""
+        for store in self._data.heldout_stores.values():
+            for index in range(store.num_documents):
+                document = store.text_tokens(index)
+                if len(document) >= length:
+                    yield document

@@ -21,17 +21,26 @@ from maxlm.runtime.json_types import JsonMapping
 Event = JsonMapping
 
 PARTS = (
-    *("productive", "lost", "starting", "compiling", "loading", "saving", "evaluating"),
-    *("hanging", "other", "down", "finished"),
+    "productive",
+    "lost",
+    "starting",
+    "compiling",
+    "loading",
+    "saving",
+    "evaluating",
+    "hanging",
+    "other",
+    "down",
+    "finished",
 )
 """``lost``: steps past the checkpoint that was resumed from. ``starting``: from the
 process's start to the start event. ``hanging``: found by the watchdog. ``other``:
 alive, and none of these. ``down``: between attempts. ``finished``: between the end of a
 finished run and its next attempt."""
 
-# An attempt that has not said that it stopped, and was heard of so many seconds ago, is
-# running.
 SILENCE = 60.0
+"""An attempt that has not said that it stopped, and was heard of less than so many
+seconds ago, is running."""
 
 
 @dataclass(frozen=True)

@@ -170,10 +170,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 if record is None:
                     # A damaged line goes with the records around it.
                     stays = not is_past_step
-                    self.damaged_lines += stays
+                    if stays:
+                        self.damaged_lines += 1
                 else:
                     stays = record["step"] <= step
-                    is_past_step |= not stays
+                    if not stays:
+                        is_past_step = True
                 if stays:
                     file.write(line)
             file.flush()
@@ -259,6 +261,9 @@ class WandbSink:
             with convert_write_errors(id_path):
                 id_path.parent.mkdir(parents=True, exist_ok=True)
                 id_path.write_text(uuid4().hex[:12])
+        run_config = None
+        if config_path.exists():
+            run_config = yaml.safe_load(config_path.read_text())
         try:
             self._run = wandb.init(
                 project=config.project,
@@ -268,9 +273,7 @@ class WandbSink:
                 resume="allow",
                 name=folder.name,
                 dir=folder,
-                config=yaml.safe_load(config_path.read_text())
-                if config_path.exists()
-                else None,
+                config=run_config,
                 # Its process gets a job's SIGTERM as well; an upload must not hold up
                 # the exit.
                 settings=wandb.Settings(console="off", silent=True, finish_timeout=15),
