@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ class Machine(Network):
         return cls(topology, chip, name)
 
     @classmethod
-    def from_devices(cls, devices: Sequence[jax.Device]) -> "Machine | None":
+    def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
         """Returns the machine that these devices, real or only described, are; None: a
         kind whose figures are not known."""
         # Of another process's devices the memory cannot be asked for. Devices that are
