@@ -395,7 +395,7 @@ def _list_ulysses_context(
     forward, backward = passes
     again = backward if work.is_attention_recomputed(shape.remat) else 0
 
-    # Bytes of a head's keys or of its values, on average.
+    # Bytes of the keys that a device sends, or of the values, on average.
     kv_heads = _count_read_kv_heads(shape, attention)
     # Where devices do not divide the kv heads, each head goes to several of them.
     whole_kv_heads = np.asarray(np.maximum(kv_heads, 1), int)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import inf
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,7 @@ CHIPS = {
 }
 
 
-def find_chip(device: jax.Device) -> Chip | None:
+def find_chip(device: Any) -> Chip | None:
     """Returns a JAX device's chip; None: not in the table. A CPU is measured."""
     if device.platform == "cpu":
         return measure_cpu(len(device.client.local_devices()))

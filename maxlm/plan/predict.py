@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,14 +49,18 @@ class Machine(Network):
         return cls(topology, chip, name)
 
     @classmethod
-    def from_devices(cls, devices: Sequence[jax.Device]) -> "Machine | None":
+    def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
         """Returns the machine that these devices, real or only described, are; None: a
         kind whose figures are not known."""
-        # Of another process's devices the memory cannot be asked for.
+        # Of another process's devices the memory cannot be asked for. Devices that are
+        # only described, for a compiler, may belong to no process.
         process = jax.process_index()
-        # Devices that are only described, for a compiler, may belong to no process.
-        local = [d for d in devices if getattr(d, "process_index", 0) == process]
-        first = local[0] if local else devices[0]
+        local_devices = [
+            device
+            for device in devices
+            if getattr(device, "process_index", 0) == process
+        ]
+        first = local_devices[0] if local_devices else devices[0]
         chip = find_chip(first)
         if chip is None:
             return None
@@ -63,6 +68,7 @@ class Machine(Network):
         with suppress(AttributeError, jax.errors.JaxRuntimeError):
             limit = (first.memory_stats() or {}).get("bytes_limit")
             chip = replace(chip, memory_bytes=float(limit or chip.memory_bytes))
+        # Sides of the torus, or hosts and their GPUs.
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         shape = (len(devices),)
         if first.platform == "gpu":
@@ -74,8 +80,9 @@ class Machine(Network):
             slices = 1
             shape = (len(devices) // gpus_per_host, gpus_per_host)
         elif first.platform == "tpu":
-            coords = np.array([device.coords for device in devices])
+            coords = np.array([device.coords for device in devices])  # [devices, 3]
             sides = coords.max(0) - coords.min(0) + 1
+            # There are three coordinates, also where the torus has two dimensions.
             dimensions = TPUS[chip.name].dimensions
             shape = tuple(int(side) for side in sides)[:dimensions]
         topology = Topology(first.platform, chip.name, shape, slices)

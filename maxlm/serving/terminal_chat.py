@@ -37,7 +37,9 @@ class ChatSession:
     def __init__(
         self, engine: Engine, sampling: SamplingConfig, system: str | None = None
     ):
+        assert engine.tokenizer is not None
         self._engine = engine
+        self._tokenizer = engine.tokenizer
         self._sampling = sampling
         self.system = system
         self._count = 0
@@ -47,7 +49,7 @@ class ChatSession:
         """To set while an answer is written: it ends after its next token."""
         self.reset()
         encode_chat(
-            engine.tokenizer, [*self.messages, {"role": "user", "content": "Hello"}]
+            self._tokenizer, [*self.messages, {"role": "user", "content": "Hello"}]
         )
 
     def reset(self) -> None:
@@ -61,9 +63,7 @@ class ChatSession:
         conversation, the answer as far as it came. Raises MaxlmError: the conversation
         no longer fits the context; it stays as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_chat(
-            self._engine.tokenizer, messages, add_generation_prompt=True
-        )
+        prompt = encode_chat(self._tokenizer, messages, add_generation_prompt=True)
         context = self._engine.config.max_length
         room = context - len(prompt)
         if room < 1:

@@ -26,6 +26,12 @@ _BRACKET = re.compile(r"[()]")
 # instruction.
 _CONTINUED = re.compile(r'\n(?="|\}\}|\}, ")')
 _SPACE = re.compile(r"S\((\d+)\)")
+# Rows of the tables behind a module: ids, and what they refer to.
+_FILE_NAME = re.compile(r'^(\d+) "(.*)"$', re.MULTILINE)
+_FILE_LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+)", re.MULTILINE)
+_STACK_FRAME = re.compile(
+    r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", re.MULTILINE
+)
 # The memory space in which XLA:TPU keeps semaphores.
 SEMAPHORES = 2
 
@@ -228,24 +234,24 @@ def _find_closing_end(text: str, start: int) -> int:
 
 
 def _parse_stack_frames(text: str) -> dict[int, tuple[str, ...]]:
-    """Joins the tables FileNames, FileLocations and StackFrames."""
-    names = dict(
-        re.findall(r'^(\d+) "(.*)"$', _find_table(text, "FileNames"), re.MULTILINE)
-    )
-    places = _find_table(text, "FileLocations")
-    locations = dict(re.findall(r"^(\d+) \{file_name_id=(\d+)", places, re.MULTILINE))
-    row = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
-    rows = re.findall(row, _find_table(text, "StackFrames"), re.MULTILINE)
+    """Joins the tables FileNames, FileLocations and StackFrames; returns each frame's
+    files, innermost first."""
+    name_rows = _FILE_NAME.findall(_find_table(text, "FileNames"))
+    name_of_file = dict(name_rows)
+    location_rows = _FILE_LOCATION.findall(_find_table(text, "FileLocations"))
+    file_of_location = dict(location_rows)
+    frame_rows = _STACK_FRAME.findall(_find_table(text, "StackFrames"))
     # Parents come before their children; some versions print them one too high.
-    shift = any(frame == parent for frame, _, parent in rows)
+    shift = any(frame == parent for frame, _, parent in frame_rows)
     frames: dict[int, tuple[str, ...]] = {}
-    for frame, location, parent in rows:
-        above = frames.get(int(parent or 0) - shift, ())
-        file = names.get(locations.get(location, ""), "")
-        frames[int(frame)] = (file, *above)
+    for frame, location, parent in frame_rows:
+        outer_files = frames.get(int(parent or 0) - shift, ())
+        file = file_of_location.get(location, "")
+        frames[int(frame)] = (name_of_file.get(file, ""), *outer_files)
     return frames
 
 
 def _find_table(text: str, title: str) -> str:
+    """Returns the lines under a title, up to an empty one."""
     table = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
     return table[1] if table else ""

@@ -59,13 +59,22 @@ class CompiledStep:
     """Seconds to trace and to compile it."""
 
     @property
+    def memory(self) -> MemoryAnalysis:
+        """The compiler's account of the program's memory."""
+        memory = self.compiled.memory_analysis()
+        assert memory is not None
+        return memory
+
+    @property
     def peak_bytes(self) -> int:
         """Bytes of main memory that each device needs."""
-        return compute_peak_bytes(self.compiled.memory_analysis())
+        return compute_peak_bytes(self.memory)
 
     def read_cost(self) -> CompiledCost:
         """Reads a device's products and collectives out of the program's text."""
-        return read_compiled_cost(self.compiled.as_text(), dict(self.setup.mesh.shape))
+        text = self.compiled.as_text()
+        assert text is not None
+        return read_compiled_cost(text, dict(self.setup.mesh.shape))
 
 
 _NEEDED_MEMORY = re.compile(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)")
@@ -139,7 +148,7 @@ def compare_with_compiled_step(
 
 def _compare_memory(plan: RunPlan, step: CompiledStep) -> dict[str, PlannedAndCompiled]:
     """Compares parts of a device's memory, in bytes."""
-    compiled = step.compiled.memory_analysis()
+    compiled = step.memory
     total = float(plan.memory.total)
     transient = float(plan.memory.transient_bytes)
     return {
@@ -186,7 +195,7 @@ def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def get_topology_devices(topology: Topology) -> Sequence[jax.Device]:
+def get_topology_devices(topology: Topology) -> list[Any]:
     """Returns devices to compile for; nothing can be run on them.
 
     Sets two variables of the TPU library's, unless they are set: not to ask a metadata
