@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 
-class Shape(NamedTuple):
+class OperandShape(NamedTuple):
     B: int
     S: int
     N: int
@@ -28,15 +28,15 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape(4, 4096, 16, 16, 128),
-    Shape(1, 16384, 16, 16, 128),
-    Shape(4, 4096, 32, 8, 128),
-    Shape(4, 4096, 32, 32, 64),
-    Shape(1, 16384, 32, 32, 64),
+    OperandShape(4, 4096, 16, 16, 128),
+    OperandShape(1, 16384, 16, 16, 128),
+    OperandShape(4, 4096, 32, 8, 128),
+    OperandShape(4, 4096, 32, 32, 64),
+    OperandShape(1, 16384, 32, 32, 64),
 )
 
 
-def peers(shape: Shape) -> dict[str, Callable[..., Any]]:
+def peers(shape: OperandShape) -> dict[str, Callable[..., Any]]:
     """Functions of (q, k, v), differentiable."""
     import jax
     import jax.numpy as jnp
@@ -104,7 +104,7 @@ def measure(
     )
 
 
-def table(shape: Shape, capability: str, repeats: int) -> None:
+def table(shape: OperandShape, capability: str, repeats: int) -> None:
     import jax
     import jax.numpy as jnp
 

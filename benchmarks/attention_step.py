@@ -81,7 +81,7 @@ MILLI = 1e-3
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
 
-class Shape(NamedTuple):
+class AttentionShape(NamedTuple):
     """Of one layer's attention to a micro-batch on a device."""
 
     rows: int
@@ -91,7 +91,7 @@ class Shape(NamedTuple):
     head_dim: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Shape":
+    def of(cls, config: RunConfig) -> "AttentionShape":
         """In this recipe all devices split the rows, and none the heads."""
         model: Any = config.model
         attention, devices = model.attention, parse_topology(TOPOLOGY).devices
@@ -162,10 +162,10 @@ def both_passes(*, shape: Sequence[int], blocks: Any) -> Program:
         o, gradients = jax.vjp(attend, q, k, v)
         return o, gradients(d_o)
 
-    return run, Shape(*shape).operands()
+    return run, AttentionShape(*shape).operands()
 
 
-def xla_pass(shape: Shape, backward: bool) -> Program:
+def xla_pass(shape: AttentionShape, backward: bool) -> Program:
     q, k, v, d_o, ids = shape.operands()
     sums = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
 
@@ -179,7 +179,7 @@ def xla_pass(shape: Shape, backward: bool) -> Program:
     return run, (q, k, v, *((sums, sums, d_o) if backward else ()), ids)
 
 
-class Pass(NamedTuple):
+class KernelPass(NamedTuple):
     """One run of the forward or of the backward pass."""
 
     cycles: float
@@ -188,8 +188,8 @@ class Pass(NamedTuple):
 
 
 def kernel_passes(
-    shape: Shape, blocks: Sequence[Any]
-) -> tuple[list[Pass], dict[str, Any]]:
+    shape: AttentionShape, blocks: Sequence[Any]
+) -> tuple[list[KernelPass], dict[str, Any]]:
     """The fastest forward and backward pass, and their blocks; each of ``blocks`` has
     both's."""
     specs = [
@@ -202,12 +202,12 @@ def kernel_passes(
     for name, backward in (("forward", False), ("backward", True)):
         cycles = [costs.cycles(backward=backward) for costs in measurements]
         least = min(cycles)
-        passes.append(Pass(least))
+        passes.append(KernelPass(least))
         best[name] = (blocks[cycles.index(least)] or {}).get(name)
     return passes, best
 
 
-def xla_bound(shape: Shape, backward: bool) -> Pass:
+def xla_bound(shape: AttentionShape, backward: bool) -> KernelPass:
     """Cycles in which the chip's memory moves what this pass reads and writes."""
     function, arguments = xla_pass(shape, backward)
     on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
@@ -217,14 +217,14 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     text: Any = jax.jit(function).lower(*structs).compile().as_text()
     cost = read_compiled_cost(text, {})
     seconds = read_program_traffic(text).memory_bytes / CHIPS[CHIP].memory_bandwidth
-    return Pass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
+    return KernelPass(seconds * STATIC[CHIP].clock_hz, cost.attention_flops)
 
 
 def row(case: str) -> tuple[list[str], str]:
     """Cells of the table, once the step is known to have this attention and no other; a
     note."""
     config = load_config(RunConfig, RUN, OVERRIDES).value
-    shape = Shape.of(config)
+    shape = AttentionShape.of(config)
     note = ""
     swaps = {}
     if case == "xla":
@@ -267,7 +267,7 @@ def row(case: str) -> tuple[list[str], str]:
 
 
 def times_run(
-    case: str, step: CompiledStep, passes: Sequence[Pass], layers: int
+    case: str, step: CompiledStep, passes: Sequence[KernelPass], layers: int
 ) -> list[int]:
     """Forward and backward passes in the compiled step, which has no other
     attention."""

@@ -67,6 +67,7 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
     except MaxlmError as error:
         named = any(str(name) in str(error) for name in (path, *kind.names))
         outcome = "refused" if named else "unnamed"
+    # Of any other kind, it is what this program counts: an error that names no file.
     except Exception as error:
         outcome = f"unnamed ({error!r:.80})"
     finally:

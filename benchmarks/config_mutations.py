@@ -229,10 +229,10 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
         return "refused", str(error).replace("\n", " ")
     try:
         theirs = Theirs(cls, values, batch)
+    # transformers has no error of its own for a config that it does not take.
     except Exception as error:
-        return "transformers refuses", f"{type(error).__name__}: {error}".splitlines()[
-            0
-        ]
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        return "transformers refuses", lines[0]
     try:
         family, config = compare.read(values, theirs.tensors())
         entries = family.list_entries(config, theirs.tensors())

@@ -124,7 +124,7 @@ class Ours:
         return [self._extractor.read(page, None).text for page in pages]
 
 
-class Theirs:
+class LibraryExtractor:
     """A library's own call, a page at a time."""
 
     clock = staticmethod(time.process_time)
@@ -141,11 +141,11 @@ def compare(name: str, pages: Sequence[Labelled], rounds: int) -> None:
     from resiliparse.extract.html2text import extract_plain_text
 
     contenders = {
-        "trafilatura": Theirs(trafilatura.extract),
-        "trafilatura fast=True": Theirs(
+        "trafilatura": LibraryExtractor(trafilatura.extract),
+        "trafilatura fast=True": LibraryExtractor(
             lambda page: trafilatura.extract(page, fast=True, include_comments=False)
         ),
-        "resiliparse main_content": Theirs(
+        "resiliparse main_content": LibraryExtractor(
             lambda page: extract_plain_text(
                 page.decode("utf-8", "replace"), main_content=True
             )

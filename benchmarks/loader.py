@@ -166,7 +166,7 @@ def measure_grain(
     print(f"{head} {f'Grain, utilisation {full:.4f}':28} {speed:12,.0f} tokens/s")
 
 
-class SimulatedStore:
+class ZeroTokenStore:
     """Documents of 500 to 1,500 tokens, all zeros, whose offsets are computed."""
 
     path, offsets_sha256 = None, ""
@@ -188,7 +188,7 @@ def _starts(index: np.ndarray) -> np.ndarray:
 def measure_resume() -> None:
     """Prints how long the first batch of a resumed run takes, and the rate from there
     on."""
-    stores = {name: SimulatedStore(5 * 10**9) for name in WEIGHTS}
+    stores = {name: ZeroTokenStore(5 * 10**9) for name in WEIGHTS}
     config = LoaderConfig(seq_len=2048, batch_size=64)
     mixing = Mixing(
         WEIGHTS, max_epochs={"code": 1}, phases=(Phase(from_step=9, weights=WEIGHTS),)

@@ -34,7 +34,7 @@ from maxlm.sharding import MESH_AXES, MeshConfig, mesh_sizes
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRun:
     name: str
     machine: str
     model: dict[str, Any] | str
@@ -77,7 +77,7 @@ S128, S256 = gpt(64, 10240, 64, 65536), gpt(64, 20480, 64, 65536)
 S512 = gpt(128, 20480, 64, 65536)
 
 ROWS = (
-    Row(
+    PublishedRun(
         "v5p 32B",
         "v5p-128",
         S32,
@@ -88,7 +88,7 @@ ROWS = (
         71.47,
         "half",
     ),
-    Row(
+    PublishedRun(
         "v5p 64B",
         "v5p-128",
         S64,
@@ -99,7 +99,7 @@ ROWS = (
         70.31,
         "half",
     ),
-    Row(
+    PublishedRun(
         "v5p 128B",
         "v5p-256",
         S128,
@@ -110,7 +110,7 @@ ROWS = (
         68.68,
         "half",
     ),
-    Row(
+    PublishedRun(
         "v5p 256B",
         "v5p-1024",
         S256,
@@ -121,7 +121,7 @@ ROWS = (
         67.09,
         "half",
     ),
-    Row(
+    PublishedRun(
         "v5p 512B",
         "v5p-1024",
         S512,
@@ -132,13 +132,13 @@ ROWS = (
         63.99,
         "half",
     ),
-    Row("v5e 16B", "v5e-256", S16, 6, 2048, {"fsdp": 256}, "full", 61.10),
-    Row("v5e 32B", "v5e-256", S32, 4, 2048, {"fsdp": 256}, "full", 66.86),
-    Row("v5e 64B", "v5e-256", S64, 2, 2048, {"fsdp": 256}, "full", 59.90),
-    Row(
+    PublishedRun("v5e 16B", "v5e-256", S16, 6, 2048, {"fsdp": 256}, "full", 61.10),
+    PublishedRun("v5e 32B", "v5e-256", S32, 4, 2048, {"fsdp": 256}, "full", 66.86),
+    PublishedRun("v5e 64B", "v5e-256", S64, 2, 2048, {"fsdp": 256}, "full", 59.90),
+    PublishedRun(
         "v5e 128B", "v5e-256", S128, 1, 2048, {"fsdp": 16, "tensor": 16}, "full", 56.06
     ),
-    Row(
+    PublishedRun(
         "v5e 16B, 32 slices",
         "32xv5e-256",
         S16,
@@ -148,7 +148,7 @@ ROWS = (
         "full",
         54.65,
     ),
-    Row(
+    PublishedRun(
         "v5e 32B, 32 slices",
         "32xv5e-256",
         S32,
@@ -158,7 +158,7 @@ ROWS = (
         "full",
         60.40,
     ),
-    Row(
+    PublishedRun(
         "v5e 64B, 32 slices",
         "32xv5e-256",
         S64,
@@ -168,13 +168,13 @@ ROWS = (
         "full",
         50.18,
     ),
-    Row(
+    PublishedRun(
         *("v5e 128B, 32 slices", "32xv5e-256", S128, 1, 2048),
         *({"data": 32, "fsdp": 16, "tensor": 16}, "full", 46.25),
     ),
     # Activations kept in host memory there; of what is computed again, `full` is
     # nearest.
-    Row(
+    PublishedRun(
         "v6e Llama 3.1 8B",
         "v6e-256",
         "llama3_8b",
@@ -184,7 +184,7 @@ ROWS = (
         "full",
         45.46,
     ),
-    Row(
+    PublishedRun(
         "v6e Llama 3.1 70B",
         "v6e-256",
         "llama3_70b",
@@ -194,11 +194,11 @@ ROWS = (
         "full",
         50.33,
     ),
-    Row(
+    PublishedRun(
         *("v6e Llama 3.1 405B", "2xv6e-256", "llama3_405b", 1, 8192),
         *({"data": 2, "fsdp": 64, "tensor": 4}, "full", 38.55),
     ),
-    Row(
+    PublishedRun(
         "v5p Llama 2 70B",
         "v5p-512",
         "llama2_70b",
@@ -209,7 +209,7 @@ ROWS = (
         65.4,
         "half",
     ),
-    Row(
+    PublishedRun(
         "h100 Llama 3 8B",
         "h100x8",
         "llama3_8b",
@@ -222,7 +222,7 @@ ROWS = (
     ),
     # fp8 products; interleaved 1F1B, whose stages are computed twice: as a circular
     # pipeline's are.
-    Row(
+    PublishedRun(
         *("h100 Llama 3 405B", "h100x512", "llama3_405b", 0.5, 8192),
         *({"stage": 8, "fsdp": 8, "tensor": 8}, "none", 128, "rate", "fp8", 8),
         {"parallel": {"schedule": "circular", "layer_groups": 2}},
@@ -232,7 +232,7 @@ ROWS = (
 MORE = (
     # MaxText's "minimal_flash" (configs/a3/llama_2_7b at efb6d9e), TFLOP/s over 989.
     *(
-        Row(
+        PublishedRun(
             *(
                 f"h100 Llama 2 7B, {hosts} hosts",
                 f"h100x{8 * hosts}",
@@ -244,15 +244,15 @@ MORE = (
         )
         for hosts, mfu in ((1, 49.7), (2, 42.7), (4, 41.2), (8, 41.4), (16, 37.9))
     ),
-    Row(
+    PublishedRun(
         *("h100 Llama 3 405B bf16", "h100x128", "llama3_405b", 0.25, 8192),
         *({"fsdp": 16, "tensor": 8}, "full", 109, "rate"),
     ),
-    Row(
+    PublishedRun(
         *("h100 Llama 3 70B", "h100x256", "llama3_70b", 2, 8192),
         *({"fsdp": 32, "tensor": 8}, "full", 829, "rate", "fp8"),
     ),
-    Row(
+    PublishedRun(
         *(
             "v6e Mixtral 8x7B",
             "v6e-256",
@@ -265,7 +265,7 @@ MORE = (
         ),
         settings={"model": {"moe": {"dispatch": "capacity"}}},
     ),
-    Row(
+    PublishedRun(
         "v5p Mixtral 8x7B",
         "v5p-256",
         "mixtral_8x7b",
@@ -278,7 +278,9 @@ MORE = (
 )
 
 
-def predict(row: Row, efficiency: Efficiency | None = None) -> tuple[float, Any]:
+def predict(
+    row: PublishedRun, efficiency: Efficiency | None = None
+) -> tuple[float, Any]:
     """In the row's own measure; and the parts of the time."""
     machine = parse_topology(row.machine)
     shape, network, full, half = _prepared(row)
@@ -299,7 +301,7 @@ def predict(row: Row, efficiency: Efficiency | None = None) -> tuple[float, Any]
 _CACHE: dict[str, Any] = {}
 
 
-def _prepared(row: Row) -> Any:
+def _prepared(row: PublishedRun) -> Any:
     import jax.numpy as jnp
 
     if row.name in _CACHE:
@@ -336,7 +338,9 @@ def _prepared(row: Row) -> Any:
     return _CACHE[row.name]
 
 
-def errors(rows: tuple[Row, ...], efficiency: Efficiency | None = None) -> list[float]:
+def errors(
+    rows: tuple[PublishedRun, ...], efficiency: Efficiency | None = None
+) -> list[float]:
     return [predict(row, efficiency)[0] / row.published - 1 for row in rows]
 
 
@@ -353,7 +357,7 @@ def fit() -> None:
             and "Mixtral" not in row.name
         )
 
-        def error(x: Any, rows: tuple[Row, ...] = rows) -> float:
+        def error(x: Any, rows: tuple[PublishedRun, ...] = rows) -> float:
             return float(
                 np.mean(np.abs(errors(rows, Efficiency(*np.clip(x, 0.01, 1.0)))))
             )
@@ -370,7 +374,7 @@ def fit() -> None:
         )
 
 
-def plot(path: Path, points: list[tuple[Row, float]]) -> None:
+def plot(path: Path, points: list[tuple[PublishedRun, float]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

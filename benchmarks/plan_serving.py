@@ -13,7 +13,8 @@ mean first token of n at once over n. ``fp8``: matrices in 8 bits, and an 8-bit 
 for which int8 with its scales stands here. Without a published number of sequences the
 row has as many as the plan says fit.
 
---cpu reads rows of one's own, from a JSON list of objects with the fields of ``Row``
+--cpu reads rows of one's own, from a JSON list of objects with the fields of
+``PublishedServing``
 ("cpux1" is this machine, which is measured then).
 
 Sources: [sgl] sgl-project/sglang-jax at cddbf6f, docs/cookbook/autoregressive/Llama
@@ -44,7 +45,7 @@ from maxlm.plan.topology import parse_topology
 from maxlm.run.config import RunConfig
 
 
-class Row(NamedTuple):
+class PublishedServing(NamedTuple):
     source: str
     model: str
     machine: str
@@ -63,7 +64,9 @@ def repeat(
     source: str, model: str, on: str, tensor: int, lengths: tuple[int, int], *rows: Any
 ):
     """Rows of one published table: (batch, measure, published) each."""
-    return tuple(Row(source, model, on, tensor, *lengths, *row) for row in rows)
+    return tuple(
+        PublishedServing(source, model, on, tensor, *lengths, *row) for row in rows
+    )
 
 
 def fp8(
@@ -80,7 +83,7 @@ L8, L70, L33, Q8, Q32 = (
     "qwen3_8b",
     "qwen3_32b",
 )
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[PublishedServing, ...] = (
     *repeat(
         "sgl", L8, "v6e-4", 4, (265, 258), (16, "tok/s", 1448.91), (16, "tpot", 9.94)
     ),
@@ -164,7 +167,7 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def predict(row: Row) -> float:
+def predict(row: PublishedServing) -> float:
     """Predicts a row in its own measure."""
     machine = Machine.from_name(row.machine)
     config = load_config(RunConfig, f"models/{row.model}").value
@@ -190,7 +193,9 @@ def fit() -> None:
             r for r in ROWS if CHIPS[parse_topology(r.machine).kind].family == family
         ]
 
-        def error(x: Any, rows: list[Row] = rows, family: str = family) -> float:
+        def error(
+            x: Any, rows: list[PublishedServing] = rows, family: str = family
+        ) -> float:
             efficiency = DecodeEfficiency(
                 *(np.clip(x, 0.1, (0.85, 2.0)) * (1, 1e-3)).tolist()
             )
@@ -223,7 +228,7 @@ def main() -> None:
         fit()
         return
     rows = (
-        tuple(Row(**row) for row in json.loads(args.cpu.read_text()))
+        tuple(PublishedServing(**row) for row in json.loads(args.cpu.read_text()))
         if args.cpu
         else ROWS
     )

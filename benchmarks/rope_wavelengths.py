@@ -29,7 +29,7 @@ HEAD_DIM, FACTOR = 128, 8.0
 
 
 @dataclass(frozen=True)
-class Case:
+class RopeCase:
     theta: float
     length: int
 
@@ -50,7 +50,7 @@ class Case:
         return 2 * np.pi / compute_frequencies(self.theta, HEAD_DIM, scaling)
 
 
-CASES = Case(1e4, 4096), Case(5e5, 8192)
+CASES = RopeCase(1e4, 4096), RopeCase(5e5, 8192)
 COLOURS = {
     "none": "#888",
     "linear": "#4C78A8",

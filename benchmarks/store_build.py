@@ -55,7 +55,7 @@ def sample_demo_text(folder: Path, size: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Cost:
+class BuildSeconds:
     """Seconds of wall time, and of CPU time over all threads and finished child
     processes."""
 
@@ -63,21 +63,23 @@ class Cost:
     cpu: float
 
 
-def cost(function: Callable[[], object]) -> Cost:
+def cost(function: Callable[[], object]) -> BuildSeconds:
     start = time.perf_counter()
     before = sum(os.times()[:4])
     function()
-    return Cost(time.perf_counter() - start, sum(os.times()[:4]) - before)
+    return BuildSeconds(time.perf_counter() - start, sum(os.times()[:4]) - before)
 
 
 def measure(
     texts: list[str], root: Path, workers: int, rounds: int
-) -> dict[str, list[Cost]]:
+) -> dict[str, list[BuildSeconds]]:
     """The cost of each contestant in each round."""
     from tokenizers import Tokenizer
 
     source = SourceConfig(documents=(str(root / "texts"),))
-    costs: dict[str, list[Cost]] = {name: [] for name in (*LIBRARY, "build_store")}
+    costs: dict[str, list[BuildSeconds]] = {
+        name: [] for name in (*LIBRARY, "build_store")
+    }
     for turn in range(rounds):
         for name in LIBRARY:
             tokenizer = Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json"))

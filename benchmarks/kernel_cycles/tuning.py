@@ -141,16 +141,16 @@ class Problem(NamedTuple):
 
 
 def program(
-    *, blocks: Sequence[Any], **problem: Any
+    *, problem: Sequence[Any], blocks: Sequence[Any]
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """A problem with a TPU's blocks, as :class:`~benchmarks.kernel_cycles.static.Spec`
-    wants it.
+    wants it: the fields of both, in order.
 
     Operands and results are [row, head, token, ...], as they lie for the kernels:
     copies into that order, which are not counted, would take the compiler longer than
     the kernel does.
     """
-    parsed_problem = Problem(**problem)
+    parsed_problem = Problem(*problem)
     tpu_blocks = TpuBlocks(*blocks)
     ids = parsed_problem.segment_ids()
     operands = parsed_problem.operands()
@@ -188,7 +188,8 @@ class Cost(NamedTuple):
 
 def static_cost(problem: Problem, chip: TpuChip, blocks: TpuBlocks) -> Cost:
     """Compile a problem with a TPU's blocks and count."""
-    spec = Spec(f"{__name__}:program", problem._asdict() | {"blocks": list(blocks)})
+    arguments = {"problem": list(problem), "blocks": list(blocks)}
+    spec = Spec(f"{__name__}:program", arguments)
     try:
         costs = measure(spec, chip.name)
     except CompileError:

@@ -91,10 +91,11 @@ def attention_operands(
         "slopes": like((N,), jnp.float32),
         "sinks": like((N,), jnp.float32),
     }
-    shapes = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
-    return *(like(each, dtype) for each in shapes), {
-        name: options[name] for name in names
-    }
+    q = like((B, S, N, H), dtype)
+    k = like((B, T, K, H), dtype)
+    v = like((B, T, K, Hv), dtype)
+    d_o = like((B, S, N, Hv), dtype)
+    return q, k, v, d_o, {name: options[name] for name in names}
 
 
 def read_kernels(chip: str, text: str) -> list[str]:

@@ -75,16 +75,18 @@ def check_kernel(device, text: str, name: str, flops: int = 2 * R * D * F) -> No
     [*((*pair, False) for pair in OPERANDS), *((*pair, True) for pair in OPERANDS[:4])],
 )
 def test_a_matmul_is_one_kernel(device, left, right, turned):
-    scales = {"row_scales": ((R,), left), "column_scales": ((G, F), right)}
-    scales = {
-        name: shape
-        for name, (shape, of) in scales.items()
-        if jnp.dtype(of).itemsize == 1
-    }
+    # Operands of eight bits have scales.
+    scales = {}
+    if jnp.dtype(left).itemsize == 1:
+        scales["row_scales"] = (R,)
+    if jnp.dtype(right).itemsize == 1:
+        scales["column_scales"] = (G, F)
 
-    def function(rows, kernels, sizes, *given):
-        own = dict(zip(scales, given, strict=True))
-        return grouped_matmul(rows, kernels, sizes, transpose_kernels=turned, **own)
+    def function(rows, kernels, sizes, *scale_arrays):
+        named_scales = dict(zip(scales, scale_arrays, strict=True))
+        return grouped_matmul(
+            rows, kernels, sizes, transpose_kernels=turned, **named_scales
+        )
 
     kernels = (G, F, D) if turned else (G, D, F)
     arrays = [((R, D), left), (kernels, right), ((G,), jnp.int32)]

@@ -249,6 +249,6 @@ def test_pages_of_narrow_heads_are_not_copied(device, case, kind):
     text = compiled.as_text()
     wide = largest.shape[-1]
     pools = rf"= \w+\[(?:1,)?(?:{P},\d+,\d+|{P * K * page}),{wide}\]\S* ([\w-]+)\("
-    made = re.findall(pools, text)
-    assert made
-    assert not {"copy", "copy-done", "transpose"} & {*made}
+    operations = re.findall(pools, text)
+    assert operations
+    assert not {"copy", "copy-done", "transpose"} & {*operations}

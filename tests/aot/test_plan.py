@@ -23,7 +23,7 @@ def test_what_is_planned_is_compiled(machine):
     layer's last product and the head run once less."""
     devices = parse_topology(machine).devices
     config = small_run(devices=devices, mesh={"fsdp": devices})
-    found = Machine.from_name(machine)
+    planned_machine = Machine.from_name(machine)
     step = compile_step(config, machine)
     cost = step.read_cost()
     assert len(cost.unknown_loops) == 1  # the update, left out where numbers are bad
@@ -31,9 +31,9 @@ def test_what_is_planned_is_compiled(machine):
     assert not any(c.kind == "all-reduce" for c in large)
     # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's
     # compiler has all of a layer's at once, with their gradients (docs/performance.md).
-    least = 0.3 if found.topology.platform == "gpu" else 0.5
-    plan = plan_run(config, found)
-    verdict = compare_with_compiled_step(plan, step, found.chip.memory_bytes)
+    least = 0.3 if planned_machine.topology.platform == "gpu" else 0.5
+    plan = plan_run(config, planned_machine)
+    verdict = compare_with_compiled_step(plan, step, planned_machine.chip.memory_bytes)
     state = verdict.figures["arguments: state and batch"]
     assert state.plan == pytest.approx(state.compiler, rel=0.02)
     products = verdict.products["matrix products but attention's"]
@@ -49,9 +49,9 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
     if topology.platform == "gpu":
         pytest.skip("described without their hosts")
     devices = get_topology_devices(topology)
-    found = Machine.from_devices(devices)
-    assert found is not None
-    assert found.topology == topology
+    described = Machine.from_devices(devices)
+    assert described is not None
+    assert described.topology == topology
     # Places that the plan makes up are those of the compiler's devices.
     sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     assert {tuple(d.coords) for d in devices} == set(product(*map(range, sides)))
@@ -60,20 +60,22 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
 def test_a_layer_more_takes_its_input_and_its_gradients_in_bf16():
     """Of temporary memory under full remat: no copies of all layers' parameters in
     another dtype or layout, and gradients in fp32 for none but the layer at hand."""
-    machine, rows = (
-        "v5p:4x4x4",
-        8,
-    )  # enough rows for the layers' backward pass to be the peak
+    machine = "v5p:4x4x4"
+    rows = 8  # Enough for the layers' backward pass to be the peak.
     if not has_compiler("tpu"):
         pytest.skip("the compiler is not installed")
-    n = parse_topology(machine).devices
-    few, more = (
-        compile_step(
-            small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine
+    num_devices = parse_topology(machine).devices
+
+    def compute_temp_bytes(num_layers: int) -> int:
+        config = small_run(
+            rows, num_devices, {"num_layers": num_layers}, mesh={"fsdp": num_devices}
         )
-        .compiled.memory_analysis()
-        .temp_size_in_bytes
-        for layers in (4, 8)
-    )
-    layer_input, gradients = 2 * rows * SEQ * D, 2 * (4 * D * D + 3 * D * FF) / n
-    assert (more - few) / 4 <= 1.12 * (layer_input + gradients)
+        memory = compile_step(config, machine).compiled.memory_analysis()
+        return memory.temp_size_in_bytes
+
+    bytes_per_layer = (compute_temp_bytes(8) - compute_temp_bytes(4)) / 4
+    bf16_bytes = 2
+    layer_input = bf16_bytes * rows * SEQ * D
+    # Of attention's four matrices and the feed-forward's three, sharded.
+    gradients = bf16_bytes * (4 * D * D + 3 * D * FF) / num_devices
+    assert bytes_per_layer <= 1.12 * (layer_input + gradients)

@@ -50,25 +50,26 @@ class Report:
 
 @pytest.fixture
 def open_report(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Report]]:
-    """``open_report(plan, width=1200)``: the page of a plan's JSON, or a path's,
-    loaded."""
+    """``open_report(plan, width=1200, color_scheme=None)``: the page of a plan's JSON,
+    or a path's, loaded."""
     from maxlm.runtime.report_page import write_report_page
 
     opened = []
 
     def opening(
-        plan: dict[str, Any] | Path, width: int = 1200, **options: Any
+        plan: dict[str, Any] | Path, width: int = 1200, color_scheme: str | None = None
     ) -> Report:
-        path = plan if isinstance(plan, Path) else tmp_path / "report.html"
-        if not isinstance(plan, Path):
+        if isinstance(plan, Path):
+            path = plan
+        else:
+            path = tmp_path / "report.html"
             write_report_page(path, "maxlm.plan", plan["name"], plan)
-        page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        page = browser.new_page(
+            viewport={"width": width, "height": 800}, color_scheme=color_scheme
+        )
         report = Report(page)
         opened.append(report)
-        page.on(
-            "console", lambda m: m.type in ("error", "warning") and _add(report, m.text)
-        )
-        page.on("pageerror", lambda error: _add(report, str(error)))
+        record_complaints(page, report.complaints)
         page.on("request", lambda request: report.requests.append(request.url))
         page.goto(path.as_uri())
         report.requests.remove(path.as_uri())
@@ -77,8 +78,17 @@ def open_report(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Report]]
     yield opening
     for report in opened:
         report.page.close()
-    assert [(r.complaints, r.requests) for r in opened] == [([], [])] * len(opened)
+    for report in opened:
+        assert report.complaints == []
+        assert report.requests == []
 
 
-def _add(report: Report, complaint: str) -> None:
-    report.complaints.append(complaint)
+def record_complaints(page: Any, complaints: list[str]) -> None:
+    """Appends what the page's scripts complain about, as it happens."""
+
+    def on_console(line: Any) -> None:
+        if line.type in ("error", "warning"):
+            complaints.append(line.text)
+
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: complaints.append(str(error)))

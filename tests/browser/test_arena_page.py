@@ -67,9 +67,9 @@ def test_a_battle_is_blind_until_the_vote(browser, arena, width):
     vote.click()
     page.get_by_text("Thank you.").wait_for()
     assert vote.is_disabled()
-    (kept,) = read_battles(database)
-    assert kept["winner"] == "model_b"
-    assert page.inner_text("#b h2") == f"Model B: {kept['model_b']}"
+    (battle,) = read_battles(database)
+    assert battle["winner"] == "model_b"
+    assert page.inner_text("#b h2") == f"Model B: {battle['model_b']}"
     top = page.evaluate(
         "main.scrollTop = 0, main.firstElementChild.getBoundingClientRect().top"
     )
@@ -79,7 +79,7 @@ def test_a_battle_is_blind_until_the_vote(browser, arena, width):
     )
     assert wide <= there
     page.get_by_role("link", name="Leaderboard").click()
-    page.get_by_role("cell", name=kept["model_b"]).wait_for()
+    page.get_by_role("cell", name=battle["model_b"]).wait_for()
     assert "no finite ratings" in page.inner_text("main")
     assert page.locator("tr").count() == 3
     page.get_by_role("link", name="New battle").click()

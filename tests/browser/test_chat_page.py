@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.browser.conftest import record_complaints
 from tests.serving.running import run_in_thread, train_chat_tokenizer
 
 ANSWERS = {
@@ -19,9 +20,12 @@ ANSWERS = {
 
 
 def reply(text: str, request) -> str:
-    asked = text.rpartition("user\n")[2].partition("<|im_end|>")[0]
-    known = (answer for word, answer in ANSWERS.items() if word in asked)
-    return next(known, f"You said: {asked}")
+    _, _, last_turn = text.rpartition("user\n")
+    question, _, _ = last_turn.partition("<|im_end|>")
+    for word, answer in ANSWERS.items():
+        if word in question:
+            return answer
+    return f"You said: {question}"
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +43,18 @@ def server(tokenizer):
 def page(request, browser, server):
     context = browser.new_context(viewport={"width": request.param, "height": 780})
     page = context.new_page()
-    complaints, others = [], []
-    page.on(
-        "console",
-        lambda m: m.type in ("error", "warning") and complaints.append(m.text),
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda r: r.url.startswith(server.url) or others.append(r.url))
+    complaints = []
+    record_complaints(page, complaints)
+    urls = []
+    page.on("request", lambda request: urls.append(request.url))
     page.goto(server.url)
     yield page
-    width = page.evaluate("[document.body.scrollWidth, innerWidth]")
+    body_width, window_width = page.evaluate("[document.body.scrollWidth, innerWidth]")
     context.close()
-    assert (complaints, others) == ([], [])
-    assert width[0] <= width[1]
+    assert complaints == []
+    # Nothing is fetched from elsewhere.
+    assert [url for url in urls if not url.startswith(server.url)] == []
+    assert body_width <= window_width
 
 
 def say(page, text: str) -> None:

@@ -54,11 +54,11 @@ class _Tree(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        given = dict(attrs)
+        attributes = dict(attrs)
         if tag == "div":
             return
-        side = (given.get("style") or "").removeprefix("text-align:").strip(" ;")
-        node = [tag, given.get("href"), given.get("start"), side]
+        side = (attributes.get("style") or "").removeprefix("text-align:").strip(" ;")
+        node = [tag, attributes.get("href"), attributes.get("start"), side]
         self._open[-1].append(node)
         if tag not in ("br", "hr"):
             self._open.append(node)

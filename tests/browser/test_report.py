@@ -134,15 +134,12 @@ def test_tables_filter_sort_and_add_up(open_report, plan):
     report = open_report(plan)
     page = report.page
     page.fill("#sent-table-filter", "all-gather backward")
-    kept = [
-        c
-        for c in plan["collectives"]
-        if c["kind"] == "all-gather" and c["phase"] == "backward"
-    ]
+    all_gathers = [c for c in plan["collectives"] if c["kind"] == "all-gather"]
+    matching = [c for c in all_gathers if c["phase"] == "backward"]
     rows = visible(report, "sent-table")
-    assert sorted(row[0] for row in rows) == sorted(c["what"] for c in kept)
-    assert f"{len(kept)} of {len(plan['collectives'])} rows" in report.text("#sent")
-    total = format_bytes(sum(c["sent_bytes"] for c in kept))
+    assert sorted(row[0] for row in rows) == sorted(c["what"] for c in matching)
+    assert f"{len(matching)} of {len(plan['collectives'])} rows" in report.text("#sent")
+    total = format_bytes(sum(c["sent_bytes"] for c in matching))
     assert total in report.text("#sent-table tfoot")
 
     for direction in ("ascending", "descending"):
@@ -152,7 +149,7 @@ def test_tables_filter_sort_and_add_up(open_report, plan):
             == direction
         )
         sent = sorted(
-            (c["sent_bytes"] for c in kept), reverse=direction == "descending"
+            (c["sent_bytes"] for c in matching), reverse=direction == "descending"
         )
         assert [row[8] for row in visible(report, "sent-table")] == [
             format_bytes(s) for s in sent
@@ -202,18 +199,19 @@ def test_shards_are_where_jax_puts_them(open_report):
     """On data=2, fsdp=2, tensor=2; rows with two axes on one dimension, in both orders,
     besides."""
     plan = make("llama3_8b")
+    # Rows of which one dimension is sharded by two axes of the mesh, in either order.
     for n, axes in enumerate(
         (["fsdp", "tensor"], ["tensor", "fsdp"], ["tensor", "data"])
     ):
-        plan["rows"].append(
-            {
-                **plan["rows"][0],
-                "path": f"two.{n}",
-                "spec": [axes, []],
-                "shape": [16, 6],
-            }
-            | {"axes": ["vocab", "embed"], "bytes_per_device": 96, "replicas": 2}
-        )
+        changes = {
+            "path": f"two.{n}",
+            "spec": [axes, []],
+            "shape": [16, 6],
+            "axes": ["vocab", "embed"],
+            "bytes_per_device": 96,
+            "replicas": 2,
+        }
+        plan["rows"].append(plan["rows"][0] | changes)
     report = open_report(plan)
     page = report.page
     sizes = plan["mesh"]
@@ -221,8 +219,12 @@ def test_shards_are_where_jax_puts_them(open_report):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(*sizes.values()), tuple(sizes))
     for row in plan["rows"]:
         spec = PartitionSpec(*(tuple(axes) or None for axes in row["spec"]))
-        held = NamedSharding(mesh, spec).devices_indices_map(tuple(row["shape"]))
-        expected = [slices(row["shape"], held[device]) for device in mesh.devices.flat]
+        shape = tuple(row["shape"])
+        indices_by_device = NamedSharding(mesh, spec).devices_indices_map(shape)
+        expected = [
+            slices(row["shape"], indices_by_device[device])
+            for device in mesh.devices.flat
+        ]
         page.select_option("#tensor", label=row["path"])
         page.focus("#all canvas")
         page.keyboard.press("Home")
@@ -242,9 +244,8 @@ def test_shards_are_where_jax_puts_them(open_report):
 def test_without_a_machine_there_are_bytes_alone(open_report):
     plan = make("llama3_8b")
     report = open_report(plan)
-    assert f"Needs {format_bytes(plan['memory']['total'])} a device" in report.text(
-        "header"
-    )
+    total = format_bytes(plan["memory"]["total"])
+    assert f"Needs {total} a device" in report.text("header")
     assert "Times need a machine" in report.text("#step")
 
 

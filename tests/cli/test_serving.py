@@ -28,8 +28,10 @@ def talk(monkeypatch, run, tokenizer):
         turns = text.split("<|im_start|>user\n")
         return f"{len(turns) - 1}:{turns[-1].partition('<|im_end|>')[0]} 🐈"
 
-    def talking(lines: str, *arguments: str, **changes):
-        engine = FakeEngine(tokenizer, reply, **changes)
+    def talking(lines: str, *arguments: str, max_length=2048, before_step=lambda: None):
+        engine = FakeEngine(
+            tokenizer, reply, max_length=max_length, before_step=before_step
+        )
         engine.config = SimpleNamespace(max_length=engine.max_length)
         config = SimpleNamespace(compilation_cache=None)
         loaded = SimpleNamespace(tokenizer=tokenizer, config=config)

@@ -169,17 +169,17 @@ def _states(environ: Mapping[str, str]) -> list[str]:
 def _wait_until(
     happened: Callable[[], bool],
     folder: Path,
-    what: str,
+    missing: str,
     process: subprocess.Popen | None = None,
 ) -> None:
     deadline = time.monotonic() + 120
     while not happened():
         if time.monotonic() > deadline or (process and process.poll() is not None):
-            logs = "\n".join(
-                f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}"
-                for log in sorted(folder.glob("*.log"))
-            )
-            raise RuntimeError(f"no {what}\n{logs}")
+            ends_of_logs = []
+            for log in sorted(folder.glob("*.log")):
+                end = log.read_text(errors="replace")[-2000:]
+                ends_of_logs.append(f"--- {log.name}\n{end}")
+            raise RuntimeError("\n".join([f"no {missing}", *ends_of_logs]))
         time.sleep(0.1)
 
 
@@ -188,9 +188,8 @@ def _cancel(environ: Mapping[str, str]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         command = ["squeue", "--noheader"]
-        if not subprocess.run(
-            command, env=environ, capture_output=True, check=False
-        ).stdout:
+        result = subprocess.run(command, env=environ, capture_output=True, check=False)
+        if not result.stdout:
             return
         time.sleep(0.2)
 

@@ -13,7 +13,8 @@ import pytest
 
 from tests.train import tiny
 
-STEPS, EVERY = 220, 200  # seconds pass until a job is told
+STEPS = 220
+EVERY = 200  # Steps between checkpoints. Seconds pass until a job is told to stop.
 
 
 def scontrol(scheduler: Mapping[str, str], job: str) -> dict[str, str]:
@@ -29,11 +30,15 @@ def scontrol(scheduler: Mapping[str, str], job: str) -> dict[str, str]:
 def steps(run: Path) -> list[int]:
     """Those recorded, as often as they are."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [record["step"] for line in lines if "loss" in (record := json.loads(line))]
+    if not path.exists():
+        return []
+    # The last line may be half written.
+    lines = path.read_text().split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    return [record["step"] for record in records if "loss" in record]
 
 
-class Job:
+class SlurmJob:
     """The one that `maxlm launch slurm` prints for a run on two hosts, submitted."""
 
     def __init__(self, scheduler: Mapping[str, str], config: Path, name: str):
@@ -43,16 +48,9 @@ class Job:
         self.environ = tiny.environment(config.parent) | dict(scheduler)
         self.script = config.parent / f"{name}.sbatch"
         program = str(Path(sys.executable).with_name("maxlm"))
-        command = [
-            program,
-            "launch",
-            "slurm",
-            str(config),
-            f"name={name}",
-            "--on",
-            "cpux2",
-        ]
-        command += ["--nodes", "2", "--maxlm", program, "--out", str(self.script)]
+        command = [program, "launch", "slurm", str(config), f"name={name}"]
+        command += ["--on", "cpux2", "--nodes", "2", "--maxlm", program]
+        command += ["--out", str(self.script)]
         self._run(command)
         self.number = self._run(["sbatch", "--parsable", str(self.script)]).strip()
 
@@ -83,15 +81,13 @@ class Job:
 
     def end(self) -> dict[str, str]:
         deadline = time.monotonic() + 600
-        while (said := scontrol(self.scheduler, self.number))["JobState"] in (
-            "PENDING",
-            "RUNNING",
-            "COMPLETING",
-            "REQUEUED",
-        ):
+        unfinished = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+        status = scontrol(self.scheduler, self.number)
+        while status["JobState"] in unfinished:
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.2)
-        return said
+            status = scontrol(self.scheduler, self.number)
+        return status
 
 
 @pytest.mark.timeout(600)
@@ -101,22 +97,22 @@ def test_a_preempted_job_ends_like_an_unbroken_one(scheduler, tmp_path):
     checkpoint = {"every_steps": EVERY}
     text = tiny.write_text(tmp_path / "text", documents=40)
     config = Path(tiny.write_config(tmp_path, text, train=train, checkpoint=checkpoint))
-    unbroken = Job(scheduler, config, "unbroken")
-    said = unbroken.end()
-    assert (said["JobState"], said["Restarts"]) == ("COMPLETED", "0"), unbroken.text()
-    broken = Job(scheduler, config, "broken")
+    unbroken = SlurmJob(scheduler, config, "unbroken")
+    status = unbroken.end()
+    assert (status["JobState"], status["Restarts"]) == ("COMPLETED", "0"), (
+        unbroken.text()
+    )
+    broken = SlurmJob(scheduler, config, "broken")
     broken.wait_for_step(5)
     broken.preempt()
-    said = broken.end()
-    assert (said["JobState"], said["Restarts"]) == ("COMPLETED", "1"), broken.text()
+    status = broken.end()
+    assert (status["JobState"], status["Restarts"]) == ("COMPLETED", "1"), broken.text()
     # Saved when it was told, not at the checkpoint that was due only later; no step
     # taken twice.
     assert steps(broken.run) == list(range(1, STEPS + 1))
-    events = [
-        json.loads(line)
-        for line in (broken.run / "events.jsonl").read_text().splitlines()
-    ]
-    (resumed,) = (event["step"] for event in events if event["event"] == "resume")
-    assert 5 <= resumed < EVERY
-    compared = compare(unbroken.run, broken.run, STEPS)
-    assert not any(each.wrong for each in compared), compared
+    lines = (broken.run / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    (resumed_step,) = (event["step"] for event in events if event["event"] == "resume")
+    assert 5 <= resumed_step < EVERY
+    comparisons = compare(unbroken.run, broken.run, STEPS)
+    assert not any(comparison.wrong for comparison in comparisons), comparisons

@@ -35,22 +35,23 @@ def make_corpus(
     A document is a text or some columns of `DOCUMENT_SCHEMA`; it gets the id "d0",
     "d1", ... and the source "made" unless it says otherwise.
     """
-    rows = [
-        {"id": f"d{i}", "source": "made"}
-        | (dict(each) if isinstance(each, Mapping) else {"text": each})
-        for i, each in enumerate(documents)
-    ]
-    made = []
+    rows = []
+    for i, document in enumerate(documents):
+        columns = document if isinstance(document, Mapping) else {"text": document}
+        rows.append({"id": f"d{i}", "source": "made", **columns})
+    shard_views = []
     for number in range(shards):
-        part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
-        made.append(StageShardView(folder, f"{number:05d}"))
-        with open_shard_writer(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
-            for first in range(0, len(part), rows_per_group):
-                group = part[first : first + rows_per_group]
-                writer.write_row_group(
-                    pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA)
-                )
-    return made
+        start = number * len(rows) // shards
+        end = (number + 1) * len(rows) // shards
+        shard_rows = rows[start:end]
+        shard = StageShardView(folder, f"{number:05d}")
+        with open_shard_writer(shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+            for first in range(0, len(shard_rows), rows_per_group):
+                group = shard_rows[first : first + rows_per_group]
+                batch = pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA)
+                writer.write_row_group(batch)
+        shard_views.append(shard)
+    return shard_views
 
 
 def add_labels(
@@ -100,18 +101,18 @@ def labels(
     tables = []
     for shard in shards:
         batches = [rows.batch for rows in shard.read_selected_rows(names)]
-        tables.append(pa.Table.from_batches(batches) if batches else None)
-    table = pa.concat_tables(each for each in tables if each is not None)
-    return table.rename_columns([name.rpartition(".")[2] for name in names])
+        if batches:
+            tables.append(pa.Table.from_batches(batches))
+    column_names = [name.rpartition(".")[2] for name in names]
+    return pa.concat_tables(tables).rename_columns(column_names)
 
 
 def label_texts(stage: PerDocumentStage, *texts: str | None) -> list[dict]:
     """The labels of texts."""
-    batch = stage.make_batch_label_fn()(
-        pa.record_batch({"text": pa.array(texts, pa.large_string())})
-    )
-    assert batch.schema == stage.schema()
-    return batch.to_pylist()
+    batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
+    labels = stage.make_batch_label_fn()(batch)
+    assert labels.schema == stage.schema()
+    return labels.to_pylist()
 
 
 def recipe(crawl, out, **settings):

@@ -64,26 +64,27 @@ def _lower(text: str) -> str:
 
 
 def _gopher_quality(text: str, stop_words: tuple[str, ...]) -> dict[str, float | None]:
-    found = tokens(text)
+    text_tokens = tokens(text)
     lines = text.splitlines()
-    words = [each for each in found if is_word(each)]
-    letters = [each for each in found if any(c.isalpha() for c in each)]
+    words = [token for token in text_tokens if is_word(token)]
+    letters = [token for token in text_tokens if any(c.isalpha() for c in token)]
     bullets = [line for line in lines if line.lstrip()[:1] in ("•", "-")]
     trailing = [line for line in lines if line.rstrip().endswith(("...", "…"))]
     return {
         "words": len(words),
         "mean_word_length": ratio(chars(words), len(words)),
-        "hash_ratio": ratio(text.count("#"), len(found)),
-        "ellipsis_ratio": ratio(text.count("...") + text.count("…"), len(found)),
-        "alphabetic_words": ratio(len(letters), len(found)),
-        "stop_words": len(set(stop_words) & set(found)),
+        "hash_ratio": ratio(text.count("#"), len(text_tokens)),
+        "ellipsis_ratio": ratio(text.count("...") + text.count("…"), len(text_tokens)),
+        "alphabetic_words": ratio(len(letters), len(text_tokens)),
+        "stop_words": len(set(stop_words) & set(text_tokens)),
         "bullet_lines": ratio(len(bullets), len(lines)),
         "ellipsis_lines": ratio(len(trailing), len(lines)),
     }
 
 
 def _gopher_repetition(text: str) -> dict[str, float | None]:
-    lines, paragraphs = re.split("\n+", text), re.split("\n{2,}", text.strip())
+    lines = re.split("\n+", text)
+    paragraphs = re.split("\n{2,}", text.strip())
     size = len(text)
     values = {
         "duplicate_lines": ratio(len(repeated(lines)), len(lines)),
@@ -91,20 +92,25 @@ def _gopher_repetition(text: str) -> dict[str, float | None]:
         "duplicate_paragraphs": ratio(len(repeated(paragraphs)), len(paragraphs)),
         "duplicate_paragraph_chars": ratio(chars(repeated(paragraphs)), size),
     }
-    found = tokens(text)
+    text_tokens = tokens(text)
     for n in (2, 3, 4):
-        counts = Counter(" ".join(found[i : i + n]) for i in range(len(found) - n + 1))
+        starts = range(len(text_tokens) - n + 1)
+        counts = Counter(" ".join(text_tokens[i : i + n]) for i in starts)
         gram, times = max(counts.items(), key=lambda item: item[1], default=("", 0))
         values[f"top_{n}gram"] = ratio(len(gram) * times, size)
     for n in range(5, 11):
         seen = set()
         doubled = 0
         i = 0
-        while i + n <= len(found):
-            gram = tuple(found[i : i + n])
-            doubled += chars(list(gram)) if gram in seen else 0
-            i += n if gram in seen else 1
-            seen.add(gram)
+        while i + n <= len(text_tokens):
+            gram = tuple(text_tokens[i : i + n])
+            if gram in seen:
+                # No character counts twice: go on behind the repeated words.
+                doubled += chars(list(gram))
+                i += n
+            else:
+                seen.add(gram)
+                i += 1
         values[f"duplicate_{n}grams"] = ratio(doubled, size)
     return values
 
@@ -112,12 +118,12 @@ def _gopher_repetition(text: str) -> dict[str, float | None]:
 def _fineweb(text: str) -> dict[str, float | None]:
     lines = [line for line in text.split("\n") if line.strip()]
     ended = [line for line in lines if regex.search(r"\p{Sentence_Terminal}\Z", line)]
+    short = [line for line in lines if len(line) <= 30]
+    size_without_breaks = len(text.replace("\n", ""))
     return {
         "line_punct_ratio": ratio(len(ended), len(lines)),
-        "short_line_ratio": ratio(
-            len([line for line in lines if len(line) <= 30]), len(lines)
-        ),
-        "char_dup_ratio": ratio(chars(repeated(lines)), len(text.replace("\n", ""))),
+        "short_line_ratio": ratio(len(short), len(lines)),
+        "char_dup_ratio": ratio(chars(repeated(lines)), size_without_breaks),
         "list_ratio": ratio(text.count("\n"), len(tokens(text))),
     }
 
@@ -128,30 +134,29 @@ def _c4(text: str) -> dict[str, float | None]:
         "use cookies",
     )  # fmt: skip
     flags = []
-    kept = []
+    kept_lines = []
     curly = False
     lorem = False
     for line in text.splitlines():
         words = line.split()
         line = re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", line.strip())
         low = _lower(line)
-        punctuated = line.endswith((".", "?", "!", '"', "'")) and not line.endswith(
-            "..."
-        )
+        ends_with_mark = line.endswith((".", "?", "!", '"', "'"))
+        punctuated = ends_with_mark and not line.endswith("...")
         short = len(words) < 3
         long = any(len(word) > 1000 for word in words)
         javascript = "javascript" in low
-        policy = any(each in low for each in policies)
+        policy = any(phrase in low for phrase in policies)
         flags.append((punctuated, short, long, javascript, policy))
         if punctuated and not short and not long and not curly and not lorem:
             lorem = "lorem ipsum" in low
             curly = not lorem and not javascript and "{" in line
             if not (lorem or curly or javascript or policy):
-                kept.append(line)
+                kept_lines.append(line)
     shares = np.mean(flags, axis=0) if flags else [None] * 5
     return {
-        "c4_lines": len(kept),
-        "c4_sentences": sum(map(sentences, kept)),
+        "c4_lines": len(kept_lines),
+        "c4_sentences": sum(map(sentences, kept_lines)),
         "c4_curly_bracket": curly,
         "c4_lorem_ipsum": lorem,
         "c4_punctuated_lines": shares[0],
@@ -172,11 +177,13 @@ def sentences(line: str) -> int:
     rest = line
     for end in _END.finditer(line):
         marks = regex.sub(r"[\"')\]”’»]", "", end[0])
+        before = line[: end.start()]
         after = line[end.end() :]
-        initial = marks == "." and regex.search(
-            r"(?<!\p{L})\p{L}\Z", line[: end.start()]
-        )
-        if not initial and (not marks.isascii() or not after or after[0].isspace()):
-            ends = ends + 1
+        # "Dr. A. Smith": a lone letter before a full stop is an initial.
+        is_initial = marks == "." and regex.search(r"(?<!\p{L})\p{L}\Z", before)
+        # Marks of other scripts need no space behind them.
+        is_followed_by_space = not after or after[0].isspace()
+        if not is_initial and (not marks.isascii() or is_followed_by_space):
+            ends += 1
             rest = after
     return ends + bool(rest.strip())

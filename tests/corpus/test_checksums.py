@@ -39,9 +39,8 @@ def corpus(tmp_path, settings):
 
 
 def read_texts(corpus):
-    return [
-        each.text for each in read_documents(SourceConfig(documents=(str(corpus),)))
-    ]
+    source = SourceConfig(documents=(str(corpus),))
+    return [document.text for document in read_documents(source)]
 
 
 def list_shards(corpus, stage):
@@ -75,8 +74,11 @@ def test_exchanged_shards_are_found_and_repaired(
     changed = f"this file has changed since it was written (and 1 other: {second.name})"
     assert error == f"error: {first}: {changed}; {REPAIR}\n"
     if stage == "documents":
-        found = message(lambda: read_texts(corpus))
-        assert "this file has changed since maxlm corpus run wrote it; delete" in found
+        error_message = message(lambda: read_texts(corpus))
+        assert (
+            "this file has changed since maxlm corpus run wrote it; delete"
+            in error_message
+        )
     first.unlink()
     second.unlink()
     run_recipe(recipe(tmp_path, corpus, **settings))
@@ -93,9 +95,8 @@ def test_one_bit_is_found_also_after_more_files_have_come(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     state = path.stat()
-    with open(
-        path, "r+b"
-    ) as file:  # In place, as a disk would: the same file to its file system.
+    # In place, as a disk would: the same file to its file system.
+    with open(path, "r+b") as file:
         file.write(data)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     expected = f"error: {path}: this file has changed since it was written; {REPAIR}\n"

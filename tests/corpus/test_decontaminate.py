@@ -47,98 +47,98 @@ def test_documents_are_marked_by_their_longest_part_of_an_item(tmp_path: Path) -
         items[4],
         items[0][:12],
     ]
+    item_texts = [" ".join(item) for item in items]
     stage = DecontaminateStage(
         sets={
-            "first": write_set(
-                tmp_path / "first.jsonl", [" ".join(item) for item in items[:5]]
-            ),
-            "second": write_set(tmp_path / "second.jsonl", [" ".join(items[5])]),
+            "first": write_set(tmp_path / "first.jsonl", item_texts[:5]),
+            "second": write_set(tmp_path / "second.jsonl", item_texts[5:]),
         }
     )
-    written = ["; ".join(each).upper() + "." for each in documents]
-    made = make_corpus(tmp_path / "corpus", written)
-    run_stage(stage, made, tmp_path / "scratch")
+    written = ["; ".join(document).upper() + "." for document in documents]
+    shards = make_corpus(tmp_path / "corpus", written)
+    run_stage(stage, shards, tmp_path / "scratch")
     contaminated = 0
-    for words, label in zip(documents, labels(made, stage).to_pylist(), strict=True):
-        shares = []
+    for words, label in zip(documents, labels(shards, stage).to_pylist(), strict=True):
+        # The defaults: n-grams of 13 words, and nothing of items shorter than 8.
+        overlaps = []
         for number, item in enumerate(items):
             n = min(13, len(item))
-            wanted = grams(item, n)
-            found = len(wanted & grams(words, n)) if n >= 8 else 0
-            shares.append((found / len(wanted), found, -number))
-        best = max(shares)
+            item_grams = grams(item, n)
+            num_shared = len(item_grams & grams(words, n)) if n >= 8 else 0
+            # Of equal overlaps the first item is taken.
+            overlaps.append((num_shared / len(item_grams), num_shared, -number))
+        overlap, num_shared, minus_number = max(overlaps)
         contaminated += label["contaminated"]
-        assert label["contaminated"] == (best[1] > 0)
-        assert label["overlap"] == pytest.approx(best[0])
-        if best[1]:
-            name, line = ("second", 1) if best[2] == -5 else ("first", 1 - best[2])
-            assert label["set"] == name
-            assert label["item"] == f"{tmp_path}/{name}.jsonl:{line}"
-        else:
+        assert label["contaminated"] == (num_shared > 0)
+        assert label["overlap"] == pytest.approx(overlap)
+        if num_shared == 0:
             assert label["set"] is label["item"] is None
+            continue
+        number = -minus_number
+        if number == 5:
+            name = "second"
+            line = 1
+        else:
+            name = "first"
+            line = number + 1
+        assert label["set"] == name
+        assert label["item"] == f"{tmp_path}/{name}.jsonl:{line}"
     assert 5 < contaminated < 40
-    counts = count_contaminated_documents(stage, made)
-    assert sum(each["documents"] for each in counts) == contaminated
-    assert counts == sorted(counts, key=lambda each: -each["documents"])
+    counts = count_contaminated_documents(stage, shards)
+    assert sum(count["documents"] for count in counts) == contaminated
+    assert counts == sorted(counts, key=lambda count: -count["documents"])
 
 
 def test_cuts_are_the_characters_of_what_was_found(tmp_path: Path) -> None:
     item = "Où est-ce que le petit café d’été, 日本 — c'est ici?"
     text = f"Ça ☃ va. {item} Non, {item[:-5]}\x00 😀 fin"
-    stage = DecontaminateStage(
-        sets={"q": write_set(tmp_path / "q.jsonl", [item])}, ngram=8
-    )
-    made = make_corpus(tmp_path / "corpus", [text, "nothing", "", None])
-    run_stage(stage, made, tmp_path / "scratch")
-    found = labels(made, stage).to_pylist()
-    cuts = [text[each["start"] : each["end"]] for each in found[0]["cuts"]]
+    questions = write_set(tmp_path / "q.jsonl", [item])
+    stage = DecontaminateStage(sets={"q": questions}, ngram=8)
+    shards = make_corpus(tmp_path / "corpus", [text, "nothing", "", None])
+    run_stage(stage, shards, tmp_path / "scratch")
+    rows = labels(shards, stage).to_pylist()
+    cuts = [text[span["start"] : span["end"]] for span in rows[0]["cuts"]]
     assert cuts == [item[:-1], item[:-5].rstrip()]
-    assert found[0]["overlap"] == 1
-    assert [each["cuts"] for each in found[1:]] == [[], [], None]
+    assert rows[0]["overlap"] == 1
+    assert [row["cuts"] for row in rows[1:]] == [[], [], None]
 
 
 def test_min_hits_and_templates(tmp_path: Path) -> None:
     template = sentence(15)
     items = [[*template, *sentence(20)] for _ in range(12)]
     other = sentence(20)
-    sets = {
-        "q": write_set(
-            tmp_path / "q.jsonl", [" ".join(item) for item in [*items, other]]
-        ),
-    }
-    texts = [" ".join(each) for each in (template, items[3], other[:14], other[:13])]
-    made = make_corpus(tmp_path / "corpus", texts)
+    questions = [" ".join(words) for words in [*items, other]]
+    sets = {"q": write_set(tmp_path / "q.jsonl", questions)}
+    texts = [" ".join(words) for words in (template, items[3], other[:14], other[:13])]
+    shards = make_corpus(tmp_path / "corpus", texts)
     for stage, expected in (
         (DecontaminateStage(sets=sets), [False, True, True, True]),
         (DecontaminateStage(sets=sets, min_hits=2), [False, True, True, False]),
         (DecontaminateStage(sets=sets, max_items=20), [True, True, True, True]),
     ):
-        run_stage(stage, made, tmp_path / "scratch")
-        assert labels(made, stage)["contaminated"].to_pylist() == expected
-    found = {
+        run_stage(stage, shards, tmp_path / "scratch")
+        assert labels(shards, stage)["contaminated"].to_pylist() == expected
+    expected_count = {
         "set": "q",
         "item": f"{tmp_path}/q.jsonl:4",
         "documents": 1,
         "overlap": 1.0,
     }
-    assert found in count_contaminated_documents(stage, made)
+    assert expected_count in count_contaminated_documents(stage, shards)
 
 
-def contaminated(
-    tmp_path: Path, items: list[str], texts: list[str], **settings
-) -> list[bool]:
-    stage = DecontaminateStage(
-        sets={"q": write_set(tmp_path / "q.jsonl", items)}, **settings
-    )
-    made = make_corpus(tmp_path / "corpus", texts)
-    run_stage(stage, made, tmp_path / "scratch")
-    return labels(made, stage)["contaminated"].to_pylist()
+def contaminated(tmp_path: Path, items: list[str], texts: list[str]) -> list[bool]:
+    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", items)})
+    shards = make_corpus(tmp_path / "corpus", texts)
+    run_stage(stage, shards, tmp_path / "scratch")
+    return labels(shards, stage)["contaminated"].to_pylist()
 
 
 def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not(
     tmp_path: Path,
 ) -> None:
-    template, instructions = sentence(15), sentence(60)
+    template = sentence(15)
+    instructions = sentence(60)
     passages = [sentence(60) for _ in range(3)]
     questions = [
         [*instructions, *passage, *template, *sentence(9)]
@@ -152,10 +152,10 @@ def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not
         [*sentence(30), *passages[2][20:34], *sentence(30)],
         [*template, *questions[3][-9:]],
     ]
-    found = contaminated(
-        tmp_path, [" ".join(each) for each in questions], list(map(" ".join, texts))
-    )
-    assert found == [False, False, True, True, True]
+    question_texts = [" ".join(words) for words in questions]
+    document_texts = [" ".join(words) for words in texts]
+    verdicts = contaminated(tmp_path, question_texts, document_texts)
+    assert verdicts == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,14 @@ def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not
     ],
 )
 def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) -> None:
-    forms = [*(unicodedata.normalize(form, item) for form in ("NFC", "NFD")), item]
-    assert forms[0] != forms[1]
+    composed = unicodedata.normalize("NFC", item)
+    decomposed = unicodedata.normalize("NFD", item)
+    assert composed != decomposed
+    forms = [composed, decomposed, item]
     for form in forms:
         assert contaminated(tmp_path, [form], forms) == [True] * 3
-    changed = forms[0].replace(forms[0][0], "xyz")
-    assert contaminated(tmp_path, [forms[1]], [changed]) == [False]
+    changed = composed.replace(composed[0], "xyz")
+    assert contaminated(tmp_path, [decomposed], [changed]) == [False]
 
 
 def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
@@ -180,10 +182,10 @@ def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
         (["too short"], "no text of 8 words"),
         ([], "no text of 8 words"),
     ):
+        too_short = write_set(tmp_path / "q.jsonl", items)
+        stage = DecontaminateStage(sets={"q": too_short})
         with pytest.raises(MaxlmError, match=message):
-            DecontaminateStage(
-                sets={"q": write_set(tmp_path / "q.jsonl", items)}
-            ).make_batch_label_fn()
+            stage.make_batch_label_fn()
     items = write_set(tmp_path / "q.jsonl", ["one two", "two three", "three one"])
     common = DecontaminateStage(sets={"q": items}, ngram=1, shortest=1, max_items=1)
     with pytest.raises(MaxlmError, match="common to more than 1 items"):

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,16 +50,17 @@ def by_dictionary(
             groups.setdefault(key, []).append(i)
     nothing = dict.fromkeys(("duplicate", "of", "copies", "seen_before", "group"))
     expected = [{"id": f"d{i}"} | nothing for i in range(len(documents))]
+    # A document without a score is worse than any with one; of equals the first stays.
+    values = [float("-inf") if score is None else score for score in scores]
     for group in groups.values():
-        value = {i: float("-inf") if (s := scores[i]) is None else s for i in group}
-        kept = max(group, key=lambda i: (value[i], -i))
+        best = max(group, key=lambda i: (values[i], -i))
         for i in group:
             expected[i] |= {
-                "duplicate": i != kept,
-                "of": None if i == kept else f"d{kept}",
+                "duplicate": i != best,
+                "of": None if i == best else f"d{best}",
                 "copies": len(group),
                 "seen_before": False,
-                "group": kept if len(group) > 1 else None,
+                "group": best if len(group) > 1 else None,
             }
     return expected
 
@@ -75,11 +76,11 @@ def test_labels_are_those_of_a_dictionary(
     documents = [*random_.choices([*TEXTS, None], k=30), *map(str, range(20)), None]
     random_.shuffle(documents)
     scores = random_.choices([0.5, 2.0, -1.0, None], k=len(documents))
-    made = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=3)
-    add_labels(made, "quality", score=pa.array(scores, pa.float32()))
+    shard_views = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=3)
+    add_labels(shard_views, "quality", score=pa.array(scores, pa.float32()))
     stage = ExactStage(keep_by="quality.score", memory=memory)
-    run_stage(stage, made, tmp_path / "scratch", workers)
-    assert labels(made, stage).to_pylist() == by_dictionary(documents, scores)
+    run_stage(stage, shard_views, tmp_path / "scratch", workers)
+    assert labels(shard_views, stage).to_pylist() == by_dictionary(documents, scores)
 
 
 @given(st.lists(st.one_of(st.sampled_from(TEXTS), st.text(max_size=3)), max_size=20))
@@ -87,10 +88,12 @@ def test_any_text_is_like_itself_and_its_normal_forms_only(
     tmp_path_factory: pytest.TempPathFactory, documents: list[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    made = make_corpus(folder / "corpus", documents, 2)
-    run_stage(ExactStage(memory=1 << 11), made, folder / "scratch")
+    shard_views = make_corpus(folder / "corpus", documents, 2)
+    run_stage(ExactStage(memory=1 << 11), shard_views, folder / "scratch")
+    if not documents:
+        return
     expected = by_dictionary(documents, [0.0] * len(documents))
-    assert labels(made, ExactStage()).to_pylist() == expected if documents else True
+    assert labels(shard_views, ExactStage()).to_pylist() == expected
 
 
 def _run_until(corpus: Path, scratch: Path, step: str) -> None:
@@ -110,17 +113,18 @@ def _run_until(corpus: Path, scratch: Path, step: str) -> None:
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    paths = tmp_path / "corpus", tmp_path / "scratch"
+    corpus = tmp_path / "corpus"
+    scratch = tmp_path / "scratch"
     context = multiprocessing.get_context("spawn")
     for step in ("group", "label"):
-        process = context.Process(target=_run_until, args=(*paths, step))
+        process = context.Process(target=_run_until, args=(corpus, scratch, step))
         process.start()
         process.join()
         assert process.exitcode == 9
-    made = make_corpus(paths[0], ["a", "b", "a", "c"])
-    run_stage(ExactStage(), made, paths[1])
-    found = labels(made, ExactStage())
-    assert found["duplicate"].to_pylist() == [False, False, True, False]
+    shard_views = make_corpus(corpus, ["a", "b", "a", "c"])
+    run_stage(ExactStage(), shard_views, scratch)
+    table = labels(shard_views, ExactStage())
+    assert table["duplicate"].to_pylist() == [False, False, True, False]
 
 
 @pytest.mark.timeout(120)
@@ -128,15 +132,15 @@ def test_a_long_run_of_marks_takes_time_in_proportion():
     text = "a" + "\u0301\u0323" * 300_000
     assert ExactStage().normalize_text(text).startswith("\u1ea1\u0323")
     for accents in (True, False):
-        assert (
-            len(list(make_line_splitter(LineSplitterConfig(accents=accents))(text)))
-            == 1
-        )
+        split_lines = make_line_splitter(LineSplitterConfig(accents=accents))
+        assert len(list(split_lines(text))) == 1
 
 
-def run_with_index(folder: Path, texts: Sequence[str], **changes) -> dict[str, str]:
+def run_with_index(
+    folder: Path, texts: Sequence[str], changes: Mapping[str, object]
+) -> dict[str, str]:
     """Runs a recipe with an index beside the corpus's folder; returns the texts that it
-    keeps."""
+    keeps, by id."""
     folder.mkdir(exist_ok=True)
     rows = [{"text": text, "id": f"d{i}"} for i, text in enumerate(texts)]
     (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,25 +166,21 @@ def test_an_index_drops_what_earlier_corpora_keep_and_nothing_else(
     one = ["a a", "b b", "a a", "short"]
     two = ["B  b", "c c", "d d"]
     three = ["d d", "e e", "A A", "short"]
-    assert [*run_with_index(tmp_path / "one", one).values()] == ["a a", "b b"]
-    assert [*run_with_index(tmp_path / "two", two).values()] == ["c c", "d d"]
+
+    def list_kept(name: str, texts: Sequence[str], **changes) -> list[str]:
+        return list(run_with_index(tmp_path / name, texts, changes).values())
+
+    assert list_kept("one", one) == ["a a", "b b"]
+    assert list_kept("two", two) == ["c c", "d d"]
     # Dropped by a rule of the first corpus, the last text is in none: it is kept where
     # rules allow.
     keep = {"new": "not exact.seen_before and not exact.duplicate"}
-    found = run_with_index(tmp_path / "three", three, keep=keep)
-    assert [*found.values()] == ["e e", "short"]
+    assert list_kept("three", three, keep=keep) == ["e e", "short"]
     # Run again, each is compared with those before it, and so neither with itself nor
     # with later ones; what it keeps no longer is free for others.
-    assert [*run_with_index(tmp_path / "one", ["b b", "e e"]).values()] == [
-        "b b",
-        "e e",
-    ]
+    assert list_kept("one", ["b b", "e e"]) == ["b b", "e e"]
     shutil.rmtree(tmp_path / "two" / "corpus" / "exact")
-    assert [*run_with_index(tmp_path / "two", [*two, "a a"]).values()] == [
-        "c c",
-        "d d",
-        "a a",
-    ]
+    assert list_kept("two", [*two, "a a"]) == ["c c", "d d", "a a"]
     files = sorted((tmp_path / "index").glob("*.digests"))
     expected = [["b b", "e e"], ["c c", "d d", "a a"], ["e e", "short"]]
     for path, texts in zip(files, expected, strict=True):
@@ -189,14 +189,12 @@ def test_an_index_drops_what_earlier_corpora_keep_and_nothing_else(
 
 
 def test_an_index_of_other_settings_or_of_two_stages_is_refused(tmp_path: Path) -> None:
-    run_with_index(tmp_path / "one", ["a a"])
+    run_with_index(tmp_path / "one", ["a a"], changes={})
     stage = {"stage": "exact", "index": str(tmp_path / "index"), "case": False}
-    with pytest.raises(
-        MaxlmError, match=r"normalised by .*; set the same, or name another folder"
-    ):
-        run_with_index(
-            tmp_path / "two", ["a a"], stages=[{"stage": "heuristics"}, stage]
-        )
-    stages = [stage, stage | {"name": "again"}]
+    other_case = {"stages": [{"stage": "heuristics"}, stage]}
+    message = r"normalised by .*; set the same, or name another folder"
+    with pytest.raises(MaxlmError, match=message):
+        run_with_index(tmp_path / "two", ["a a"], other_case)
+    index_twice = {"stages": [stage, stage | {"name": "again"}]}
     with pytest.raises(ValueError, match="two stages use the index"):
-        run_with_index(tmp_path / "three", ["a a"], stages=stages)
+        run_with_index(tmp_path / "three", ["a a"], index_twice)

@@ -35,12 +35,14 @@ def label(*texts: str) -> list[dict]:
 
 
 def check(text: str) -> None:
-    found = label(text)[0]
-    wanted = naive.measures(text)
-    assert list(found) == list(wanted)
-    for name, value in wanted.items():
-        assert (found[name] is None) == (value is None), name
-        assert value is None or math.isclose(found[name], value, rel_tol=1e-12), name
+    measured = label(text)[0]
+    expected = naive.measures(text)
+    assert list(measured) == list(expected)
+    for name, value in expected.items():
+        if value is None:
+            assert measured[name] is None, name
+        else:
+            assert math.isclose(measured[name], value, rel_tol=1e-12), name
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
@@ -89,9 +91,9 @@ def test_words_and_symbols():
         "It", "'s", "1,000.5", "e.g", ".", "snake_case", "(", "well", "-", "known", ")", "...", "l",
         "’homme", "日", "本", "の", "hi", "!!", "?", "می\u200cخواهم", "❤️", "__", "a",
     ]  # fmt: skip
-    found = label(text)[0]
-    assert found["words"] == 15
-    assert found["alphabetic_words"] == 14 / 24
+    labels = label(text)[0]
+    assert labels["words"] == 15
+    assert labels["alphabetic_words"] == 14 / 24
 
 
 def test_published_rules_keep_prose():
@@ -111,23 +113,20 @@ def test_published_rules_keep_prose():
     labels = pa.Table.from_pylist(label(*texts), pa.schema(list(LABELS.items())))
     labels = labels.rename_columns(list(TYPES))
     for rule in PUBLISHED.values():
-        assert parse_expression(rule, TYPES, "").evaluate(labels).tolist() == [
-            True,
-            False,
-            False,
-        ]
+        verdicts = parse_expression(rule, TYPES, "").evaluate(labels)
+        assert verdicts.tolist() == [True, False, False]
 
 
 def test_a_long_text_is_measured_up_to_a_whole_character():
     for longest, characters in ((4, 3), (5, 4), (6, 5)):
-        [found] = label_texts(HeuristicsStage(longest=longest), "ab é" + "z" * 50)
-        assert found["characters"] == characters
+        [labels] = label_texts(HeuristicsStage(longest=longest), "ab é" + "z" * 50)
+        assert labels["characters"] == characters
 
 
 def test_stop_words_are_a_setting():
     stage = HeuristicsStage(stop_words=("der", "die", "und"))
-    [found] = label_texts(stage, "der Hund und die Katze und der Igel, Die")
-    assert found["stop_words"] == 3
+    [labels] = label_texts(stage, "der Hund und die Katze und der Igel, Die")
+    assert labels["stop_words"] == 3
     assert stage.fingerprint() != HeuristicsStage().fingerprint()
     with pytest.raises(MaxlmError, match="'to be' is 2 words"):
         HeuristicsStage(stop_words=("to be",)).make_batch_label_fn()

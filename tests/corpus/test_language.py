@@ -50,17 +50,15 @@ def label():
 
 
 def rows(label, texts: list[str]) -> list[dict]:
-    return label(
-        pa.record_batch({"text": pa.array(texts, pa.large_string())})
-    ).to_pylist()
+    batch = pa.record_batch({"text": pa.array(texts, pa.large_string())})
+    return label(batch).to_pylist()
 
 
 def predict(library, text: str) -> list[tuple[str, float]]:
     """The library's answer; it reads a line at a time."""
-    names, scores = library.predict(text.replace("\n", " "), k=2)
-    return [
-        (n.removeprefix("__label__"), s) for n, s in zip(names, scores, strict=True)
-    ]
+    labels, scores = library.predict(text.replace("\n", " "), k=2)
+    names = [label.removeprefix("__label__") for label in labels]
+    return list(zip(names, scores, strict=True))
 
 
 def test_languages_are_told_apart(label):
@@ -79,16 +77,16 @@ LETTERS = st.sampled_from(
 def test_scores_are_the_librarys(library, label, text):
     (row,) = rows(label, [text])
     answers = predict(library, text)
-    if (
-        row["name"] == "und"
-    ):  # Of no n-gram, so the library's answer is that to nothing.
+    if row["name"] == "und":
+        # Of no n-gram, so the library's answer is that to nothing.
         assert answers == predict(library, "")
-        assert (row["score"], row["second"], row["spans"]) == (0, "und", [])
+        assert row["score"] == 0
+        assert row["second"] == "und"
+        assert row["spans"] == []
         return
-    assert [
-        (row["name"], row["score"]),
-        (row["second"], row["second_score"]),
-    ] == answers
+    best = (row["name"], row["score"])
+    second = (row["second"], row["second_score"])
+    assert [best, second] == answers
 
 
 @given(st.lists(st.sampled_from([*TEXTS.values(), "ok", "", "123", "  "]), max_size=12))
@@ -122,15 +120,14 @@ def test_spans_are_runs_of_paragraphs_with_the_librarys_scores(library, label, n
         name, score = predict(library, line)[0]
         if expected and expected[-1][2] == name:
             start, end, _, mean = expected.pop()
-            score = (mean * (end - start) + score * len(line)) / (
-                place + len(line) - start
-            )
-            expected.append((start, place + len(line), name, score))
+            total_score = mean * (end - start) + score * len(line)
+            score = total_score / (place + len(line) - start)
         else:
-            expected.append((place, place + len(line), name, score))
+            start = place
         place += len(line)
-    found = [(s["start"], s["end"], s["name"]) for s in row["spans"]]
-    assert found == [span[:3] for span in expected]
+        expected.append((start, place, name, score))
+    spans = [(s["start"], s["end"], s["name"]) for s in row["spans"]]
+    assert spans == [span[:3] for span in expected]
     for span, (_, _, _, score) in zip(row["spans"], expected, strict=True):
         assert span["score"] == pytest.approx(score, abs=1e-5)
 
@@ -142,20 +139,21 @@ def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
 
 
 def test_confident_means_the_languages_own_threshold():
-    text = TEXTS["de"]
-    score = rows(LanguageStage().make_batch_label_fn(), [text])[0]["score"]
+    def label_text(stage: LanguageStage, text: str) -> dict:
+        return rows(stage.make_batch_label_fn(), [text])[0]
 
-    def confident(**settings) -> bool:
-        return rows(LanguageStage(**settings).make_batch_label_fn(), [text])[0][
-            "confident"
-        ]
-
-    assert confident(default_threshold=1, thresholds={"de": score - 0.01})
-    assert not confident(default_threshold=0, thresholds={"de": min(score + 0.01, 1)})
-    assert confident(default_threshold=score - 0.01, thresholds={"en": 1})
-    assert not rows(LanguageStage(default_threshold=0).make_batch_label_fn(), [""])[0][
-        "confident"
-    ]
+    german = TEXTS["de"]
+    score = label_text(LanguageStage(), german)["score"]
+    below = score - 0.01
+    above = min(score + 0.01, 1)
+    lower = LanguageStage(default_threshold=1, thresholds={"de": below})
+    assert label_text(lower, german)["confident"]
+    higher = LanguageStage(default_threshold=0, thresholds={"de": above})
+    assert not label_text(higher, german)["confident"]
+    other = LanguageStage(default_threshold=below, thresholds={"en": 1})
+    assert label_text(other, german)["confident"]
+    # An empty text is of no language, however low the threshold.
+    assert not label_text(LanguageStage(default_threshold=0), "")["confident"]
 
 
 def test_mistakes_are_named(tmp_path):

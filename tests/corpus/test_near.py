@@ -49,17 +49,18 @@ def words(text: str) -> list[str]:
 
 @cache
 def grams(text: str, n: int = 5) -> set[tuple[str, ...]]:
-    found = words(text)
-    return (
-        {tuple(found[i : i + n]) for i in range(max(1, len(found) - n + 1))}
-        if found
-        else set()
-    )
+    text_words = words(text)
+    if not text_words:
+        return set()
+    # A text of fewer words is one gram.
+    num_grams = max(1, len(text_words) - n + 1)
+    return {tuple(text_words[i : i + n]) for i in range(num_grams)}
 
 
 def jaccard(a: str, b: str) -> float:
-    one, two = grams(a), grams(b)
-    return len(one & two) / len(one | two) if one | two else 0.0
+    shared = grams(a) & grams(b)
+    either = grams(a) | grams(b)
+    return len(shared) / len(either) if either else 0.0
 
 
 def texts_with_copies(seed: int, number: int = 120) -> list[str]:
@@ -72,8 +73,10 @@ def texts_with_copies(seed: int, number: int = 120) -> list[str]:
     ]
     for text in random_.choices(texts, k=number):
         edited = text.split(" ")
-        for _ in range(random_.choice((0, 0, 1, 1, 2, 3, 8))):
-            edited[random_.randrange(len(edited))] = random_.choice(WORDS).upper() + "!"
+        num_edits = random_.choice((0, 0, 1, 1, 2, 3, 8))
+        for _ in range(num_edits):
+            word = random_.choice(WORDS).upper() + "!"
+            edited[random_.randrange(len(edited))] = word
         texts.insert(random_.randrange(len(texts)), ", ".join(edited))
     return texts
 
@@ -86,11 +89,11 @@ def test_every_alike_pair_is_found_and_every_mark_is_right(
 ) -> None:
     documents = [*texts_with_copies(0), "", "?!", None]
     scores = np.random.default_rng(0).integers(0, 3, len(documents)).astype(float)
-    made = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=50)
-    add_labels(made, "quality", score=pa.array(scores))
+    shard_views = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=50)
+    add_labels(shard_views, "quality", score=pa.array(scores))
     stage = NearStage(keep_by="quality.score", memory=memory, recall=0.9999, hashes=80)
-    run_stage(stage, made, tmp_path / "scratch", workers)
-    found = labels(made, stage).to_pylist()
+    run_stage(stage, shard_views, tmp_path / "scratch", workers)
+    rows = labels(shard_views, stage).to_pylist()
 
     alike = {
         (i, j)
@@ -100,31 +103,29 @@ def test_every_alike_pair_is_found_and_every_mark_is_right(
     }
     assert len(alike) > 60
     for i, j in alike:
-        assert found[i]["duplicate"] or found[j]["duplicate"]
-        assert found[i]["cluster"] == found[j]["cluster"] is not None
-    for i, each in enumerate(found):
-        if each["duplicate"]:
-            kept = int(each["of"][1:])
-            assert not found[kept]["duplicate"]
-            assert (scores[kept], -kept) > (scores[i], -i)
-            assert each["jaccard"] == pytest.approx(
-                jaccard(documents[i], documents[kept])
-            )
-            assert each["jaccard"] >= np.float32(0.8)
+        assert rows[i]["duplicate"] or rows[j]["duplicate"]
+        assert rows[i]["cluster"] == rows[j]["cluster"] is not None
+    for i, row in enumerate(rows):
+        if row["duplicate"]:
+            original = int(row["of"][1:])
+            assert not rows[original]["duplicate"]
+            assert (scores[original], -original) > (scores[i], -i)
+            similarity = jaccard(documents[i], documents[original])
+            assert row["jaccard"] == pytest.approx(similarity)
+            assert row["jaccard"] >= np.float32(0.8)
         else:
-            assert each["of"] is each["jaccard"] is None
-    sizes = [each["cluster"] for each in found if each["cluster"] is not None]
-    assert all(
-        each["cluster_size"]
-        == (1 if each["cluster"] is None else sizes.count(each["cluster"]))
-        for each in found[:-1]
-    )
-    assert list(dict.fromkeys(sizes)) == list(
-        range(len(set(sizes)))
-    )  # As they first appear.
-    assert found[-1] == {"id": f"d{len(found) - 1}"} | dict.fromkeys(
-        stage.schema().names
-    )
+            assert row["of"] is row["jaccard"] is None
+    clusters = [row["cluster"] for row in rows if row["cluster"] is not None]
+    for row in rows[:-1]:
+        is_alone = row["cluster"] is None
+        assert row["cluster_size"] == (
+            1 if is_alone else clusters.count(row["cluster"])
+        )
+    # They are numbered as they first appear.
+    assert list(dict.fromkeys(clusters)) == list(range(len(set(clusters))))
+    # The last document has no text.
+    no_labels = dict.fromkeys(stage.schema().names)
+    assert rows[-1] == {"id": f"d{len(rows) - 1}"} | no_labels
 
 
 @pytest.mark.parametrize("memory", [1 << 29, 1 << 11])
@@ -133,8 +134,8 @@ def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> No
     stage = NearStage(hashes=12, recall=0.9, memory=memory)
     whole = make_corpus(tmp_path / "whole", documents)
     run_stage(stage, whole, tmp_path / "other")
-    made = make_corpus(tmp_path / "corpus", documents)
-    views = [replace(shard, output_stage="near") for shard in made]
+    shard_views = make_corpus(tmp_path / "corpus", documents)
+    views = [replace(shard, output_stage="near") for shard in shard_views]
     (tmp_path / "scratch").mkdir()
     seen = []
 
@@ -150,7 +151,7 @@ def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> No
                 stage.label(views, tmp_path / "scratch", run)
         stage.label(views, tmp_path / "scratch", run)
     assert len(set(seen)) == 5
-    assert labels(made, stage).equals(labels(whole, stage))
+    assert labels(shard_views, stage).equals(labels(whole, stage))
 
 
 def test_chains_of_likeness_delete_nothing_that_is_like_no_kept_document(
@@ -160,12 +161,12 @@ def test_chains_of_likeness_delete_nothing_that_is_like_no_kept_document(
     chain = [" ".join(line[start : start + 100]) for start in range(0, 100, 4)]
     assert jaccard(chain[0], chain[1]) >= 0.8
     assert jaccard(chain[0], chain[-1]) < 0.1
-    made = make_corpus(tmp_path / "corpus", chain)
+    shard_views = make_corpus(tmp_path / "corpus", chain)
     stage = NearStage(recall=0.9999)
-    run_stage(stage, made, tmp_path / "scratch")
-    found = labels(made, stage)
-    assert set(found["cluster_size"].to_pylist()) == {len(chain)}
-    assert found["duplicate"].to_pylist() == [i % 3 > 0 for i in range(25)]
+    run_stage(stage, shard_views, tmp_path / "scratch")
+    table = labels(shard_views, stage)
+    assert set(table["cluster_size"].to_pylist()) == {len(chain)}
+    assert table["duplicate"].to_pylist() == [i % 3 > 0 for i in range(25)]
 
 
 def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(
@@ -178,13 +179,14 @@ def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(
     ]
     copies = random_.sample(range(600), 60)
     pages += [[*pages[i][:50], "edited", *pages[i][50:]] for i in copies]
-    made = make_corpus(
-        tmp_path / "corpus", [" ".join(page) for page in pages], rows_per_group=200
-    )
+    texts = [" ".join(page) for page in pages]
+    shard_views = make_corpus(tmp_path / "corpus", texts, rows_per_group=200)
     stage = NearStage(max_group=20)
-    run_stage(stage, made, tmp_path / "scratch")
-    of = labels(made, stage)["of"].to_pylist()
-    assert sum(of[600 + n] == f"d{i}" for n, i in enumerate(copies)) >= 59
+    run_stage(stage, shard_views, tmp_path / "scratch")
+    originals = labels(shard_views, stage)["of"].to_pylist()[600:]
+    expected = [f"d{i}" for i in copies]
+    pairs = zip(originals, expected, strict=True)
+    assert sum(original == name for original, name in pairs) >= 59
 
 
 @given(
@@ -199,16 +201,21 @@ def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(
 )
 def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> None:
     text = unicodedata.normalize("NFC", text)
-    found = make_shingle_set(text, n).tolist()
-    assert found == sorted(set(found))
-    assert len(found) == len(grams(text.replace("\u00ad", ""), n))
+    shingles = make_shingle_set(text, n).tolist()
+    assert shingles == sorted(set(shingles))
+    assert len(shingles) == len(grams(text.replace("\u00ad", ""), n))
     # Accents apart or joined, and format characters that are not seen, make no
     # difference.
-    apart = "".join(
-        each if each == "한" else unicodedata.normalize("NFD", each) for each in text
-    )
-    for each in (apart, "\u00ad".join(text), text.upper() if "ß" not in text else text):
-        assert make_shingle_set(each, n).tolist() == found
+    apart = ""
+    for character in text:
+        # A syllable of Hangul would come apart into letters.
+        is_hangul = character == "한"
+        apart += character if is_hangul else unicodedata.normalize("NFD", character)
+    variants = [apart, "\u00ad".join(text)]
+    if "ß" not in text:  # In capitals it is two letters.
+        variants.append(text.upper())
+    for variant in variants:
+        assert make_shingle_set(variant, n).tolist() == shingles
 
 
 @given(st.floats(0.1, 1), st.floats(0.5, 0.9999), st.integers(1, 512))
@@ -216,9 +223,11 @@ def test_bandings_keep_their_promise(
     similarity: float, recall: float, most: int
 ) -> None:
     bands, rows = choose_banding(similarity, recall, most)
-    assert 1 - (1 - similarity**rows) ** bands >= recall - 1e-9
+    chance_of_a_band = similarity**rows
+    assert 1 - (1 - chance_of_a_band) ** bands >= recall - 1e-9
     assert rows == 1 or bands * rows <= most
     if similarity < 1:
+        # Bands of one more row would need more hashes than there are.
         more = rows + 1
         needed = np.log(1 - recall) / np.log(1 - similarity**more)
         assert np.ceil(needed - 1e-6) * more > most or needed * more > most
@@ -230,22 +239,23 @@ def test_bandings_keep_their_promise(
 def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
     rank = np.random.default_rng(size).permutation(size).astype(float)
     write_columns(get_shard_path(tmp_path, "members", "s"), {"rank": rank})
-    write_band_keys(
-        tmp_path, "s", np.full((1, size), 7, np.uint64), np.ones(size, np.bool_)
-    )
+    # One band, in which all documents have the same key.
+    same_keys = np.full((1, size), 7, np.uint64)
+    write_band_keys(tmp_path, "s", same_keys, np.ones(size, np.bool_))
     members = SelectedDocuments(tmp_path, ("s",), (0, size))
-    found = np.unique(np.concatenate([*find_candidate_pairs(members, 1, 1, 0, limit)]))
-    low, high = unpack_pairs(found)
+    parts = list(find_candidate_pairs(members, 1, 1, 0, limit))
+    packed_pairs = np.unique(np.concatenate(parts))
+    low, high = unpack_pairs(packed_pairs)
     assert (low < high).all()
     if size <= limit:
-        assert len(found) == size * (size - 1) // 2
+        assert len(packed_pairs) == size * (size - 1) // 2
     else:
-        assert len(found) <= size * limit // 2
+        assert len(packed_pairs) <= size * limit // 2
         pairs = set(zip(low.tolist(), high.tolist(), strict=True))
         best = int(np.argmax(rank))
-        assert all(
-            (min(i, best), max(i, best)) in pairs for i in range(size) if i != best
-        )
+        pairs_with_best = {(i, best) for i in range(best)}
+        pairs_with_best |= {(best, i) for i in range(best + 1, size)}
+        assert pairs_with_best <= pairs
 
 
 def test_ranges_of_pairs_are_even_where_files_have_few(
@@ -254,8 +264,10 @@ def test_ranges_of_pairs_are_even_where_files_have_few(
     monkeypatch.setattr("maxlm.corpus.dedup.pairs._SAMPLES", 10)
     pairs = np.random.default_rng(0).integers(0, 2**63, (60, 41), np.uint64)
     files = [tmp_path / str(i) for i in range(len(pairs))]
-    for path, own in zip(files, pairs, strict=True):
-        write_columns(path, {"pair": np.sort(own)})
+    for path, file_pairs in zip(files, pairs, strict=True):
+        write_columns(path, {"pair": np.sort(file_pairs)})
     starts = find_pair_range_starts(files, 4)
-    counts = np.diff([*np.searchsorted(np.sort(pairs.ravel()), starts), pairs.size])
-    assert counts.max() < 1.5 * pairs.size / 4
+    range_starts = np.searchsorted(np.sort(pairs.ravel()), starts)
+    counts = np.diff([*range_starts, pairs.size])
+    even_count = pairs.size / 4
+    assert counts.max() < 1.5 * even_count

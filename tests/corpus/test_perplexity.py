@@ -30,8 +30,8 @@ PARAGRAPHS = [
 ]
 
 
-def lines(text, **options):
-    return list(make_line_splitter(LineSplitterConfig(**options))(text))
+def lines(text):
+    return list(make_line_splitter(LineSplitterConfig())(text))
 
 
 def write_arpa(path, texts):
@@ -41,22 +41,16 @@ def write_arpa(path, texts):
     ]
     words = Counter(word for sentence in sentences for word in sentence)
     pairs = Counter(pair for sentence in sentences for pair in pairwise(sentence))
-    rows = [
-        "\\data\\",
-        f"ngram 1={len(words) + 1}",
-        f"ngram 2={len(pairs)}",
-        "",
-        "\\1-grams:",
-    ]
-    rows.append("-7\t<unk>\t0")
-    rows += [
-        f"{log10(n / words.total()):.6f}\t{word}\t-0.4" for word, n in words.items()
-    ]
+    rows = ["\\data\\", f"ngram 1={len(words) + 1}", f"ngram 2={len(pairs)}", ""]
+    rows += ["\\1-grams:", "-7\t<unk>\t0"]
+    for word, count in words.items():
+        rows.append(f"{log10(count / words.total()):.6f}\t{word}\t-0.4")
     rows += ["", "\\2-grams:"]
-    rows += [
-        f"{log10((n - 0.4) / words[a]):.6f}\t{a} {b}" for (a, b), n in pairs.items()
-    ]
-    path.write_text("\n".join([*rows, "", "\\end\\", ""]), encoding="utf-8")
+    for (first, second), count in pairs.items():
+        probability = (count - 0.4) / words[first]
+        rows.append(f"{log10(probability):.6f}\t{first} {second}")
+    rows += ["", "\\end\\", ""]
+    path.write_text("\n".join(rows), encoding="utf-8")
     return path
 
 
@@ -90,13 +84,11 @@ def test_a_perplexity_is_that_of_kenlm_over_all_lines(english):
     one = "the value of an expression is an object"
     assert ours(one.upper()) == pytest.approx(model.perplexity(one), rel=1e-6)
     text = "A class.\n\nzyzzyva 12 is\n"
-    scores = [
-        score
-        for line in ("a class .", "zyzzyva 00 is")
-        for score in model.full_scores(line)
-    ]
-    assert len(scores) == 8
-    expected = 10 ** -np.mean([probability for probability, _, _ in scores])
+    log_probabilities = []
+    for line in ("a class .", "zyzzyva 00 is"):
+        log_probabilities += [score for score, _, _ in model.full_scores(line)]
+    assert len(log_probabilities) == 8
+    expected = 10 ** -np.mean(log_probabilities)
     assert ours(text) == pytest.approx(expected, rel=1e-6)
 
 
@@ -123,8 +115,8 @@ def test_a_stage_labels_by_language(english, tmp_path):
         open_perplexity_model(p, LineSplitterConfig()).compute(good)
         for p in (english, german)
     ]
-    assert [each["value"] for each in labels[:2]] == values
-    assert [each["bucket"] for each in labels[:2]] == ["head", None]
+    assert [row["value"] for row in labels[:2]] == values
+    assert [row["bucket"] for row in labels[:2]] == ["head", None]
     assert labels[2:5] == [none] * 3
     assert labels[5]["bucket"] == "tail"
 
@@ -165,27 +157,32 @@ def test_documents_that_set_the_cutoffs_are_not_trained_on(tmp_path):
     config = TRAINING.model_copy(update={"words": LineSplitterConfig(digits=False)})
     report = train_perplexity(texts, tmp_path / "en", config)
     theirs = kenlm.Model(str(tmp_path / "en" / "model.arpa"))
-    assert [f"unique{i}x" in theirs for i in range(300)] == [
-        i % 10 != 9 for i in range(300)
-    ]
-    assert (report.num_documents, report.metadata.reference_documents) == (270, 30)
+    # Each tenth document is held out.
+    is_trained_on = [i % 10 != 9 for i in range(300)]
+    assert [f"unique{i}x" in theirs for i in range(300)] == is_trained_on
+    assert report.num_documents == 270
+    assert report.metadata.reference_documents == 30
     model = open_perplexity_model(tmp_path / "en", LineSplitterConfig())
     scores = [model.compute(text) for text in texts[9::10]]
     assert model.cutoffs == pytest.approx(np.percentile(scores, [100 / 3, 200 / 3]))
     assert report.metadata.percentiles[50] == pytest.approx(np.median(scores))
-    texts_with_numbers = label(
-        PerplexityStage(models={"*": tmp_path / "en"}, language=None), texts
-    )
+    stage = PerplexityStage(models={"*": tmp_path / "en"}, language=None)
+    texts_with_numbers = label(stage, texts)
     buckets = [row["bucket"] for row in texts_with_numbers[9::10]]
-    assert [buckets.count(each) for each in ("head", "middle", "tail")] == [10, 10, 10]
+    assert [buckets.count(bucket) for bucket in ("head", "middle", "tail")] == [
+        10,
+        10,
+        10,
+    ]
 
 
 def test_a_sample_sets_the_cutoffs_of_a_file_and_of_a_folder(
     english, trained, tmp_path
 ):
-    settings = {"percentiles": (30.0, 60.0), "reference_documents": 30}
     config = PerplexityCalibrationConfig(
-        **settings, words=LineSplitterConfig(lower=False)
+        percentiles=(30.0, 60.0),
+        reference_documents=30,
+        words=LineSplitterConfig(lower=False),
     )
     sample = [" \n", *SAMPLE]  # A document without words counts for nothing.
     metadata = calibrate_perplexity(english, iter(sample), tmp_path / "a", config)
@@ -242,21 +239,18 @@ def test_a_model_stays_until_another_is_done(trained, tmp_path):
 
 def test_a_damaged_folder_is_one_line(trained, tmp_path):
     stage = PerplexityStage(models={"en": tmp_path})
-    with pytest.raises(
-        MaxlmError, match=r"cutoffs\.json: there is no .*maxlm corpus train-perplex"
-    ):
+    message = r"cutoffs\.json: there is no .*maxlm corpus train-perplex"
+    with pytest.raises(MaxlmError, match=message):
         stage.fingerprint()
     (tmp_path / "cutoffs.json").write_text("{}")
-    with pytest.raises(
-        MaxlmError, match=r"cutoffs\.json: this describes no perplexity model: "
-    ):
+    message = r"cutoffs\.json: this describes no perplexity model: "
+    with pytest.raises(MaxlmError, match=message):
         stage.fingerprint()
     for name in ("model.arpa", "cutoffs.json"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     stage.fingerprint()
     with (tmp_path / "model.arpa").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(
-        MaxlmError, match=r"written for another model; maxlm corpus calibrate-perp"
-    ):
+    message = r"written for another model; maxlm corpus calibrate-perp"
+    with pytest.raises(MaxlmError, match=message):
         stage.fingerprint()

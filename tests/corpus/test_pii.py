@@ -131,21 +131,22 @@ def generated(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
 
 
 def test_recall_and_precision_on_generated_text():
-    true, found, right = Counter(), Counter(), Counter()
+    num_true = Counter()
+    num_found = Counter()
+    num_right = Counter()
     for text, truth in generated(250, seed=3):
-        matches = {*find_pii(text, SETTINGS_REGIONS)}
-        for counter, group in (
-            (true, truth),
-            (found, matches),
-            (right, truth & matches),
-        ):
-            counter.update(match.kind for match in group)
-    assert right.total() / true.total() >= 0.95
-    assert right.total() / found.total() >= 0.95
+        matches = set(find_pii(text, SETTINGS_REGIONS))
+        num_true.update(match.kind for match in truth)
+        num_found.update(match.kind for match in matches)
+        num_right.update(match.kind for match in truth & matches)
+    assert num_right.total() / num_true.total() >= 0.95
+    assert num_right.total() / num_found.total() >= 0.95
     for kind in KINDS:
-        assert true[kind] > 50
-        assert right[kind] / true[kind] >= (0.85 if kind == "phone" else 0.98), kind
-        assert right[kind] / found[kind] >= 0.9, kind
+        assert num_true[kind] > 50
+        assert num_right[kind] / num_true[kind] >= (
+            0.85 if kind == "phone" else 0.98
+        ), kind
+        assert num_right[kind] / num_found[kind] >= 0.9, kind
 
 
 @pytest.mark.parametrize("sentence", HARMLESS)
@@ -250,8 +251,8 @@ IBANS = ("AT61 1904 3002 3457 3201", "DE89 3704 0044 0532 0130 00")
     ("text", "expected"),
     [
         (f"Visa 2024 {CARDS[0]}", [("card", CARDS[0])]),
-        (" ".join(CARDS), [("card", each) for each in CARDS]),
-        (" ".join(IBANS), [("iban", each) for each in IBANS]),
+        (" ".join(CARDS), [("card", card) for card in CARDS]),
+        (" ".join(IBANS), [("iban", card) for card in IBANS]),
         (f"AB12 CD34 {IBANS[1]}", [("iban", IBANS[1])]),
     ],
 )
@@ -266,19 +267,24 @@ def test_a_number_that_is_none_does_not_hide_the_next(text, expected):
 )
 def test_masked_and_original_align(text, cuts, masked_kinds):
     cuts = sorted({cut for cut in cuts if cut <= len(text)})
+    places = zip(cuts[::2], cuts[1::2], strict=False)
     matches = [
-        PiiMatch(a, b, KINDS[i % len(KINDS)])
-        for i, (a, b) in enumerate(zip(cuts[::2], cuts[1::2], strict=False))
+        PiiMatch(start, end, KINDS[i % len(KINDS)])
+        for i, (start, end) in enumerate(places)
     ]
-    new, spans = mask_pii(text, matches, {kind: f"<{kind}>" for kind in masked_kinds})
-    assert (new is None) == (not any(m.kind in masked_kinds for m in matches))
-    assert [(s["start"], s["end"], s["kind"]) for s in spans] == matches
+    placeholders = {kind: f"<{kind}>" for kind in masked_kinds}
+    new, spans = mask_pii(text, matches, placeholders)
+    is_masked = any(match.kind in masked_kinds for match in matches)
+    assert (new is not None) == is_masked
+    assert [(span["start"], span["end"], span["kind"]) for span in spans] == matches
+    # Between the spans, both texts are the same.
     old_at = new_at = 0
     for span in spans:
         if new is not None and span["masked_start"] is not None:
             assert new[new_at : span["masked_start"]] == text[old_at : span["start"]]
             assert new[span["masked_start"] : span["masked_end"]] == f"<{span['kind']}>"
-            old_at, new_at = span["end"], span["masked_end"]
+            old_at = span["end"]
+            new_at = span["masked_end"]
         else:
             assert span["kind"] not in masked_kinds
     assert new is None or new[new_at:] == text[old_at:]
@@ -287,22 +293,22 @@ def test_masked_and_original_align(text, cuts, masked_kinds):
 def test_labels_of_a_batch():
     texts = ["", "nothing\0here", "😀 a@example.com, +44 20 7946 0958 or b@example.com"]
     empty, plain, full = label_texts(PiiStage(), *texts)
-    assert (empty["text"], plain["text"], plain["count"], plain["spans"]) == (
-        None,
-        None,
-        0,
-        [],
-    )
+    assert empty["text"] is None
+    assert plain["text"] is None
+    assert plain["count"] == 0
+    assert plain["spans"] == []
     assert full["text"] == "😀 <EMAIL>, <PHONE> or <EMAIL>"
-    assert (full["count"], full["email"], full["phone"], full["ip"]) == (3, 2, 1, 0)
+    assert full["count"] == 3
+    assert full["email"] == 2
+    assert full["phone"] == 1
+    assert full["ip"] == 0
     assert list(full["spans"][1].values()) == [17, 33, "phone", 11, 18]
 
 
 def test_only_chosen_kinds_are_masked_and_by_chosen_words():
     text = "a@example.com, 4111111111111111"
-    (chosen,) = label_texts(
-        PiiStage(mask=("card",), placeholders={"card": "[card]"}), text
-    )
+    cards_only = PiiStage(mask=("card",), placeholders={"card": "[card]"})
+    (chosen,) = label_texts(cards_only, text)
     assert chosen["text"] == "a@example.com, [card]"
     assert [span["masked_start"] for span in chosen["spans"]] == [None, 15]
     (counted,) = label_texts(PiiStage(mask=()), text)

@@ -59,17 +59,15 @@ def test_samples_fell_where_the_report_says(figures):
     _, summary = figures
     for rule, samples in summary.dropped.items():
         assert 0 < len(samples) <= 5, rule
-    assert all(
-        sample.labels["heuristics.words"] < 20 for sample in summary.dropped["long"]
-    )
+    for sample in summary.dropped["long"]:
+        assert sample.labels["heuristics.words"] < 20
     for sample in summary.dropped["unique"]:
         assert sample.labels["exact.duplicate"] or sample.labels["near.duplicate"]
-    assert all(
-        sample.labels["heuristics.words"] >= 20 for sample in summary.kept_samples
-    )
+    for sample in summary.kept_samples:
+        assert sample.labels["heuristics.words"] >= 20
 
 
-class Page(HTMLParser):
+class PageElements(HTMLParser):
     """Collects elements and what would be fetched or run."""
 
     def __init__(self):
@@ -99,7 +97,7 @@ def test_the_page_shows_hostile_documents_as_text(tmp_path):
     with WorkerPool(1) as pool:
         summary = summarize_corpus(corpus, corpus.resolve_rules(), pool)
     write_report(corpus, corpus.resolve_rules(), summary, out / "report.html")
-    page = Page()
+    page = PageElements()
     page.feed((out / "report.html").read_text())
     text = "".join(page.text)
     assert page.tags["script"] == page.tags["img"] == 0
@@ -121,10 +119,12 @@ def test_labels_that_rules_name_are_drawn_first_with_their_thresholds(
     # The share of values below the line is the share of bars left of it, up to a bar.
     line = float(re.findall(r'<line x1="([\d.]+)"', charts[0])[0])
     bars = re.findall(r'<rect x="([\d.]+)" .*?height="([\d.]+)"', charts[0])
-    heights = [(float(x), float(height) ** 2) for x, height in bars]
-    left = sum(height for x, height in heights if x < line) / sum(h for _, h in heights)
+    # A bar's height goes with the square root of its count.
+    counts = [(float(x), float(height) ** 2) for x, height in bars]
+    total = sum(count for _, count in counts)
+    share_left = sum(count for x, count in counts if x < line) / total
     values = summary.value_samples["heuristics.words"][1]
-    assert abs(left - (values < 20).mean()) < 0.08
+    assert abs(share_left - (values < 20).mean()) < 0.08
     assert re.findall(r"<figcaption><code>(.*?)</code>", page)[0] == "heuristics.words"
     assert page.count("<svg") == len(summary.value_samples)
 
@@ -188,25 +188,21 @@ def test_a_run_that_is_not_done_can_be_looked_into(whole, tmp_path, capsys):
     (folder / "exact" / "manifest.json").unlink()
     shards[0].unlink()
     assert main(["corpus", "report", str(folder)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     line = (
         f"not done: stage exact is 4 of 5, {len(shards) - 1} of its {len(shards)} "
-        f"shards are "
-        "written; rules that wait for it or later ones: unique; "
+        "shards are written; rules that wait for it or later ones: unique; "
         "run maxlm corpus run with its recipe again"
     )
-    assert line in told
-    rows = json.loads(
-        (folder / "heuristics" / "manifest.json").read_text().rpartition("\n")[0]
-    )
-    assert rows["counts"]["rows"] == 240
-    long = sum(
-        words >= 20
-        for shard in OpenCorpus.open(whole).shards
-        for table in shard.read_row_groups(["heuristics.words"])
-        for words in table.column(0).to_pylist()
-    )
-    assert f" {long} " in told
+    assert line in printed
+    text = (folder / "heuristics" / "manifest.json").read_text()
+    manifest = json.loads(text.rpartition("\n")[0])
+    assert manifest["counts"]["rows"] == 240
+    num_long = 0
+    for shard in OpenCorpus.open(whole).shards:
+        for table in shard.read_row_groups(["heuristics.words"]):
+            num_long += sum(words >= 20 for words in table.column(0).to_pylist())
+    assert f" {num_long} " in printed
     assert line in (folder / "report.html").read_text()
     assert main(["corpus", "show", str(folder), "web-3"]) == 0
     assert line in capsys.readouterr().err

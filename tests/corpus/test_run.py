@@ -29,22 +29,26 @@ from tests.corpus.corpora import recipe
 
 def files(folder):
     """Every label file's bytes, by stage and shard."""
-    found = sorted(Path(folder).glob("*/*.parquet"))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    paths = sorted(Path(folder).glob("*/*.parquet"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def kept(folder, **settings):
-    documents = read_documents(SourceConfig(documents=(str(folder),), **settings))
-    return [document.id for document in documents]
+def list_times(folder):
+    """When each shard of documents and labels was written, by path."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.parquet")}
+
+
+def kept(folder, keep=None):
+    source = SourceConfig(documents=(str(folder),), keep=keep)
+    return [document.id for document in read_documents(source)]
 
 
 def test_the_labels_are_what_they_say(whole, crawl):
     corpus = OpenCorpus.open(whole)
     assert len(corpus.shards) > 4
-    raw = [json.loads(line) for line in (crawl / "web.jsonl").read_text().splitlines()]
-    raw += [
-        json.loads(line) for line in (crawl / "books.jsonl").read_text().splitlines()
-    ]
+    raw = []
+    for name in ("web.jsonl", "books.jsonl"):
+        raw += map(json.loads, (crawl / name).read_text().splitlines())
     lengths = {row["id"]: len(row["text"].split()) for row in raw}
     taken = kept(whole)
     originals = set(taken)
@@ -52,12 +56,13 @@ def test_the_labels_are_what_they_say(whole, crawl):
     copies = {f"web-{i}" for i in range(100, 110)}
     edited = {f"web-{i}" for i in range(150, 160) if lengths[f"web-{i}"] > 60}
     assert not originals & (copies | edited)
-    assert taken == [r["id"] for r in raw if r["id"] in originals]
-    found, verdicts = find_document(corpus, "web-105")
-    assert found["exact.duplicate"]
-    assert found["exact.of"] == "web-5"
-    assert found["near.duplicate"] is None
-    assert found["text"] == raw[105]["text"]
+    # In the order of the sources.
+    assert taken == [row["id"] for row in raw if row["id"] in originals]
+    labels, verdicts = find_document(corpus, "web-105")
+    assert labels["exact.duplicate"]
+    assert labels["exact.of"] == "web-5"
+    assert labels["near.duplicate"] is None
+    assert labels["text"] == raw[105]["text"]
     assert verdicts == {"long": lengths["web-105"] >= 20, "unique": False}
     masked, _ = find_document(corpus, "books-0")
     assert "jean.dupont" not in masked["text"]
@@ -67,15 +72,14 @@ def test_the_labels_are_what_they_say(whole, crawl):
 
 
 def test_other_thresholds_need_no_pass(whole):
-    before = {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
+    before = list_times(whole)
     few = kept(whole, keep={"long": "heuristics.words >= 100"})
     assert 0 < len(few) < len(kept(whole)) < len(kept(whole, keep={}))
     assert len(kept(whole, keep={})) == 240
-    with pytest.raises(
-        MaxlmError, match=r"keep\.long: .*did you mean heuristics\.words"
-    ):
+    message = r"keep\.long: .*did you mean heuristics\.words"
+    with pytest.raises(MaxlmError, match=message):
         kept(whole, keep={"long": "heuristics.word >= 100"})
-    assert before == {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
+    assert list_times(whole) == before
 
 
 def test_workers_do_not_matter(whole, crawl, tmp_path):
@@ -86,10 +90,10 @@ def test_workers_do_not_matter(whole, crawl, tmp_path):
 def test_only_what_changed_is_done_again(crawl, tmp_path):
     out = tmp_path / "corpus"
     run_recipe(recipe(crawl, out))
-    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+    before = list_times(out)
 
     def redone():
-        after = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+        after = list_times(out)
         return {path.parent.name for path in after if before.get(path) != after[path]}
 
     run_recipe(recipe(crawl, out))
@@ -110,27 +114,26 @@ def test_new_files_are_added_to_what_is_there(crawl, tmp_path):
         (mine / name).write_bytes((crawl / name).read_bytes())
     out = tmp_path / "corpus"
     run_recipe(recipe(mine, out))
-    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
-    (mine / "more.jsonl").write_text(
-        json.dumps({"text": "the house " * 30, "id": "new"}) + "\n"
-    )
+    before = list_times(out)
+    row = {"text": "the house " * 30, "id": "new"}
+    (mine / "more.jsonl").write_text(json.dumps(row) + "\n")
+    web_paths = [str(mine / "web.jsonl"), str(mine / "more.jsonl")]
     sources = [
-        {
-            "name": "web",
-            "documents": [str(mine / "web.jsonl"), str(mine / "more.jsonl")],
-        },
+        {"name": "web", "documents": web_paths},
         {"name": "books", "documents": [str(mine / "books.jsonl")]},
     ]
     run_recipe(recipe(mine, out, sources=sources))
-    after = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
-    kept_as_is = {p.parent.name for p in before if after.get(p) == before[p]}
+    after = list_times(out)
+    kept_as_is = {
+        path.parent.name for path in before if after.get(path) == before[path]
+    }
     assert kept_as_is == {"documents", "language", "heuristics", "pii"}
     assert "new" in kept(out, keep={})
     run_recipe(recipe(mine, out))  # and away again
     assert "new" not in kept(out, keep={})
-    assert len(list(out.glob("documents/*.parquet"))) == len(
-        OpenCorpus.open(out).shards
-    )
+    # The shards of the new file are gone, too.
+    document_paths = list(out.glob("documents/*.parquet"))
+    assert len(document_paths) == len(OpenCorpus.open(out).shards)
 
 
 SCRIPT = """
@@ -179,8 +182,9 @@ def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
         OpenCorpus.open(out)
     run_recipe(recipe(crawl, out))
     assert files(out) == files(whole)
-    left = [p for p in out.rglob("*") if p.name.startswith(".") or p.name == "scratch"]
-    assert left == []
+    names = [path.name for path in out.rglob("*")]
+    assert [name for name in names if name.startswith(".")] == []
+    assert "scratch" not in names
 
 
 def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_path):
@@ -287,8 +291,8 @@ def test_labels_after_a_comparison_follow_the_documents(tmp_path):
         run_recipe(recipe(tmp_path, tmp_path / "again", **settings))
     run_recipe(recipe(tmp_path, tmp_path / "fresh", **settings))
     assert files(tmp_path / "again") == files(tmp_path / "fresh")
-    found, _ = find_document(OpenCorpus.open(tmp_path / "again"), "b")
-    assert "jean.dupont" not in found["text"]
+    labels, _ = find_document(OpenCorpus.open(tmp_path / "again"), "b")
+    assert "jean.dupont" not in labels["text"]
 
 
 def test_a_run_that_stops_leaves_no_corpus_of_two_recipes(crawl, tmp_path, monkeypatch):
@@ -316,22 +320,19 @@ def test_a_corpus_of_nothing(tmp_path):
     pq.write_table(
         pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet"
     )
-    names = (
-        "url",
-        "extract",
-        "language",
-        "heuristics",
-        "toxicity",
-        "pii",
-        "exact",
-        "near",
-    )
-    stages = [{"stage": name} for name in (*names, "substring")]
-    documents = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
-    sources = [{"name": "web", "documents": documents}]
-    out = run_recipe(
-        recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep={})
-    )
+    names = ["url", "extract", "language", "heuristics", "toxicity", "pii"]
+    names += ["exact", "near", "substring"]
+    settings = {
+        "sources": [
+            {
+                "name": "web",
+                "documents": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")],
+            }
+        ],
+        "stages": [{"stage": name} for name in names],
+        "keep": {},
+    }
+    out = run_recipe(recipe(tmp_path, tmp_path / "c", **settings))
     corpus = OpenCorpus.open(out)
     assert kept(out) == []
     with WorkerPool(1) as pool:

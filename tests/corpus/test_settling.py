@@ -110,13 +110,11 @@ def make_crawl(seed: int, originals: int) -> list[dict[str, str]]:
         elif kind == 4:
             text += " 1 2 3 4 5 6 7 8 9 " * chance.randint(1, 2)
         texts.append(text)
-    urls = [
-        "bad" if chance.random() < 0.5 - 0.3 * i / len(texts) else ""
-        for i in range(len(texts))
-    ]
-    rows = [
-        {"id": f"d{i}", "text": text, "url": urls[i]} for i, text in enumerate(texts)
-    ]
+    rows = []
+    for i, text in enumerate(texts):
+        # The originals, which come first, more often than their copies.
+        is_bad = chance.random() < 0.5 - 0.3 * i / len(texts)
+        rows.append({"id": f"d{i}", "text": text, "url": "bad" if is_bad else ""})
     chance.shuffle(rows)
     return rows
 
@@ -148,8 +146,9 @@ def make_corpus(
     return OpenCorpus.open(run_recipe(RecipeConfig.model_validate(recipe | rules)))
 
 
-def read(corpus: OpenCorpus, **rules) -> dict[str, str]:
-    source = SourceConfig(documents=(str(corpus.folder),), **rules)
+def read(corpus: OpenCorpus, keep: dict[str, str] | None = None) -> dict[str, str]:
+    """The texts that rules keep (by default the corpus's), by id."""
+    source = SourceConfig(documents=(str(corpus.folder),), keep=keep)
     return {document.id: document.text.decode() for document in read_documents(source)}
 
 
@@ -169,27 +168,27 @@ def without_copies(rules: Mapping[str, str]) -> dict[str, str]:
         "near.duplicate": "False",
         "substring.cut_share": "0.0",
     }
-    texts = dict(rules)
-    for label, value in neutral.items():
-        texts = {name: text.replace(label, value) for name, text in texts.items()}
-    return {
-        name: text.replace("not False and not False", "True")
-        for name, text in texts.items()
-    }
+    neutral_rules = {}
+    for name, text in rules.items():
+        for label, value in neutral.items():
+            text = text.replace(label, value)
+        neutral_rules[name] = text.replace("not False and not False", "True")
+    return neutral_rules
 
 
 def list_kept_alone(corpus: OpenCorpus, keep: Mapping[str, str]) -> list[str]:
     """The documents that rules keep if no document is like another one, by the stages'
     labels."""
     rules = corpus.resolve_rules(without_copies(keep)).keep.values()
-    names = list({"id", "text"}.union(*(rule.label_names for rule in rules)))
-    return [
-        name
-        for shard in corpus.shards
-        for table in shard.read_row_groups(names)
-        for row, name in enumerate(table.column("id").to_pylist())
-        if all(rule.evaluate(table)[row] for rule in rules)
-    ]
+    columns = list({"id", "text"}.union(*(rule.label_names for rule in rules)))
+    names = []
+    for shard in corpus.shards:
+        for table in shard.read_row_groups(columns):
+            verdicts = [rule.evaluate(table) for rule in rules]
+            for row, name in enumerate(table.column("id").to_pylist()):
+                if all(verdict[row] for verdict in verdicts):
+                    names.append(name)
+    return names
 
 
 def list_passages(text: str) -> Iterator[str]:
@@ -202,7 +201,7 @@ def list_passages(text: str) -> Iterator[str]:
 def find_lost(
     rows: Sequence[Mapping[str, str]],
     alone: Sequence[str],
-    kept: Mapping[str, str],
+    kept_texts: Mapping[str, str],
     labels: Mapping[str, Mapping],
 ) -> tuple[list[str], list[str]]:
     """Finds by brute force, in the texts: documents that being copies alone costs, and
@@ -210,12 +209,12 @@ def find_lost(
 
     Args:
         alone: the documents that the rules keep if no document is like another one.
-        kept: the texts kept, by id.
+        kept_texts: the texts kept, by id.
         labels: cuts and cut_share, by id.
     """
     texts = {row["id"]: row["text"] for row in rows}
-    grams = [make_grams(texts[name], 5) for name in kept]
-    texts_of_kept = "\n".join(f" {' '.join(text.split())} " for text in kept.values())
+    grams = [make_grams(texts[name], 5) for name in kept_texts]
+    texts_of_kept = "\n".join(pad_words(text) for text in kept_texts.values())
     documents = []
     passages = []
     for name in alone:
@@ -223,45 +222,48 @@ def find_lost(
         # A document of which most is repeated goes by the rule that says so, but not
         # its passages.
         goes_by_share = (labels[name]["cut_share"] or 0) >= 0.5
-        if name in kept or goes_by_share:
+        if name in kept_texts or goes_by_share:
             everything = texts_of_kept
             if goes_by_share:
                 # What it repeats of itself goes with what only it has.
-                everything += f" {' '.join(cut(texts[name], spans).split())} "
+                everything += pad_words(cut(texts[name], spans))
             for span in spans:
-                passage = " ".join(texts[name][span["start"] : span["end"]].split())
-                if not all(
-                    f" {window} " in everything for window in list_passages(passage)
-                ):
+                passage = texts[name][span["start"] : span["end"]]
+                windows = list_passages(passage)
+                if not all(pad_words(window) in everything for window in windows):
                     passages.append(passage)
-        elif not any(is_alike(make_grams(texts[name], 5), other) for other in grams):
-            documents.append(name)
+        else:
+            name_grams = make_grams(texts[name], 5)
+            if not any(is_alike(name_grams, other) for other in grams):
+                documents.append(name)
     return documents, passages
+
+
+def pad_words(text: str) -> str:
+    """The words with one space before, between and behind them, so that a search for
+    some finds whole words only."""
+    return f" {' '.join(text.split())} "
 
 
 def cut(text: str, spans: Sequence[Mapping[str, int]]) -> str:
     characters = list(text)
     for span in spans:
+        # Every character of it is a break; the places of the others stay.
         characters[span["start"] : span["end"]] = "\n" * (span["end"] - span["start"])
     return "".join(characters)
 
 
 def read_labels(shards) -> dict[str, dict]:
-    tables = (
-        table.to_pylist()
-        for shard in shards
-        for table in shard.read_row_groups(
-            ["id", "substring.cuts", "substring.cut_share"]
-        )
-    )
-    return {
-        row["id"]: {
-            "cuts": row["substring.cuts"],
-            "cut_share": row["substring.cut_share"],
-        }
-        for table in tables
-        for row in table
-    }
+    columns = ["id", "substring.cuts", "substring.cut_share"]
+    labels = {}
+    for shard in shards:
+        for table in shard.read_row_groups(columns):
+            for row in table.to_pylist():
+                labels[row["id"]] = {
+                    "cuts": row["substring.cuts"],
+                    "cut_share": row["substring.cut_share"],
+                }
+    return labels
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -269,23 +271,22 @@ def test_no_text_is_lost_in_any_order_of_stages_and_rules(tmp_path, order):
     rows = make_crawl(len(order), 120)
     corpus = make_corpus(tmp_path, rows, ORDERS[order], keep=RULES["recipe"])
     for name, keep in RULES.items():
-        kept = read(corpus, keep=keep)
+        kept_texts = read(corpus, keep=keep)
         alone = list_kept_alone(corpus, keep)
         rules = corpus.resolve_rules(keep)
         labels = read_labels(corpus.settle_rules(rules))
-        assert find_lost(rows, alone, kept, labels) == ([], []), name
-        assert len(alone) > len(kept) + 20
-        assert len(kept) > 20
+        assert find_lost(rows, alone, kept_texts, labels) == ([], []), name
+        assert len(alone) > len(kept_texts) + 20
+        assert len(kept_texts) > 20
         with WorkerPool(1) as pool:
             counted = count_lost_text(corpus, rules, pool)
         assert (counted.documents, counted.passages) == (0, 0)
         assert counted.dropped_documents > 20
         assert counted.cut_passages > 20
         # Copies go: no two documents are kept that are alike.
-        grams = [make_grams(row["text"], 5) for row in rows if row["id"] in kept]
-        assert not any(is_alike(one, other) for one, other in combinations(grams, 2)), (
-            name
-        )
+        grams = [make_grams(row["text"], 5) for row in rows if row["id"] in kept_texts]
+        for one, other in combinations(grams, 2):
+            assert not is_alike(one, other), name
 
 
 def test_text_lost_is_counted_where_verdicts_are_those_of_other_rules(
@@ -297,9 +298,9 @@ def test_text_lost_is_counted_where_verdicts_are_those_of_other_rules(
     rules = corpus.resolve_rules(keep)
     others = corpus.settle_rules(corpus.resolve_rules(RULES["looser"]))
     monkeypatch.setattr(OpenCorpus, "settle_rules", lambda *_: others)
-    kept = read(corpus, keep=keep)
+    kept_texts = read(corpus, keep=keep)
     alone = list_kept_alone(corpus, keep)
-    documents, passages = find_lost(rows, alone, kept, read_labels(others))
+    documents, passages = find_lost(rows, alone, kept_texts, read_labels(others))
     with WorkerPool(1) as pool:
         counted = count_lost_text(corpus, rules, pool)
     # The count leaves out passages of documents that are copies as well.
@@ -317,10 +318,10 @@ def decide_naively(
     """The rule of `maxlm.corpus.settling`, word by word, for the stages and rules of
     the recipe in the demo's order: the words cut of each kept document."""
     texts = {row["id"]: row["text"] for row in rows}
-    kept: dict[str, set[int]] = {}
-    whole: set[str] = (
-        set()
-    )  # Passages that stand in one piece in what stays of kept documents.
+    cut_words: dict[str, set[int]] = {}
+    # Passages that stand in one piece in what stays of kept documents.
+    whole: set[str] = set()
+    # The documents of most words first: the stages keep by heuristics.words.
     order = sorted(alone, key=lambda name: -len(texts[name].split()))
     for name in order:
         text = texts[name]
@@ -328,11 +329,13 @@ def decide_naively(
         starts = range(len(words) - SIZE + 1)
         passages = [text[words[i][0] : words[i + SIZE - 1][1]] for i in starts]
         grams = make_grams(text, 5)
-        if any(is_alike(grams, make_grams(texts[other], 5)) for other in kept):
+        if any(is_alike(grams, make_grams(texts[other], 5)) for other in cut_words):
             continue
-        gone = {
-            word for i in starts if passages[i] in whole for word in range(i, i + SIZE)
-        }
+        # Words in a passage of another document, then in an earlier one of this one.
+        gone = set()
+        for i in starts:
+            if passages[i] in whole:
+                gone.update(range(i, i + SIZE))
         for i in starts:
             for j in range(i - SIZE + 1):
                 if passages[j] == passages[i] and gone.isdisjoint(range(j, j + SIZE)):
@@ -343,11 +346,11 @@ def decide_naively(
             if i + 1 in gone:
                 characters.update(range(words[i][1], words[i + 1][0]))
         if len(characters) / len(text) < least_share:
-            kept[name] = gone
-            whole.update(
-                passages[i] for i in starts if gone.isdisjoint(range(i, i + SIZE))
-            )
-    return kept
+            cut_words[name] = gone
+            for i in starts:
+                if gone.isdisjoint(range(i, i + SIZE)):
+                    whole.add(passages[i])
+    return cut_words
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -357,10 +360,10 @@ def test_documents_are_decided_as_the_rule_says(tmp_path, seed):
     corpus = make_corpus(tmp_path, rows, ORDERS["demo"], keep=keep)
     expected = decide_naively(rows, list_kept_alone(corpus, keep), 0.5)
     texts = {row["id"]: row["text"] for row in rows}
-    remaining = {
-        name: [word for i, word in enumerate(texts[name].split()) if i not in gone]
-        for name, gone in expected.items()
-    }
+    remaining = {}
+    for name, gone in expected.items():
+        words = texts[name].split()
+        remaining[name] = [word for i, word in enumerate(words) if i not in gone]
     assert {name: text.split() for name, text in read(corpus).items()} == remaining
     assert any(expected.values())
 
@@ -383,8 +386,7 @@ def test_other_rules_cost_no_pass_over_texts(tmp_path):
     [
         (
             {"keep": {"a": "near.duplicate"}},
-            "keep.a: 'near.duplicate' selects documents, such as 'd[0-9]+', because "
-            "others",
+            "keep.a: 'near.duplicate' selects documents, such as 'd[0-9]+', because others",
         ),
         (
             {"keep": {"a": "near.jaccard < 0.9"}},
@@ -431,13 +433,18 @@ def test_passages_that_only_are_cut_may_be_kept_by_another_label(tmp_path):
     stages = [*ORDERS["demo"][:3], SUBSTRING | {"keep_by": "-heuristics.words"}]
     keep = {"unique": RULES["recipe"]["unique"], "site": RULES["recipe"]["site"]}
     corpus = make_corpus(tmp_path, rows, stages, keep=keep)
-    kept = read(corpus)
+    kept_texts = read(corpus)
     labels = read_labels(corpus.settle_rules(corpus.resolve_rules()))
-    assert find_lost(rows, list_kept_alone(corpus, keep), kept, labels) == ([], [])
+    assert find_lost(rows, list_kept_alone(corpus, keep), kept_texts, labels) == (
+        [],
+        [],
+    )
     texts = {row["id"]: row["text"] for row in rows}
-    shortest = min(kept, key=lambda name: (len(texts[name].split()), int(name[1:])))
-    assert kept[shortest] == texts[shortest]
-    assert any(kept[name] != texts[name] for name in kept)
+    shortest = min(
+        kept_texts, key=lambda name: (len(texts[name].split()), int(name[1:]))
+    )
+    assert kept_texts[shortest] == texts[shortest]
+    assert any(kept_texts[name] != texts[name] for name in kept_texts)
 
 
 def test_several_labels_that_cut_lose_nothing_to_each_other(tmp_path):
@@ -453,22 +460,21 @@ def test_several_labels_that_cut_lose_nothing_to_each_other(tmp_path):
     cuts = ["long.cuts", "decontaminate.cuts", "substring.cuts"]
     keep = {"unique": "not exact.duplicate", "site": RULES["recipe"]["site"]}
     corpus = make_corpus(tmp_path, rows, stages, keep=keep, cut=cuts)
-    kept = read(corpus)
-    everything = "\n".join(f" {' '.join(text.split())} " for text in kept.values())
+    kept_texts = read(corpus)
+    everything = "\n".join(pad_words(text) for text in kept_texts.values())
     texts = {row["id"]: row["text"] for row in rows}
-    num_windows = 0
+    windows = []
     for shard in corpus.settle_rules(corpus.resolve_rules()):
         for table in shard.read_row_groups(["id", "long.cuts", "substring.cuts"]):
             for row in table.to_pylist():
+                if row["id"] not in kept_texts:
+                    continue
                 spans = (row["long.cuts"] or []) + (row["substring.cuts"] or [])
-                for span in spans if row["id"] in kept else ():
-                    passage = " ".join(
-                        texts[row["id"]][span["start"] : span["end"]].split()
-                    )
-                    windows = list(list_passages(passage))
-                    num_windows += len(windows)
-                    assert all(f" {window} " in everything for window in windows)
-    assert num_windows > 500
+                for span in spans:
+                    passage = texts[row["id"]][span["start"] : span["end"]]
+                    windows += list_passages(passage)
+    assert len(windows) > 500
+    assert all(pad_words(window) in everything for window in windows)
     assert QUESTION not in everything
     with WorkerPool(1) as pool:
         counted = count_lost_text(corpus, corpus.resolve_rules(), pool)

@@ -54,23 +54,28 @@ def words_of(text: str) -> list[tuple[int, int]]:
 def naive_cuts(texts, size, order=None):
     """The rule by brute force: every window beside every earlier one."""
     words = [words_of(text) for text in texts]
+    if order is None:
+        order = range(len(texts))
     windows = [
         (document, i)
-        for document in (range(len(texts)) if order is None else order)
+        for document in order
         for i in range(len(words[document]) - size + 1)
     ]
 
     def span(document, i):
-        return words[document][i][0], words[document][i + size - 1][1]
+        start, _ = words[document][i]
+        _, end = words[document][i + size - 1]
+        return start, end
 
-    gone = [[False] * len(each) for each in words]
+    gone = [[False] * len(document_words) for document_words in words]
     for at, (document, i) in enumerate(windows):
         start, end = span(document, i)
         for other, j in windows[:at]:
-            a, b = span(other, j)
-            if texts[document][start:end] == texts[other][a:b] and (
-                other != document or b <= start
-            ):
+            other_start, other_end = span(other, j)
+            # Within a document, a window is no repeat of one that it overlaps.
+            overlaps = other == document and other_end > start
+            is_same = texts[document][start:end] == texts[other][other_start:other_end]
+            if is_same and not overlaps:
                 gone[document][i : i + size] = [True] * size
     return [spans_of(places, flags) for places, flags in zip(words, gone, strict=True)]
 
@@ -91,19 +96,21 @@ def run(
 ):
     """The spans and shares that the stage gives to each document."""
     stage = stage or SubstringStage()
-    made = make_corpus(folder / "corpus", texts, shards, rows_per_group)
+    shard_views = make_corpus(folder / "corpus", texts, shards, rows_per_group)
     for name, values in columns.items():
-        add_labels(made, name, score=pa.array(values, pa.float64()))
-    run_stage(stage, made, folder / "scratch", workers)
-    return read(made, stage)
+        add_labels(shard_views, name, score=pa.array(values, pa.float64()))
+    run_stage(stage, shard_views, folder / "scratch", workers)
+    return read(shard_views, stage)
 
 
-def read(made, stage):
-    table = labels(made, stage)
-    cuts = [
-        s and [(e["start"], e["end"]) for e in s]
-        for s in table.column("cuts").to_pylist()
-    ]
+def read(shard_views, stage):
+    table = labels(shard_views, stage)
+    cuts = []
+    for spans in table.column("cuts").to_pylist():
+        if spans is None:  # The document has no text.
+            cuts.append(None)
+        else:
+            cuts.append([(span["start"], span["end"]) for span in spans])
     return cuts, table.column("cut_share").to_pylist()
 
 
@@ -113,14 +120,13 @@ def vocabulary(name: str, count: int) -> str:
 
 
 def hanzi(seed: int, count: int) -> str:
-    return "".join(
-        chr(0x4E00 + i) for i in random.Random(seed).sample(range(20000), count)
-    )
+    places = random.Random(seed).sample(range(20000), count)
+    return "".join(chr(0x4E00 + place) for place in places)
 
 
-A, B, C = (
-    vocabulary(name, count) for name, count in (("a", 50), ("b", 64), ("c", 131))
-)
+A = vocabulary("a", 50)
+B = vocabulary("b", 64)
+C = vocabulary("c", 131)
 NEW = iter(range(10**9))
 
 
@@ -148,23 +154,21 @@ THAI = "".join(c + "\u0e48" for c in random.Random(2).choices("กขคงจ�
 @pytest.mark.parametrize(
     ("passage", "docs"),
     [
-        (A, [f"{new(9)} {A} {new(9)} {A} {new(9)}"]),  # within a document
-        (
-            B,
-            [new(60), f"{B} {new(3)}", new(70), f"{new(3)} {B}"],
-        ),  # at its start and its end
-        (A, [A, A, A]),  # whole documents, three copies
-        (C, [f"{new(5)}\n\n{C}\n\n{new(5)}" for _ in range(9)]),  # in every shard
-        (A, [f"{A} {A} {A}", new(80)]),  # touching itself
-        (
-            B,
-            [f"{A} {B}", new(60), f"{B} {A}", f"{A} {B}"],
-        ),  # touching another, in two orders
+        # Within a document.
+        (A, [f"{new(9)} {A} {new(9)} {A} {new(9)}"]),
+        # At its start and its end.
+        (B, [new(60), f"{B} {new(3)}", new(70), f"{new(3)} {B}"]),
+        # Whole documents, three copies.
+        (A, [A, A, A]),
+        # In every shard.
+        (C, [f"{new(5)}\n\n{C}\n\n{new(5)}" for _ in range(9)]),
+        # Touching itself.
+        (A, [f"{A} {A} {A}", new(80)]),
+        # Touching another, in two orders.
+        (B, [f"{A} {B}", new(60), f"{B} {A}", f"{A} {B}"]),
         (A, [f"{A} {B} {A} {B}"]),
-        (
-            B,
-            [f"{new(4)} {B} {new(4)}", f"{A} {B} {C}", new(5), f"{A} {B} {C}"],
-        ),  # nested
+        # Nested.
+        (B, [f"{new(4)} {B} {new(4)}", f"{A} {B} {C}", new(5), f"{A} {B} {C}"]),
         (EMOJI, [f"{new(9)} {EMOJI} {new(9)}", f"{EMOJI} 👍"]),
         (ARABIC, [f"{ARABIC}\n{new(9)}", f"قال {ARABIC}"]),
         (MARKS, [MARKS, f"{new(9)} {MARKS} e\u0301"]),
@@ -180,14 +184,14 @@ THAI = "".join(c + "\u0e48" for c in random.Random(2).choices("กขคงจ�
 )
 def test_of_every_planted_passage_one_copy_remains(tmp_path, passage, docs, memory):
     cuts, shares = run(tmp_path, docs, SubstringStage(memory=memory))
-    kept = [
+    remaining = [
         remove_spans(text, spans)
         for text, spans in zip(docs, cuts, strict=True)
         if text is not None
     ]
-    assert sum(text.count(passage) for text in kept) == 1
-    assert passage in kept[[passage in (text or "") for text in docs].index(True)]
-    assert sum(text.count(passage[: len(passage) // 2]) for text in kept) == 1
+    assert sum(text.count(passage) for text in remaining) == 1
+    assert passage in remaining[[passage in (text or "") for text in docs].index(True)]
+    assert sum(text.count(passage[: len(passage) // 2]) for text in remaining) == 1
     for text, spans, share in zip(docs, cuts, shares, strict=True):
         if text is None:
             assert spans is None
@@ -195,13 +199,14 @@ def test_of_every_planted_passage_one_copy_remains(tmp_path, passage, docs, memo
             continue
         lost = sum(end - start for start, end in spans)
         assert share == pytest.approx(lost / max(1, len(text)))
-        words = dict(words_of(text))
-        ends = {end: start for start, end in words.items()}
-        assert all(start in words and end in ends for start, end in spans)
+        words = words_of(text)
+        starts = {start for start, _ in words}
+        ends = {end for _, end in words}
+        assert all(start in starts and end in ends for start, end in spans)
         # What is there but once stays.
-        assert [w for w in text.split() if w[0] == "w"] == [
-            w for w in remove_spans(text, spans).split() if w[0] == "w"
-        ]
+        left = remove_spans(text, spans)
+        unique_words = [word for word in text.split() if word[0] == "w"]
+        assert [word for word in left.split() if word[0] == "w"] == unique_words
 
 
 def jumble(seed: int) -> list[str]:
@@ -214,9 +219,8 @@ def jumble(seed: int) -> list[str]:
         count = random_.randint(0, 30)
         chosen = random_.choices(words, [60, 25, 10, 5, 4, 3, 2, 1, 1], k=count)
         spaces = random_.choices([" ", "\n", "", "  "], [90, 5, 5, 2], k=count)
-        texts.append(
-            "".join(word + space for word, space in zip(chosen, spaces, strict=True))
-        )
+        pairs = zip(chosen, spaces, strict=True)
+        texts.append("".join(word + space for word, space in pairs))
     return texts
 
 
@@ -231,14 +235,17 @@ def jumble(seed: int) -> list[str]:
 )
 def test_cuts_are_those_of_brute_force(seed, size, memory, shards, scores):
     texts = jumble(seed)
-    keep_by = None if scores is None else "made.score"
-    stage = SubstringStage(min_tokens=size, memory=memory, keep_by=keep_by)
+    keep_by = None
     order = None
+    columns = {}
     if scores is not None:
+        keep_by = "made.score"
+        columns = {"made": scores[: len(texts)]}
+        # A document without a score is worse than any with one.
         goodness = [-1.0 if score is None else score for score in scores]
         order = sorted(range(len(texts)), key=lambda i: -goodness[i])
+    stage = SubstringStage(min_tokens=size, memory=memory, keep_by=keep_by)
     with tempfile.TemporaryDirectory() as folder:
-        columns = {} if scores is None else {"made": scores[: len(texts)]}
         cuts, _ = run(Path(folder), texts, stage, shards, rows_per_group=2, **columns)
     assert cuts == naive_cuts(texts, size, order)
 
@@ -274,16 +281,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     texts = [text for seed in range(20) for text in jumble(seed)]
     expected, _ = run(tmp_path / "whole", texts, SubstringStage(min_tokens=4), shards=4)
     stage = SubstringStage(min_tokens=4, memory=1 << 12)
-    made = make_corpus(tmp_path / "corpus", texts, shards=4)
-    views = [replace(shard, output_stage=stage.unique_name) for shard in made]
+    shard_views = make_corpus(tmp_path / "corpus", texts, shards=4)
+    views = [replace(shard, output_stage=stage.unique_name) for shard in shard_views]
+    scratch = tmp_path / "scratch"
+    dying_runner = JobRunner("", Dying(after), ignore_progress)
     with pytest.raises(KeyboardInterrupt):
-        stage.label(
-            views, tmp_path / "scratch", JobRunner("", Dying(after), ignore_progress)
-        )
-    left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}
-    assert len(left) == min(after, 4)
+        stage.label(views, scratch, dying_runner)
+    # The first jobs, one a shard, write its windows.
+    times = {path: path.stat().st_mtime_ns for path in scratch.rglob("*.windows")}
+    assert len(times) == min(after, 4)
     with WorkerPool(1) as pool:
-        stage.label(views, tmp_path / "scratch", JobRunner("", pool, ignore_progress))
-    assert read(made, stage)[0] == expected
-    assert all(path.stat().st_mtime_ns == time for path, time in left.items())
-    assert not list((tmp_path / "scratch").rglob(".*"))
+        stage.label(views, scratch, JobRunner("", pool, ignore_progress))
+    cuts, _ = read(shard_views, stage)
+    assert cuts == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert not list(scratch.rglob(".*"))

@@ -13,10 +13,10 @@ from tests.corpus.corpora import label_texts
 LISTS = resources.files("maxlm.corpus") / "lists" / "toxic"
 
 
-def words_stage(tmp_path, *phrases: str, **settings) -> ToxicityStage:
+def words_stage(tmp_path, *phrases: str) -> ToxicityStage:
     path = tmp_path / "list.txt"
     path.write_text("# a comment\n\n" + "\n".join(phrases), encoding="utf-8")
-    return ToxicityStage(classifier=False, lists=(str(path),), **settings)
+    return ToxicityStage(classifier=False, lists=(str(path),))
 
 
 def test_listed_words_are_counted_and_only_whole_ones(tmp_path):
@@ -38,7 +38,7 @@ def test_listed_words_are_counted_and_only_whole_ones(tmp_path):
 
 
 def test_shipped_lists():
-    names = sorted(each.name for each in LISTS.iterdir())
+    names = sorted(path.name for path in LISTS.iterdir())
     assert names == ["de.txt", "en.txt", "es.txt", "fr.txt"]
     for name in names:
         lines = (LISTS / name).read_text("utf-8").splitlines()
@@ -71,8 +71,8 @@ def test_the_score_is_the_packages_own():
         "12345",
     ]
     rows = label_texts(ToxicityStage(), *texts)
-    for row, wanted in zip(rows, predict_prob(texts), strict=True):
-        assert row["score"] == row["max_score"] == np.float32(wanted)
+    for row, probability in zip(rows, predict_prob(texts), strict=True):
+        assert row["score"] == row["max_score"] == np.float32(probability)
     assert rows[0]["score"] < 0.2
     # As the docstring warns: single words decide.
     assert rows[1]["score"] > 0.95

@@ -207,7 +207,8 @@ def test_pairs_are_judged_in_both_orders(folder, tmp_path):
 
 def test_nonsense_is_counted_and_is_no_score(folder, tmp_path, capsys):
     def nonsense(body):
-        number = int("".join(filter(str.isdigit, body["messages"][1]["content"]))[:2])
+        digits = "".join(filter(str.isdigit, body["messages"][1]["content"]))
+        number = int(digits[:2])
         return {0: "Lovely!", 1: "[[99]]", 2: "[[0]]"}.get(number % 4, "[[8]]")
 
     with run_endpoint(say, "poor") as poor, run_endpoint(nonsense, "odd") as judge:
@@ -220,11 +221,11 @@ def test_nonsense_is_counted_and_is_no_score(folder, tmp_path, capsys):
         assert result["unreadable"] == 18
         assert result["summaries"]["poor"]["all"]["both"]["mean"] == 8
         assert result["summaries"]["poor"]["math"]["both"]["mean"] is None
-        judge.reply, command[-1] = lambda body: "What?", str(tmp_path / "none")
+        judge.reply = lambda body: "What?"
+        command[-1] = str(tmp_path / "none")
         with run_endpoint(say, "other") as other:
-            assert (
-                main([*command[:2], other.url, *command[2:], "--mode", "pairwise"]) == 1
-            )
+            command = [*command[:2], other.url, *command[2:], "--mode", "pairwise"]
+            assert main(command) == 1
         result = json.loads((tmp_path / "none" / "mt_bench_pair.json").read_text())
         assert result["position_bias"]["first_share"] is None
 

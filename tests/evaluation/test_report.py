@@ -38,16 +38,17 @@ def folders(tmp_path):
     return [tmp_path / "run", tmp_path / "other"]
 
 
-def build(folders, **options):
-    return build_report(
-        [evaluation for f in folders for evaluation in read_newest_evaluations(f)],
-        **options,
-    )
+def build(folders, num_samples=20):
+    evaluations = []
+    for folder in folders:
+        evaluations += read_newest_evaluations(folder)
+    return build_report(evaluations, num_samples)
 
 
 def wilson(hits, n, z=1.959963984540054):
     """The ends where the observed share is z standard errors from the share tested."""
-    middle, error = hits + z * z / 2, z * sqrt(hits * (n - hits) / n + z * z / 4)
+    middle = hits + z * z / 2
+    error = z * sqrt(hits * (n - hits) / n + z * z / 4)
     return [(middle - error) / (n + z * z), (middle + error) / (n + z * z)]
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
@@ -18,6 +19,7 @@ from maxlm.inference.requests import GenerationRequest
 from maxlm.models.architectures import ARCHITECTURES
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import bind, declare, init_params, materialize, param_specs
+from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.run.config import RunConfig
@@ -37,15 +39,28 @@ class GainedDecoderConfig(DecoderConfig):
     architecture: Literal["gained_decoder"] = "gained_decoder"  # pyright: ignore
     initial_gain: float = 0.5
 
-    def build(self, **kwargs: Any) -> "GainedDecoder":
-        return GainedDecoder(self, **kwargs)
+    def build(
+        self,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ) -> "GainedDecoder":
+        return GainedDecoder(self, rules=rules, dtype=dtype, parallel=parallel)
 
 
 class GainedDecoder(Decoder):
     config: GainedDecoderConfig
 
-    def __init__(self, config: GainedDecoderConfig, **kwargs: Any):
-        super().__init__(config, **kwargs)
+    def __init__(
+        self,
+        config: GainedDecoderConfig,
+        *,
+        rules: AxisRules,
+        dtype: DTypeLike,
+        parallel: ParallelConfig = ParallelConfig(),
+    ):
+        super().__init__(config, rules=rules, dtype=dtype, parallel=parallel)
         initial = jax.nn.initializers.constant(config.initial_gain)
         self.gain = declare((config.d_model,), ("embed",), initial, "vector")
 
@@ -107,13 +122,14 @@ def test_it_trains_is_planned_and_loads_as_any_model_does(tmp_path):
     config = make_run(tmp_path, train={"steps": 2})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(RunConfig, tmp_path / "config.yaml").value == config
-    plain = config.model.model_dump(exclude={"initial_gain"})
-    plain["architecture"] = "decoder"
-    sizes = [
-        plan_run(run, Machine.from_name("h100x1")).layout.parameters
-        for run in (config, config.model_copy(update={"model": DecoderConfig(**plain)}))
-    ]
-    assert sizes[0] - sizes[1] == config.model.d_model
+    plain_settings = config.model.model_dump(exclude={"initial_gain"})
+    plain_settings["architecture"] = "decoder"
+    plain_model = DecoderConfig.model_validate(plain_settings)
+    plain = config.model_copy(update={"model": plain_model})
+    machine = Machine.from_name("h100x1")
+    gained_size = plan_run(config, machine).layout.parameters
+    plain_size = plan_run(plain, machine).layout.parameters
+    assert gained_size - plain_size == config.model.d_model
     trained = train_model(config, say=lambda _: None)
     loaded = load_run(trained.folder)
     assert isinstance(loaded.model, GainedDecoder)

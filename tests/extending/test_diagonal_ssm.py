@@ -147,12 +147,11 @@ def model():
 def test_its_config_reads_back_and_its_parameters_are_declared(model):
     assert DecoderConfig.model_validate(CONFIG.model_dump()) == CONFIG
     assert isinstance(CONFIG.mixer, DiagonalSsmConfig)
-    names = [
-        n for n in flatten_names(param_specs(model)) if n.startswith("layers.ssm.")
-    ]
-    assert names == [
-        f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")
-    ]
+    prefix = "layers.ssm."
+    all_names = flatten_names(param_specs(model))
+    names = [name for name in all_names if name.startswith(prefix)]
+    own_names = ("decay", "gate.kernel", "out.kernel", "up.kernel")
+    assert names == [f"{prefix}{name}" for name in own_names]
 
 
 def test_a_packed_row_is_its_documents_apart(model):
@@ -194,7 +193,7 @@ def test_generation_equals_the_full_forward_pass(model):
         max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
     )
     engine = Engine(model, params, config)
-    found = {}
+    outputs = {}
     assert {x.shape for x in jax.tree.leaves(engine._runner.state)} == {(1, 2, WIDTH)}
     greedy = SamplingConfig(temperature=0, max_new_tokens=8)
     requests = [
@@ -204,8 +203,9 @@ def test_generation_equals_the_full_forward_pass(model):
         for i, prompt in enumerate(prompts)
     ]
     for output in engine.run(requests):
-        own = found.setdefault((int(output.request_id), output.sequence_index), [])
-        own += zip(output.token_ids, output.logprobs, strict=True)
+        key = (int(output.request_id), output.sequence_index)
+        tokens = outputs.setdefault(key, [])
+        tokens += zip(output.token_ids, output.logprobs, strict=True)
 
     @jax.jit
     def read(params, text):
@@ -213,8 +213,8 @@ def test_generation_equals_the_full_forward_pass(model):
         places = jnp.arange(32, dtype=jnp.int32)[None]
         return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
 
-    assert len(found) == 6
-    for (number, _), output in found.items():
+    assert len(outputs) == 6
+    for (number, _), output in outputs.items():
         prompt = prompts[number]
         tokens = [token for token, _ in output]
         text = np.zeros((1, 32), np.int32)
@@ -231,9 +231,13 @@ LAYERS, D, FF, F, VOCAB, SEQ = 2, 32, 64, 16, 304, 32
 def make_run(folder: Path, **top: Any) -> RunConfig:
     settings = tiny.settings(folder, str(folder / "text"))
     settings["data"]["heldout_fraction"] = 0
-    own = {"mixer": {"kind": "diagonal_ssm", "width": F}, "positions": {"kind": "none"}}
-    settings["model"] = {**settings["model"], "attention": None, **own}
-    return RunConfig.model_validate({**settings, "optimizer": {"kind": "adamw"}, **top})
+    settings["model"] |= {
+        "attention": None,
+        "mixer": {"kind": "diagonal_ssm", "width": F},
+        "positions": {"kind": "none"},
+    }
+    settings["optimizer"] = {"kind": "adamw"}
+    return RunConfig.model_validate(settings | top)
 
 
 @pytest.mark.parametrize("stated", [True, False])
@@ -241,20 +245,22 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
     """A mixer that states no costs is counted by its matrices."""
     if not stated:
         monkeypatch.delattr(DiagonalSsm, "costs")
-    matrices, norms = LAYERS * (3 * D * F + 3 * D * FF), (2 * LAYERS + 1) * D
+    matrices = LAYERS * (3 * D * F + 3 * D * FF)
+    norms = (2 * LAYERS + 1) * D
     plan = plan_run(make_run(tmp_path), Machine.from_name("h100x1"))
     assert plan.layout.parameters == matrices + norms + LAYERS * F + 2 * VOCAB * D
     recurrence = LAYERS * 3 * F if stated else 0
     assert plan.layout.flops_per_token == 6 * (matrices + VOCAB * D) + 3 * recurrence
     assert count_extra_forward_flops(plan.shape) == recurrence * 8 * SEQ
-    assert "ssm: gate, up" in [
-        group.name for group in plan.shape.work.matmul_layer_counts
-    ]
+    groups = [group.name for group in plan.shape.work.matmul_layer_counts]
+    assert "ssm: gate, up" in groups
     assert "a layer's mixer" in plan.memory.working_sets
     assert (plan.step_seconds or 0) > 0
     model: Any = make_run(tmp_path).model.build(rules=AxisRules(), dtype=jnp.bfloat16)
+    caches = count_layer_caches(model)
     for length in (7, 4096):
-        assert count_sequence_bytes(count_layer_caches(model), length) == LAYERS * F * 4
+        # One state in fp32, however long the sequence.
+        assert count_sequence_bytes(caches, length) == LAYERS * F * 4
 
 
 @pytest.mark.heavy
@@ -273,13 +279,13 @@ def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
 @pytest.mark.usefixtures("compiled_once")
 def test_it_trains_and_resumes_as_any_model_does(tmp_path):
     tiny.write_text(tmp_path / "text")
-    how = {"mesh": {"fsdp": 4, "tensor": 2}, "reporting": {"tensorboard": False}}
-    short, long = (
-        make_run(tmp_path, train={"steps": steps}, **how) for steps in (2, 4)
-    )
+    parts = {"mesh": {"fsdp": 4, "tensor": 2}, "reporting": {"tensorboard": False}}
+    short = make_run(tmp_path, train={"steps": 2}, **parts)
     assert train_model(short, say=lambda _: None).start_step == 0
+    long = make_run(tmp_path, train={"steps": 4}, **parts)
     again = train_model(long, say=lambda _: None)
-    assert (again.start_step, int(again.state.step)) == (2, 4)
+    assert again.start_step == 2
+    assert int(again.state.step) == 4
     saved = (again.folder / "config.yaml").read_text()
     assert "diagonal_ssm" in saved
 
@@ -287,9 +293,8 @@ def test_it_trains_and_resumes_as_any_model_does(tmp_path):
 @pytest.mark.parametrize("axis", ["context", "stage"])
 def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path):
     config = make_run(tmp_path, mesh={axis: 2}, train={"steps": 1, "micro_batches": 2})
-    sizes = dict.fromkeys(
-        ("data", "fsdp", "expert", "tensor", "context", "stage"), 1
-    ) | {axis: 2}
+    axes = ("data", "fsdp", "expert", "tensor", "context", "stage")
+    sizes = dict.fromkeys(axes, 1) | {axis: 2}
     with pytest.raises(MaxlmError) as caught:
         train_model(config, say=lambda _: None)
     meaning = {
@@ -298,9 +303,8 @@ def test_a_mesh_that_it_does_not_declare_is_refused(axis, tmp_path):
     }[axis]
     assert str(caught.value) == (
         f"mesh.{axis}: {axis}=2 {meaning}, and model.mixer.kind=diagonal_ssm does not "
-        f"say that it "
-        "supports this; set it to 1, or if it does, register it in MIXERS with "
-        f"'{axis}' among mesh_axes"
+        "say that it supports this; set it to 1, or if it does, register it in MIXERS "
+        f"with '{axis}' among mesh_axes"
     )
     assert not list(require_unmet(config, sizes | {axis: 1}))
     assert len(list(require_unmet(config, sizes))) == 1
@@ -319,4 +323,5 @@ def require_unmet(config, sizes):
 
 def test_its_run_shrinks_to_a_small_one_for_a_smoke_test(tmp_path):
     model = shrink_config(make_run(tmp_path), 8).model
-    assert (model.attention, model.mixer) == (None, DiagonalSsmConfig(width=F))
+    assert model.attention is None
+    assert model.mixer == DiagonalSsmConfig(width=F)

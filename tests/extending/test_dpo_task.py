@@ -76,29 +76,32 @@ class DpoTask(Task):
         return -jax.nn.log_sigmoid(margin).sum(), sums
 
     def _log_probs(self, model: Any, batch: Any, side: str) -> jax.Array:
-        own = {
-            name: batch[f"{side}_{name}"]
-            for name in ("tokens", "positions", "segment_ids")
-        }
-        hidden, _ = model(**own)
-        targets, weights = batch[f"{side}_targets"], batch[f"{side}_weights"]
+        hidden, _ = model(
+            tokens=batch[f"{side}_tokens"],
+            positions=batch[f"{side}_positions"],
+            segment_ids=batch[f"{side}_segment_ids"],
+        )
         logits = model.prepare_logits(hidden)
-        own = compute_fused_log_probs(logits, targets, chunk_tokens=self.chunk_tokens)
-        return (own * weights).sum(-1)
+        log_probs = compute_fused_log_probs(
+            logits, batch[f"{side}_targets"], chunk_tokens=self.chunk_tokens
+        )
+        return (log_probs * batch[f"{side}_weights"]).sum(-1)
 
 
 def encode_pair(
     tokenizer: Tokenizer, length: int, row: dict[str, str]
 ) -> dict[str, Any]:
     prompt = tokenizer.encode(row["prompt"])
-    found = {}
+    arrays = {}
     for side in SIDES:
         ids = [*prompt, *tokenizer.encode(row[side]), tokenizer.eos_id][: length + 1]
-        found[f"{side}_tokens"], found[f"{side}_targets"] = ids[:-1], ids[1:]
-        found[f"{side}_weights"] = np.arange(1, len(ids)) >= len(prompt)
-        found[f"{side}_positions"] = np.arange(len(ids) - 1)
-        found[f"{side}_segment_ids"] = np.ones(len(ids) - 1)
-    return found
+        arrays[f"{side}_tokens"] = ids[:-1]
+        arrays[f"{side}_targets"] = ids[1:]
+        # Of the answer alone: the prompt's tokens are targets without weight.
+        arrays[f"{side}_weights"] = np.arange(1, len(ids)) >= len(prompt)
+        arrays[f"{side}_positions"] = np.arange(len(ids) - 1)
+        arrays[f"{side}_segment_ids"] = np.ones(len(ids) - 1)
+    return arrays
 
 
 @pytest.fixture
@@ -136,19 +139,18 @@ def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(
     make_config,
 ):
     whole = train(make_config("whole"))
-    own = load_frozen_models(whole.setup, lambda setup: setup.init_train_state())
-    reference = own["reference"]
+    frozen_models = load_frozen_models(
+        whole.setup, lambda setup: setup.init_train_state()
+    )
+    reference = frozen_models["reference"]
     assert jax.tree.all(
         jax.tree.map(np.array_equal, reference, whole.state.frozen["reference"])
     )
     assert jax.tree.map(lambda x: x.sharding, whole.state) == whole.setup.shardings
-    records = [
-        json.loads(line)
-        for line in (whole.folder / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert records[0]["loss"] == pytest.approx(
-        np.log(2), rel=1e-5
-    )  # both are one model
+    lines = (whole.folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    # At first the model is its reference, and all margins are 0.
+    assert records[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
 
     # A run that was killed before its last checkpoint.
@@ -163,14 +165,15 @@ def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(
         "own", task={"reference": str(whole.folder)}, train={"steps": 2}
     )
     first = train(config)
-    found = first.state.frozen["reference"]
-    assert jax.tree.all(jax.tree.map(np.array_equal, found, whole.state.params))
+    reference_params = first.state.frozen["reference"]
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, reference_params, whole.state.params)
+    )
     saved = read_metadata(first.folder / "checkpoints" / "2")
     assert saved["frozen"]["reference"]["source"] == str(whole.folder)
     assert not [name for name in saved["fingerprints"] if name.startswith("frozen")]
-    shutil.rmtree(
-        whole.folder / "checkpoints" / "4"
-    )  # the model that is left is another
+    # The model that is left is another.
+    shutil.rmtree(whole.folder / "checkpoints" / "4")
     with pytest.raises(
         MaxlmError, match=r"the frozen model 'reference' from .*whole is not"
     ):

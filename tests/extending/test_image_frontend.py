@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.layers.linear import Linear
@@ -21,8 +22,8 @@ PATCH, PATCHES, TOKENS = 15, 4, 7
 class ImageDecoder(Decoder):
     """Patches [B, P, patch size] stand before the tokens of their row."""
 
-    def __init__(self, config: DecoderConfig, **kw):
-        super().__init__(config, **kw)
+    def __init__(self, config: DecoderConfig, *, rules: AxisRules, dtype: DTypeLike):
+        super().__init__(config, rules=rules, dtype=dtype)
         self.patches = Linear(
             {"latent": PATCH},
             {"embed": config.d_model},
@@ -73,10 +74,11 @@ def test_patches_and_tokens_are_embedded_as_by_hand(built):
     model, params = built
     flat = {name: np.asarray(value) for name, value in flatten_names(params).items()}
     seen = np.asarray(IMAGES) @ flat["patches.kernel"] + flat["patches.bias"]
-    wanted = np.concatenate([seen, flat["embedding.table"][np.asarray(IDS)]], axis=1)
-    wanted = 3 * wanted + flat["positions.table"][: PATCHES + TOKENS]
-    found = jax.jit(lambda p: bind(model, p).embed_image(IMAGES, IDS))(params)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    of_tokens = flat["embedding.table"][np.asarray(IDS)]
+    both = np.concatenate([seen, of_tokens], axis=1)
+    expected = 3 * both + flat["positions.table"][: PATCHES + TOKENS]
+    embedded = jax.jit(lambda p: bind(model, p).embed_image(IMAGES, IDS))(params)
+    np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_on_tokens_alone_reaches_the_patches_map(built):
@@ -84,6 +86,6 @@ def test_a_loss_on_tokens_alone_reaches_the_patches_map(built):
     grads = flatten_names(jax.jit(jax.grad(lambda p: loss(model, p, IMAGES)))(params))
     for name in ("patches.kernel", "patches.bias", "embedding.table"):
         assert float(jnp.abs(grads[name]).max()) > 1e-6, name
-    assert float(loss(model, params, IMAGES)) != float(
-        loss(model, params, IMAGES + 1.0)
-    )
+    of_images = float(loss(model, params, IMAGES))
+    of_brighter_images = float(loss(model, params, IMAGES + 1.0))
+    assert of_images != of_brighter_images

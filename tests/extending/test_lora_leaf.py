@@ -161,17 +161,14 @@ def hidden(model: Any, params: Any) -> jax.Array:
 
 def test_arrays_have_canonical_names_and_specs_of_their_own(models):
     _, adapted, _, joined = models
-    specs, values = flatten_names(param_specs(adapted)), flatten_names(joined)
-    assert {name: spec.shape for name, spec in specs.items()} == {
-        name: value.shape for name, value in values.items()
-    }
-    name = "layers.attention.query.kernel"
-    assert [n for n in specs if n.startswith(name)] == [
-        f"{name}.base",
-        f"{name}.lora_a",
-        f"{name}.lora_b",
-    ]
-    assert specs[f"{name}.lora_b"].axes == ("layers", None, "heads", "head_dim")
+    specs = flatten_names(param_specs(adapted))
+    values = flatten_names(joined)
+    shapes = {name: value.shape for name, value in values.items()}
+    assert {name: spec.shape for name, spec in specs.items()} == shapes
+    kernel = "layers.attention.query.kernel"
+    names = [name for name in specs if name.startswith(kernel)]
+    assert names == [f"{kernel}.base", f"{kernel}.lora_a", f"{kernel}.lora_b"]
+    assert specs[f"{kernel}.lora_b"].axes == ("layers", None, "heads", "head_dim")
 
 
 @pytest.mark.heavy
@@ -179,17 +176,16 @@ def test_the_forward_pass_is_that_of_merged_matrices(models):
     base, adapted, _, joined = models
     noisy = jax.tree.map(lambda x: x + 0.05, joined)
 
-    def merge(held: Any) -> Any:
-        if not isinstance(held, Lora):
-            return held
-        layers = held.base.shape[0]
-        a, b = held.lora_a, held.lora_b
-        product = jnp.einsum(
-            "lir,lro->lio",
-            a.reshape(layers, prod(a.shape[1:-1]), RANK),
-            b.reshape(layers, RANK, prod(b.shape[2:])),
-        )
-        return held.base + SCALE * product.reshape(held.base.shape)
+    def merge(leaf: Any) -> Any:
+        if not isinstance(leaf, Lora):
+            return leaf
+        layers = leaf.base.shape[0]
+        num_inputs = prod(leaf.lora_a.shape[1:-1])
+        num_outputs = prod(leaf.lora_b.shape[2:])
+        a = leaf.lora_a.reshape(layers, num_inputs, RANK)
+        b = leaf.lora_b.reshape(layers, RANK, num_outputs)
+        product = jnp.einsum("lir,lro->lio", a, b)
+        return leaf.base + SCALE * product.reshape(leaf.base.shape)
 
     merged = jax.tree.map(merge, noisy, is_leaf=lambda x: isinstance(x, Lora))
     np.testing.assert_allclose(

@@ -61,13 +61,17 @@ def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
     with jax.set_mesh(one_device_mesh):
         model = config.build(rules=AxisRules(), dtype=jnp.float32)
         params = init_params(param_specs(model), jax.random.key(0))
-        own = [n for n in flatten_names(params) if n.startswith("layers.squared.")]
-        assert own == ["layers.squared.down.kernel", "layers.squared.up.kernel"]
+        names = [
+            name for name in flatten_names(params) if name.startswith("layers.squared.")
+        ]
+        assert names == ["layers.squared.down.kernel", "layers.squared.up.kernel"]
         x = np.random.default_rng(0).normal(size=(2, 5, 14)).astype(np.float32)
         layer = jax.tree.map(lambda p: p[0], params["layers"])
-        found, _ = bind(model.stacks["layers"], layer).ffn.feed(x, None)
-    up, down = (np.asarray(layer["squared"][name]["kernel"]) for name in ("up", "down"))
-    np.testing.assert_allclose(found, np.maximum(x @ up, 0) ** 2 @ down, atol=1e-6)
+        output, _ = bind(model.stacks["layers"], layer).ffn.feed(x, None)
+    up = np.asarray(layer["squared"]["up"]["kernel"])
+    down = np.asarray(layer["squared"]["down"]["kernel"])
+    expected = np.maximum(x @ up, 0) ** 2 @ down
+    np.testing.assert_allclose(output, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,6 @@ def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
     ],
 )
 def test_an_unknown_kind_and_two_feed_forwards_are_refused(changes, message):
+    settings = SettingsTree(SETTINGS | changes, {(): COMMAND_LINE})
     with pytest.raises(MaxlmError, match=message):
-        validate_config(
-            DecoderConfig, SettingsTree(SETTINGS | changes, {(): COMMAND_LINE})
-        )
+        validate_config(DecoderConfig, settings)

@@ -66,24 +66,23 @@ def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
     eight = mesh(data=2, fsdp=2, tensor=2)
     specs = {2: P("tensor"), 3: P(None, "fsdp", "tensor"), 4: P(None, "fsdp")}
 
-    def asked(x):
+    def describe(x):
         spec = specs[x.ndim] if x.shape != (3, 7) else P()
         return jax.ShapeDtypeStruct(
             x.shape, jnp.bfloat16, sharding=NamedSharding(eight, spec)
         )
 
-    abstract = jax.tree.map(asked, want)
+    templates = jax.tree.map(describe, want)
     with FolderTier(tmp_path, read_only=True) as keeper:
-        got = keeper.restore(None, abstract, "params")
+        got = keeper.restore(None, templates, "params")
 
-    def check(got, asked, want):
-        assert got.sharding == asked.sharding
+    def check(got, template, want):
+        assert got.sharding == template.sharding
         for shard in got.addressable_shards:
-            np.testing.assert_array_equal(
-                shard.data, want[shard.index].astype(jnp.bfloat16)
-            )
+            expected = want[shard.index].astype(jnp.bfloat16)
+            np.testing.assert_array_equal(shard.data, expected)
 
-    jax.tree.map(check, got, abstract, want)
+    jax.tree.map(check, got, templates, want)
 
 
 def saved_by_orbax(folder, where, step=5):

@@ -3,7 +3,7 @@ so, what is computed by the formulas of the papers, and that a folder is written
 was read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,8 @@ Tensors = dict[str, np.ndarray]
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
-    return (
-        np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-    )
+    random = np.random.default_rng([seed, *shape])
+    return random.standard_normal(shape).astype(np.float32)
 
 
 def make_pair(module: str, inputs: int, outputs: int, rank: int = 2) -> Tensors:
@@ -132,14 +131,12 @@ def merge(peft: PeftAdapter, config: Any = LLAMA) -> dict[str, np.ndarray]:
     memory = adapt(peft, config)
     adapted = peft.adapter.adapt(build_specs(config))
     names = flatten_names(adapted)
-    params = jax.tree.unflatten(
-        jax.tree.structure(adapted), [memory[name] for name in names]
-    )
-    leaves = flatten_names(params, is_leaf)
-    return {
-        name: np.asarray(held.merge() if is_leaf(held) else held)
-        for name, held in leaves.items()
-    }
+    values = [memory[name] for name in names]
+    params = jax.tree.unflatten(jax.tree.structure(adapted), values)
+    merged = {}
+    for name, leaf in flatten_names(params, is_leaf).items():
+        merged[name] = np.asarray(leaf.merge() if is_leaf(leaf) else leaf)
+    return merged
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -230,57 +227,56 @@ def test_what_is_refused_is_one_line(tmp_path, name):
 def test_tensors_that_have_no_place_are_refused(tmp_path):
     tensors = make_queries()
     bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    assert "tensors without PEFT's prefix" in message(
-        read, write_folder(tmp_path, SETTINGS, bare)
-    )
+    folder = write_folder(tmp_path, SETTINGS, bare)
+    assert "tensors without PEFT's prefix" in message(read, folder)
     nan = {name: tensor * np.float32("nan") for name, tensor in tensors.items()}
-    assert "infinite or no numbers" in message(
-        read, write_folder(tmp_path, SETTINGS, nan)
-    )
+    folder = write_folder(tmp_path, SETTINGS, nan)
+    assert "infinite or no numbers" in message(read, folder)
     tied = SETTINGS | {"modules_to_save": ["embed_tokens"]}
     table = {f"{PREFIX}model.embed_tokens.weight": draw(V, D)}
     folder = write_folder(tmp_path, tied, tensors | table)
     assert "which this model ties to lm_head.weight" in message(read, folder, TIED)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    assert "adapter_model.bin is a pickle, which can run any code" in message(
-        read, tmp_path
-    )
+    refusal = message(read, tmp_path)
+    assert "adapter_model.bin is a pickle, which can run any code" in refusal
+
+
+def make_queries_of_two_ranks() -> Tensors:
+    """Of rank 4 in layer 0, of rank 2 in layer 1."""
+    tensors = make_queries(rank=4)
+    for name, tensor in tensors.items():
+        if ".1." in name:
+            tensors[name] = tensor[:2] if "lora_A" in name else tensor[:, :2]
+    return tensors
 
 
 def test_lora_is_its_formula_with_ranks_alphas_and_layers_of_its_own(tmp_path):
-    tensors = make_queries(rank=4)
-    for name in [name for name in tensors if ".1." in name]:
-        tensors[name] = tensors[name][:2] if "lora_A" in name else tensors[name][:, :2]
+    tensors = make_queries_of_two_ranks()
     settings = SETTINGS | {"use_rslora": True, "rank_pattern": {r"layers\.0\..*": 4}}
     settings |= {"alpha_pattern": {r"layers\.1\..*": 5}}  # and PEFT's default of 8
     peft = read(write_folder(tmp_path, settings, tensors))
     merged = merge(peft)
     base = draw_base(LLAMA)
+    # Rank-stabilized: alpha over the square root of the rank.
     for layer, scale in ((0, 8 / 4**0.5), (1, 5 / 2**0.5)):
-        a, b = (
-            tensors[f"{PREFIX}{Q.format(layer)}.lora_{part}.weight"] for part in "AB"
-        )
+        a = tensors[f"{PREFIX}{Q.format(layer)}.lora_A.weight"]
+        b = tensors[f"{PREFIX}{Q.format(layer)}.lora_B.weight"]
         kernel = base["layers.attention.query.kernel"][layer].reshape(D, 6)
-        found = merged["layers.attention.query.kernel"][layer].reshape(D, 6)
-        np.testing.assert_allclose(
-            found, kernel + scale * (b @ a).T, rtol=1e-5, atol=1e-5
-        )
+        expected = kernel + scale * (b @ a).T
+        adapted_kernel = merged["layers.attention.query.kernel"][layer].reshape(D, 6)
+        np.testing.assert_allclose(adapted_kernel, expected, rtol=1e-5, atol=1e-5)
     one = SETTINGS | {"layers_to_transform": [1], "lora_dropout": 0.25}
     last = {name: tensor for name, tensor in make_queries().items() if ".1." in name}
     peft = read(write_folder(tmp_path, one, last))
     assert peft.adapter.dropout == 0.25
-    merged = merge(peft)
-    difference = (
-        merged["layers.attention.query.kernel"] - base["layers.attention.query.kernel"]
-    )
+    kernel = "layers.attention.query.kernel"
+    difference = merge(peft)[kernel] - base[kernel]
     assert np.abs(difference[1]).min() > 0
     np.testing.assert_array_equal(difference[0], 0)
 
 
 def test_pissa_takes_each_matrix_its_own_rank(tmp_path):
-    tensors = make_queries(rank=4)
-    for name in [name for name in tensors if ".1." in name]:
-        tensors[name] = tensors[name][:2] if "lora_A" in name else tensors[name][:, :2]
+    tensors = make_queries_of_two_ranks()
     settings = SETTINGS | {
         "init_lora_weights": "pissa",
         "rank_pattern": {r".*\.0\..*": 4},
@@ -290,32 +286,34 @@ def test_pissa_takes_each_matrix_its_own_rank(tmp_path):
         kernel = draw_base(LLAMA)["layers.attention.query.kernel"][layer].reshape(D, 6)
         values = np.linalg.svd(kernel.astype(np.float64), compute_uv=False)
         rest = memory["layers.attention.query.kernel.base"][layer].reshape(D, 6)
-        found = np.linalg.svd(rest.astype(np.float64), compute_uv=False)
+        rest_values = np.linalg.svd(rest.astype(np.float64), compute_uv=False)
         np.testing.assert_allclose(
-            found[: 6 - rank], values[rank:], rtol=1e-4, atol=1e-5
+            rest_values[: 6 - rank], values[rank:], rtol=1e-4, atol=1e-5
         )
 
 
 def test_the_files_own_weights_of_the_base_are_read(tmp_path):
     """PEFT reads every tensor that its model has the name of."""
-    own = {
+    base_tensors = {
         "model.norm.weight": draw(D),
         "model.embed_tokens.weight": draw(V, D),
         "model.layers.1.self_attn.q_proj.base_layer.weight": draw(6, D),
     }
     tensors = make_queries() | {
-        f"{PREFIX}{name}": tensor for name, tensor in own.items()
+        f"{PREFIX}{name}": tensor for name, tensor in base_tensors.items()
     }
     settings = SETTINGS | {"modules_to_save": ["model.norm"]}
     peft = read(write_folder(tmp_path, settings, tensors))
     memory = adapt(peft)
     base = draw_base(LLAMA)
-    np.testing.assert_array_equal(memory["final_norm.scale"], own["model.norm.weight"])
     np.testing.assert_array_equal(
-        memory["embedding.table"], own["model.embed_tokens.weight"]
+        memory["final_norm.scale"], base_tensors["model.norm.weight"]
+    )
+    np.testing.assert_array_equal(
+        memory["embedding.table"], base_tensors["model.embed_tokens.weight"]
     )
     kernel = memory["layers.attention.query.kernel.base"]
-    changed = own["model.layers.1.self_attn.q_proj.base_layer.weight"].T
+    changed = base_tensors["model.layers.1.self_attn.q_proj.base_layer.weight"].T
     np.testing.assert_array_equal(kernel[1].reshape(D, 6), changed)
     np.testing.assert_array_equal(kernel[0], base["layers.attention.query.kernel"][0])
     names = list_trained_names(peft, build_specs(LLAMA))
@@ -353,15 +351,14 @@ def test_experts_share_the_map_of_their_inputs_there(tmp_path):
     base = draw_base(MIXTRAL)
     for layer, expert in np.ndindex(L, experts):
         prefix = f"{PREFIX}{module.format(layer)}"
-        a = tensors[f"{prefix}.base_layer.lora_A.weight"].reshape(experts, rank, D)[
-            expert
-        ]
+        a = tensors[f"{prefix}.base_layer.lora_A.weight"].reshape(experts, rank, D)
         b = tensors[f"{prefix}.base_layer.lora_B.weight"].reshape(2 * F, rank, experts)
-        delta = 4 * b[:, :, expert] @ a
+        scale = 4  # PEFT's default alpha of 8, over the rank.
+        delta = scale * b[:, :, expert] @ a[expert]
         for name, rows in (("gate", slice(F)), ("up", slice(F, 2 * F))):
-            found = merged[f"layers.moe.{name}"] - base[f"layers.moe.{name}"]
+            change = merged[f"layers.moe.{name}"] - base[f"layers.moe.{name}"]
             np.testing.assert_allclose(
-                found[layer, expert].T, delta[rows], rtol=1e-4, atol=1e-4
+                change[layer, expert].T, delta[rows], rtol=1e-4, atol=1e-4
             )
     again = write_again(tmp_path, folder, MIXTRAL)
     assert {*again} == {*tensors}
@@ -369,16 +366,18 @@ def test_experts_share_the_map_of_their_inputs_there(tmp_path):
         np.testing.assert_allclose(again[name], tensor, rtol=1e-6)
     old = SETTINGS | {"target_modules": ["w1", "w3"]}
     folder = write_folder(tmp_path / "old", old, tensors)
-    assert "means experts by 'w1'; load and save it with PEFT" in message(
-        read, folder, MIXTRAL
-    )
+    refusal = message(read, folder, MIXTRAL)
+    assert "means experts by 'w1'; load and save it with PEFT" in refusal
 
 
-def write_run(folder: Path, peft: PeftAdapter, config: Any, **train: Any) -> RunConfig:
-    """A run of a random base and an adapter."""
+def write_run(
+    folder: Path, peft: PeftAdapter, config: Any, trainable: Sequence[str] = ()
+) -> RunConfig:
+    """A run of a random base and an adapter; ``trainable``: by default the adapter."""
     settings = tiny.settings(folder, "") | {"adapter": peft.adapter.model_dump()}
+    train = {"trainable": list(trainable)} if trainable else {}
     settings |= {"model": config.model_dump(), "train": train}
-    settings["data"] = {**settings["data"], "seq_len": 8}
+    settings["data"]["seq_len"] = 8
     run = RunConfig.model_validate(settings)
     writer = RunCheckpointWriter(folder / "checkpoints")
     for name, array in adapt(peft, config).items():
@@ -389,19 +388,11 @@ def write_run(folder: Path, peft: PeftAdapter, config: Any, **train: Any) -> Run
     return run
 
 
-def write_again(
-    folder: Path, source: Path, config: Any = LLAMA, **train: Any
-) -> Tensors:
+def write_again(folder: Path, source: Path, config: Any = LLAMA) -> Tensors:
     """What ``convert --adapter`` writes of a run with an adapter of PEFT's."""
     peft = read(source, config)
     trained = list_trained_names(peft, build_specs(config))
-    write_run(
-        folder / "run",
-        peft,
-        config,
-        **({"trainable": trained} if trained else {}),
-        **train,
-    )
+    write_run(folder / "run", peft, config, trained)
     convert(folder / "run", folder / "again", adapter=True)
     return load_file(folder / "again" / "adapter_model.safetensors")
 
@@ -411,7 +402,7 @@ def read_written_settings(folder: Path) -> dict[str, Any]:
 
 
 def test_what_was_trained_beside_the_adapter_is_written(tmp_path):
-    own = {
+    trained_tensors = {
         "model.norm.weight": draw(D),
         "lm_head.weight": draw(V, D),
         "model.layers.0.self_attn.q_proj.base_layer.weight": draw(6, D),
@@ -419,7 +410,7 @@ def test_what_was_trained_beside_the_adapter_is_written(tmp_path):
         "model.embed_tokens.token_adapter.trainable_tokens_delta": draw(1, D),
     }
     tensors = make_queries() | {
-        f"{PREFIX}{name}": tensor for name, tensor in own.items()
+        f"{PREFIX}{name}": tensor for name, tensor in trained_tensors.items()
     }
     settings = SETTINGS | {"modules_to_save": ["model.norm", "lm_head"]}
     settings |= {"trainable_token_indices": [3], "lora_dropout": 0.5, "lora_alpha": 5}
@@ -428,20 +419,15 @@ def test_what_was_trained_beside_the_adapter_is_written(tmp_path):
     assert {*again} == {*tensors}
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(again[name], tensor, err_msg=name)
-    found = read_written_settings(tmp_path)
-    assert settings | {"modules_to_save": ["lm_head", "model.norm"]} == {
-        key: found[key] for key in settings
-    }
+    written = read_written_settings(tmp_path)
+    expected = settings | {"modules_to_save": ["lm_head", "model.norm"]}
+    assert {key: written[key] for key in settings} == expected
     path = tmp_path / "run"
-    said = message(
-        read_lora_adapter,
-        path,
-        base_folder=path,
-        model=LLAMA.build(rules=AxisRules(), dtype=np.float32),
-    )
+    model = LLAMA.build(rules=AxisRules(), dtype=np.float32)
+    refusal = message(read_lora_adapter, path, base_folder=path, model=model)
     assert (
         "it was trained with final_norm.scale of the base, which all adapters here "
-        "share" in said
+        "share" in refusal
     )
 
 
@@ -459,13 +445,14 @@ def test_layers_are_written_as_layers(tmp_path):
     settings = SETTINGS | {"layers_to_transform": [1]}
     again = write_again(tmp_path, write_folder(tmp_path / "peft", settings, last))
     assert {*again} == {*last}
-    found = read_written_settings(tmp_path)
-    assert (found["target_modules"], found["layers_to_transform"]) == (["q_proj"], [1])
+    written = read_written_settings(tmp_path)
+    assert written["target_modules"] == ["q_proj"]
+    assert written["layers_to_transform"] == [1]
 
 
 def test_what_no_file_can_hold_is_refused(tmp_path):
     peft = read(write_folder(tmp_path / "peft", SETTINGS, make_queries()), MIXTRAL)
-    write_run(tmp_path / "run", peft, MIXTRAL, trainable=("*.lora_*", "layers.moe.*"))
-    said = message(convert, tmp_path / "run", tmp_path / "out", adapter=True)
-    assert "trained, and no file of PEFT's holds them: layers.moe.down" in said
+    write_run(tmp_path / "run", peft, MIXTRAL, ["*.lora_*", "layers.moe.*"])
+    refusal = message(convert, tmp_path / "run", tmp_path / "out", adapter=True)
+    assert "trained, and no file of PEFT's holds them: layers.moe.down" in refusal
     assert not (tmp_path / "out").exists()

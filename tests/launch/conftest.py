@@ -10,6 +10,8 @@ from maxlm.launch.options import JobOptions
 from maxlm.launch.render import render_job
 from maxlm.run.config import RunConfig
 
+DEFAULT_OPTIONS = JobOptions()
+
 
 @pytest.fixture
 def program(tmp_path):
@@ -28,17 +30,20 @@ def program(tmp_path):
 
 @pytest.fixture
 def rendered():
-    """A job's text: (scheduler, machine, settings of the run, options of the job)."""
+    """A job's text: (scheduler, machine, settings of the run, options of the job,
+    whether to make it though it does not fit)."""
 
-    def make(scheduler, on, more=(), force=False, **options):
-        source = "demo" if on.startswith("cpu") else "llama2_7b"
-        text = (
-            "data.sources=[{store: /data/tokens}]",
-            "tokenizer.path=/data/tokenizer",
-        )
-        if source == "demo":
-            text = ("model.num_layers=1",)
-        settings = [*text, "folder=/data/runs", *more]
+    def make(scheduler, on, more=(), options=DEFAULT_OPTIONS, force=False):
+        if on.startswith("cpu"):
+            source = "demo"
+            settings = ["model.num_layers=1"]
+        else:
+            source = "llama2_7b"
+            settings = [
+                "data.sources=[{store: /data/tokens}]",
+                "tokenizer.path=/data/tokenizer",
+            ]
+        settings += ["folder=/data/runs", *more]
         run = load_config(RunConfig, source, settings).value
         job, _ = make_job(
             run,
@@ -46,7 +51,7 @@ def rendered():
             settings,
             scheduler=scheduler,
             on=on,
-            options=JobOptions(**options),
+            options=options,
             force=force,
         )
         return render_job(job)

@@ -2,13 +2,16 @@
 volumes."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxlm.launch.options import JobOptions
 from maxlm.launch.render import _kubernetes, _yaml
+from tests.launch.conftest import DEFAULT_OPTIONS
 from tests.launch.test_examples import expanded
 
 # What YAML 1.1 and 1.2 (Kubernetes' go-yaml knows some of each) take for something else
@@ -66,14 +69,11 @@ def pod(rendered):
     """A JobSet and its pods' spec: (machine, settings of the run, options of the
     job)."""
 
-    def make(on, more=(), **options):
-        options = {
-            "image": "i",
-            "mount": ("gs://bucket:/data",),
-            "grace": 10_000,
-            **options,
-        }
-        jobset = yaml.safe_load(rendered("jobset", on, more, force=True, **options))
+    def make(on, more=(), options=DEFAULT_OPTIONS):
+        options = replace(
+            options, image="i", mount=("gs://bucket:/data",), grace=10_000
+        )
+        jobset = yaml.safe_load(rendered("jobset", on, more, options, force=True))
         (job,) = jobset["spec"]["replicatedJobs"]
         return jobset, job["template"]["spec"]["template"]["spec"]
 
@@ -85,7 +85,8 @@ def test_a_dollar_reaches_the_program(pod, machine):
     text = "a $(NOTE) $$ $((1)) $A"
     on, more = machine
     prompts = f'samples.prompts=["{text}"]'
-    _, spec = pod(on, [prompts, *more], env=("FIRST=1", f"NOTE={text}"))
+    options = JobOptions(env=("FIRST=1", f"NOTE={text}"))
+    _, spec = pod(on, [prompts, *more], options)
     (container,) = spec["containers"]
     variables = {
         variable["name"]: variable.get("value", "") for variable in container["env"]
@@ -103,9 +104,11 @@ def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(pod, on, expected):
 
 
 def test_gpus_have_a_kind(pod):
-    selector = pod("h200x64")[1]["nodeSelector"]
-    assert selector == {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
-    assert pod("h200x64", node_selector=("a=b",))[1]["nodeSelector"] == {"a": "b"}
+    _, spec = pod("h200x64")
+    selector = {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
+    assert spec["nodeSelector"] == selector
+    _, spec = pod("h200x64", options=JobOptions(node_selector=("a=b",)))
+    assert spec["nodeSelector"] == {"a": "b"}
 
 
 def test_a_bucket_in_the_hosts_network(pod):

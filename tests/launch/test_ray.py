@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+
+from maxlm.launch.options import JobOptions
+from tests.launch.conftest import DEFAULT_OPTIONS
 
 ray = pytest.importorskip("ray")
 
@@ -21,9 +25,9 @@ for ((i = 0; i < 6000; i++)); do sleep 0.1; done
 """
 
 
-def write_driver(rendered, tmp_path, **options):
+def write_driver(rendered, tmp_path, options=DEFAULT_OPTIONS):
     path = tmp_path / "driver.py"
-    path.write_text(rendered("ray", "cpux8", nodes=2, **options))
+    path.write_text(rendered("ray", "cpux8", options=replace(options, nodes=2)))
     return path
 
 
@@ -32,11 +36,14 @@ def write_driver(rendered, tmp_path, **options):
     [((75, 2), 2), ((139, 75), 76), ((-9, 0), 76), ((130, 76), 1), ((0, 0), 0)],
 )
 def test_the_worst_code_is_the_drivers(codes, worst, rendered, tmp_path, monkeypatch):
-    watch = runpy.run_path(str(write_driver(rendered, tmp_path)))["watch"]
+    driver = runpy.run_path(str(write_driver(rendered, tmp_path)))
+    watch = driver["watch"]
     monkeypatch.setattr(ray, "get", list)
-    hosts = [
-        SimpleNamespace(code=SimpleNamespace(remote=lambda code=c: code)) for c in codes
-    ]
+
+    def make_host(code):
+        return SimpleNamespace(code=SimpleNamespace(remote=lambda: code))
+
+    hosts = [make_host(code) for code in codes]
     assert watch(hosts, []) == worst
 
 
@@ -47,7 +54,8 @@ def test_processes_are_started_again_and_a_signal_reaches_all(
     log = tmp_path / "log"
     log.touch()
     stand_in = str(program("maxlm", STAND_IN))
-    driver = write_driver(rendered, tmp_path, maxlm=stand_in, env=(f"LOG={log}",))
+    options = JobOptions(maxlm=stand_in, env=(f"LOG={log}",))
+    driver = write_driver(rendered, tmp_path, options)
     env = {**os.environ, "RAY_ADDRESS": ray_cluster.address}
     process = subprocess.Popen([sys.executable, driver], env=env)
     deadline = time.monotonic() + 300

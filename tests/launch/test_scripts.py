@@ -47,7 +47,7 @@ def environment(tmp_path, **more):
 def test_slurm_requeues(code, restarts, requeued, program, rendered, tmp_path):
     program("srun", f'#!/bin/bash\necho "srun $*" >> "$LOG"\nexit {code}\n')
     program("scontrol", '#!/bin/bash\necho "scontrol $*" >> "$LOG"\n')
-    script = rendered("slurm", "h100x64", retries=3)
+    script = rendered("slurm", "h100x64", options=JobOptions(retries=3))
     env = environment(tmp_path, SLURM_JOB_ID="17")
     if restarts is not None:
         env["SLURM_RESTART_COUNT"] = str(restarts)
@@ -63,9 +63,8 @@ def test_slurm_environment(program, rendered, tmp_path):
     submitted."""
     program("srun", '#!/bin/bash\nenv > "$LOG"\n')
     value = "two words; $(touch hacked) 'q'"
-    script = rendered(
-        "slurm", "cpux8", nodes=2, env=(f"NOTE={value}",), secret=("HF_TOKEN",)
-    )
+    options = JobOptions(nodes=2, env=(f"NOTE={value}",), secret=("HF_TOKEN",))
+    script = rendered("slurm", "cpux8", options=options)
     assert "#SBATCH --nodes=2" in script
     env = environment(tmp_path)
     lacking = subprocess.run(
@@ -84,7 +83,8 @@ def test_slurm_environment(program, rendered, tmp_path):
 def test_slurm_in_a_container(program, rendered, tmp_path):
     program("srun", '#!/bin/bash\nprintf "%s\\n" "$@" > "$LOG"\n')
     mounts = ("/data:/data", "/fast disk:/scratch")
-    script = rendered("slurm", "h100x64", image="docker://a", mount=mounts)
+    options = JobOptions(image="docker://a", mount=mounts)
+    script = rendered("slurm", "h100x64", options=options)
     done = subprocess.run(["bash", "-c", script], env=environment(tmp_path))
     assert done.returncode == 0
     logged = (tmp_path / "log").read_text().splitlines()
@@ -101,14 +101,13 @@ def until_started(log, count):
         time.sleep(0.05)
 
 
-def tpu_worker(rendered, program, codes, **options):
-    program(
-        "sleep",
-        '#!/bin/bash\n[[ $1 == 10 ]] && exec /bin/sleep 0.3\nexec /bin/sleep "$1"\n',
-    )
-    script = rendered(
-        "tpu-vm", "v5p-64", maxlm=str(program("maxlm", STAND_IN)), **options
-    )
+def tpu_worker(rendered, program, codes, retries=100):
+    # The script's waits between two starts are shorter.
+    quick_sleep = '[[ $1 == 10 ]] && exec /bin/sleep 0.3\nexec /bin/sleep "$1"\n'
+    program("sleep", f"#!/bin/bash\n{quick_sleep}")
+    stand_in = str(program("maxlm", STAND_IN))
+    options = JobOptions(maxlm=stand_in, retries=retries)
+    script = rendered("tpu-vm", "v5p-64", options=options)
     return ["bash", "-c", script], {"CODES": codes}
 
 
@@ -180,7 +179,8 @@ def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
     ],
 )
 def test_slurm_gives_whole_nodes_or_a_share(on, nodes, header, rendered):
-    script = rendered("slurm", on, force=True, nodes=nodes, grace=10_000)
+    options = JobOptions(nodes=nodes, grace=10_000)
+    script = rendered("slurm", on, options=options, force=True)
     words = set(re.findall("^#SBATCH (.*)", script, re.M))
     shares = {"--exclusive", "--mem=0", "--cpus-per-gpu=8", "--mem-per-gpu=64G"}
     assert words & shares == header

@@ -59,13 +59,15 @@ REST = (
 OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 
 
-def run(layout: str, model: str, **changes: Any) -> RunConfig:
+def run(layout: str, model: str, remat: str | None = None) -> RunConfig:
+    changes: dict[str, Any] = {}
+    if remat is not None:
+        changes["remat"] = remat
     if model in architectures.MODELS:
         changes["remat"] = "matmuls"
     if "circular" in layout:
-        changes["num_layers"] = (
-            8  # of a group's only layer a compiler drops what a loop must keep
-        )
+        # Of a group's only layer a compiler drops what a loop must keep.
+        changes["num_layers"] = 8
     if model == CAPACITY:
         changes["moe"] = MODELS[model]["moe"] | {"capacity_factor": 1.25}
     return architectures.run(model, layout, **changes)
@@ -86,12 +88,10 @@ def test_frozen_base(layout, kind):
     plain = run(layout, "gqa_window", remat="none").model_dump()
     parts = {"task": {"kind": kind}, "adapter": {"kind": "lora", "rank": 4}}
     shape, cost, memory = compiled(RunConfig.model_validate(plain | parts))
-    assert sum(count_stored_bytes(shape).values()) == pytest.approx(
-        memory.argument_size_in_bytes, rel=1e-3
-    )
-    assert float(estimate_memory(shape).total) == pytest.approx(
-        compute_peak_bytes(memory), rel=0.25
-    )
+    stored_bytes = sum(count_stored_bytes(shape).values())
+    assert stored_bytes == pytest.approx(memory.argument_size_in_bytes, rel=1e-3)
+    planned_bytes = float(estimate_memory(shape).total)
+    assert planned_bytes == pytest.approx(compute_peak_bytes(memory), rel=0.25)
     # The reference's attention counts at half, whatever tiles are skipped.
     products = cost.matmul_flops + cost.attention_flops
     exact = {"sft": 1e-6, "dpo": 0.04}[kind]

@@ -92,8 +92,8 @@ def test_an_encoder_and_a_decoder_by_hand():
         assert flops_per_token * SEQ == pytest.approx(row, rel=1e-12)
 
 
-def work(name: str, **changes) -> RunWorkload:
-    return RunWorkload(run(name, "dp", **changes), jnp.float32)
+def work(config: RunConfig) -> RunWorkload:
+    return RunWorkload(config, jnp.float32)
 
 
 def device_flops(work: RunWorkload):
@@ -102,8 +102,8 @@ def device_flops(work: RunWorkload):
 
 def test_layers_over_the_last_pattern_count_like_others():
     """Eight layers, kinds by turns of three: windows 7, 5, none."""
-    whole = work("pattern")
-    more = work("pattern", num_layers=8)
+    whole = work(run("pattern", "dp"))
+    more = work(run("pattern", "dp", num_layers=8))
     assert [stack.name for stack in more.stacks] == ["layers", "last_layers"]
     layers_by_window = {
         attention.window: layers
@@ -140,7 +140,7 @@ def test_no_kernel_adds_learnt_biases():
     cross-attention's, which have none, stay on the chip."""
 
     def on_tpu(kind: str) -> StepShape:
-        workload = work("encoder_decoder", positions={"kind": kind})
+        workload = work(run("encoder_decoder", "dp", positions={"kind": kind}))
         return StepShape(workload, ALONE, 1, "full", parse_topology("v5p-2"))
 
     plain = on_tpu("rope")

@@ -19,8 +19,10 @@ from maxlm.sharding import MESH_AXES
 from tests.train import tiny
 
 
-def tiny_run(**top) -> RunConfig:
-    return RunConfig.model_validate(tiny.settings("runs", "text", **top))
+def tiny_run(mesh: dict[str, int], optimizer: str = "adamw") -> RunConfig:
+    settings = tiny.settings("runs", "text")
+    settings |= {"mesh": mesh, "optimizer": {"kind": optimizer}}
+    return RunConfig.model_validate(settings)
 
 
 def sizes(**axes: int) -> dict[str, int]:
@@ -28,9 +30,8 @@ def sizes(**axes: int) -> dict[str, int]:
 
 
 def llama(**settings) -> RunConfig:
-    return load_config(
-        RunConfig, "llama3_8b", [f"{k}={v}" for k, v in settings.items()]
-    ).value
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    return load_config(RunConfig, "llama3_8b", overrides).value
 
 
 @pytest.mark.heavy
@@ -70,7 +71,7 @@ def bytes_on_a_device(tree) -> int:
 @pytest.mark.parametrize("kind", ["lion", "muon", "adafactor"])
 def test_other_optimizers_lie_as_planned(kind):
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
-    run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer={"kind": kind})
+    run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer=kind)
     state = set_up_run(run).abstract_state.opt_state
     assert compute_run_layout(run, sizes(**axes)).optimizer_bytes == bytes_on_a_device(
         state

@@ -203,19 +203,16 @@ def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
 
 
 def test_a_model_of_no_family_is_refused(llama, tmp_path):
-    own = alike(llama, OWN)
+    run = alike(llama, OWN)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(
-        MaxlmError, match="no published family computes what this model does"
-    ):
-        convert(own, tmp_path / "published")
-    with pytest.raises(
-        MaxlmError, match=r"LlamaForCausalLM has no word for model\.\w+="
-    ) as caught:
-        convert(own, tmp_path / "published", family="llama")
-    assert "placement='parallel'" in str(caught.value) or "embedding_scale=3.0" in str(
-        caught.value
-    )
+    no_family = "no published family computes what this model does"
+    with pytest.raises(MaxlmError, match=no_family):
+        convert(run, tmp_path / "published")
+    no_word = r"LlamaForCausalLM has no word for model\.\w+="
+    with pytest.raises(MaxlmError, match=no_word) as caught:
+        convert(run, tmp_path / "published", family="llama")
+    text = str(caught.value)
+    assert "placement='parallel'" in text or "embedding_scale=3.0" in text
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -322,7 +319,7 @@ def test_number_formats_come_back_under_usual_names(name, tmp_path):
     )
     assert convert(tmp_path / "run", tmp_path / "half", dtype="float16").dtype == "F16"
     stored = list_stored_tensors(tmp_path / "half").values()
-    assert {each.dtype for each in stored} == {"F16"}
+    assert {tensor.dtype for tensor in stored} == {"F16"}
 
 
 def test_special_tokens_that_the_table_has_no_rows_for(tmp_path):

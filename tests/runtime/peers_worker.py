@@ -24,6 +24,8 @@ def main() -> int:
     try:
         peers = join_cluster(cluster, {}, wait_seconds=120, peer_timeout_seconds=10)
         add_up(action)
+    # As `maxlm` itself does: whatever happened here, the other processes must hear of
+    # it, or they wait for this one.
     except Exception as error:
         if isinstance(error, MaxlmError):
             code = error.exit_code

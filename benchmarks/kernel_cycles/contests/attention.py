@@ -24,9 +24,8 @@ def own_attention(
     seq: int,
     head_dim: int,
     mask: str,
-    **options: Any,
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """This package's attention; ``options`` go to it."""
+    """This package's attention."""
     from pallas_kernels.attention import attention as own
 
     parsed_mask = Mask.parse(mask)
@@ -36,17 +35,15 @@ def own_attention(
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
         segments = (ids[0], ids[0]) if ids else None
-        return own(q, k, v, window=parsed_mask.window, segment_ids=segments, **options)
+        return own(q, k, v, window=parsed_mask.window, segment_ids=segments)
 
     def gradients(*operands: jax.Array) -> Any:
         q, k, v, do, *ids = operands
         return jax.vjp(lambda q, k, v: forward(q, k, v, *ids), q, k, v)[1](do)
 
-    return (
-        (gradients, (operand,) * 4 + rows)
-        if gradient
-        else (forward, (operand,) * 3 + rows)
-    )
+    if gradient:
+        return gradients, (operand,) * 4 + rows
+    return forward, (operand,) * 3 + rows
 
 
 def attention(options: argparse.Namespace) -> Benchmark:

@@ -130,14 +130,15 @@ def _measured(spec: Spec, chip: str) -> dict[str, Any]:
 
 
 def _costs(entry: dict[str, Any], chip: str) -> CallCosts:
-    kernels = [_kernel(**kernel) for kernel in entry["kernels"]]
+    kernels = [_kernel(kernel) for kernel in entry["kernels"]]
     return CallCosts(CHIPS[chip], tuple(kernels), (), entry["temp_bytes"])
 
 
-def _kernel(**fields: Any) -> KernelCosts:
-    fields |= {
+def _kernel(fields: dict[str, Any]) -> KernelCosts:
+    # JSON has lists where the dataclass has tuples.
+    tuples = {
         "cycles_by_core": tuple(fields["cycles_by_core"]),
         "grid": fields["grid"] and tuple(fields["grid"]),
         "regions": tuple(RegionCosts(**region) for region in fields["regions"]),
     }
-    return KernelCosts(**fields)
+    return KernelCosts(**(fields | tuples))

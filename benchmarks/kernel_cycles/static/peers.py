@@ -81,12 +81,13 @@ def jax_splash_attention(
     forward: Sequence[int],
     backward: Sequence[int] = (),
     backward_dq: Sequence[int] = (),
-    **options: Any,
+    residual_checkpoint_name: str | None = None,
 ) -> Callable[..., jax.Array]:
     """``attend(q, k, v)`` and ``attend(q, k, v, segment_ids)`` of [B, heads, seq,
     head_dim] and [B, seq], scores not scaled; fewer heads of k and v are grouped.
 
-    Args: as :func:`jax_splash`; ``options`` go to ``make_splash_mha``.
+    Args: as :func:`jax_splash`; a remat policy knows what the backward pass wants by
+        ``residual_checkpoint_name``.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
@@ -110,7 +111,7 @@ def jax_splash_attention(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        **options,
+        residual_checkpoint_name=residual_checkpoint_name,
     )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
@@ -131,10 +132,8 @@ def tokamax_splash(
     mask: str,
     forward: Sequence[int],
     backward: Sequence[int] = (),
-    **options: Any,
 ) -> Program:
-    """tokamax's splash attention; ``options`` go to its ``SplashConfig``, blocks as
-    above."""
+    """tokamax's splash attention; blocks as above."""
     from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
         splash_attention_kernel as kernel,
     )
@@ -149,7 +148,6 @@ def tokamax_splash(
         block_q_dkv=q_dkv,
         block_kv_dkv=kv_dkv,
         block_kv_dkv_compute=kv_dkv_compute,
-        **options,
     )
     splash = kernel.make_splash_mha(
         _splash_mask(masks, parsed_mask, seq), config=config, q_seq_shards=1

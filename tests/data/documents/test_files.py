@@ -52,13 +52,13 @@ def test_formats_that_say_what_is_broken_are_never_binary(tmp_path):
     )
     (tmp_path / "d.ndjson.gz").write_bytes(gzip.compress(b"\0"))
     crawl = CrawlSource(name="web", documents=(str(tmp_path),))
-    found = find_files(crawl)
-    assert [file.path.name for file in found.files] == [
+    listing = find_files(crawl)
+    assert [file.path.name for file in listing.files] == [
         "a.jsonl",
         "b.html",
         "d.ndjson.gz",
     ]
-    assert found.num_binary_files == 1
+    assert listing.num_binary_files == 1
     # Without a stage that finds out its encoding, this page is no text.
     source = SourceConfig(documents=(str(tmp_path),))
     assert names(source, tmp_path) == ["a.jsonl", "d.ndjson.gz"]
@@ -88,15 +88,14 @@ def test_formats_by_suffix(tmp_path):
         e=b"",
         f_py_gz=b"",
     )
-    found = [
+    files = [
         find_files(SourceConfig(documents=(str(path),))).files[0]
         for path in sorted(tmp_path.iterdir())
     ]
-    formats, compressions = zip(
-        *((file.format, file.compression) for file in found), strict=True
-    )
-    assert formats == ("jsonl", "jsonl", "parquet", "text", "text", "text")
-    assert compressions == ("none", "gz", "none", "zst", "none", "gz")
+    formats = [file.format for file in files]
+    assert formats == ["jsonl", "jsonl", "parquet", "text", "text", "text"]
+    compressions = [file.compression for file in files]
+    assert compressions == ["none", "gz", "none", "zst", "none", "gz"]
 
 
 def test_python_stdlib_is_what_every_installation_of_it_has():
@@ -116,13 +115,11 @@ def test_python_stdlib_is_what_every_installation_of_it_has():
 
 
 def test_an_installed_package_is_its_source_with_tests():
-    [*files] = find_files(SourceConfig(documents=("python-package:numpy",))).files
+    files = find_files(SourceConfig(documents=("python-package:numpy",))).files
     home = Path(np.__file__).parent
-    assert {file.name for file in files} == {
-        path.relative_to(home.parent).as_posix()
-        for path in home.rglob("*.py")
-        if path.is_file()
-    }
+    paths = [path for path in home.rglob("*.py") if path.is_file()]
+    expected = {path.relative_to(home.parent).as_posix() for path in paths}
+    assert {file.name for file in files} == expected
     assert any("/tests/" in file.name for file in files)
 
 
@@ -154,9 +151,10 @@ def test_an_installed_package_is_its_source_with_tests():
 def test_entries_that_are_refused(tmp_path, name, data, fault):
     if data is not None:
         (tmp_path / (name or "a.bin")).write_bytes(data)
+    entry = f"{tmp_path}/{name}".rstrip("/")
     with pytest.raises(MaxlmError) as caught:
-        find_files(SourceConfig(documents=(f"{tmp_path}/{name}".rstrip("/"),)))
-    assert str(caught.value).startswith(f"{tmp_path}/{name}".rstrip("/") + f": {fault}")
+        find_files(SourceConfig(documents=(entry,)))
+    assert str(caught.value).startswith(f"{entry}: {fault}")
 
 
 @pytest.mark.parametrize("name", ["none_such", "numpy.linalg", "math", ""])
@@ -165,18 +163,18 @@ def test_a_package_that_is_not_installed_is_refused(name):
         find_files(SourceConfig(documents=(f"python-package:{name}",)))
     assert str(caught.value) == (
         f"python-package:{name}: no package {name!r} is installed in this Python's "
-        f"environment; "
-        "install it, or name another that is imported so, such as python-package:numpy"
+        "environment; install it, or name another that is imported so, such as "
+        "python-package:numpy"
     )
 
 
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(
-        MaxlmError, match=r"a\.txt: neither a file nor a folder, but a pipe"
-    ):
-        find_files(SourceConfig(documents=(str(tmp_path / "a.txt"),)))
+    pipe = SourceConfig(documents=(str(tmp_path / "a.txt"),))
+    message = r"a\.txt: neither a file nor a folder, but a pipe"
+    with pytest.raises(MaxlmError, match=message):
+        find_files(pipe)
     # In a folder it is passed over.
     (file,) = find_files(SourceConfig(documents=(str(tmp_path),))).files
     assert Path(file.path).name == "b.txt"

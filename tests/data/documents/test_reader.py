@@ -17,14 +17,21 @@ from maxlm.data.documents.files import find_files
 from maxlm.data.documents.reader import read_documents
 
 
-def texts(path, **settings) -> list[bytes]:
-    config = SourceConfig(documents=(str(path),), **settings)
+def texts(
+    path, text_field="text", on_bad_bytes="error", piece_bytes=None
+) -> list[bytes]:
+    config = SourceConfig(
+        documents=(str(path),),
+        text_field=text_field,
+        on_bad_bytes=on_bad_bytes,
+        piece_bytes=piece_bytes,
+    )
     return [document.text for document in read_documents(config)]
 
 
-def fails(path, **settings) -> str:
+def fails(path, text_field="text") -> str:
     with pytest.raises(MaxlmError) as caught:
-        texts(path, **settings)
+        texts(path, text_field)
     return str(caught.value)
 
 
@@ -50,17 +57,14 @@ def test_text_and_jsonl(tmp_path, suffix):
     lines = [json.dumps({"id": 1, "body": row}) for row in rows]
     data = ("\ufeff" + "\n\n".join(lines)).encode()
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data, suffix))
-    config = SourceConfig(
-        documents=(str(tmp_path / f"a.jsonl{suffix}"),), text_field="body"
-    )
-    documents = list(read_documents(config))
-    assert [document.text.decode() for document in documents] == [
-        row for row in rows if row
-    ]
     name = f"{tmp_path}/a.jsonl{suffix}"
-    assert [document.id for document in documents] == [
-        f"{name}:{line}" for line in (1, 5, 9)
-    ]
+    config = SourceConfig(documents=(name,), text_field="body")
+    documents = list(read_documents(config))
+    expected_texts = [row for row in rows if row]
+    assert [document.text.decode() for document in documents] == expected_texts
+    # Every second line is blank, and every second row has no text.
+    expected_ids = [f"{name}:{line}" for line in (1, 5, 9)]
+    assert [document.id for document in documents] == expected_ids
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
@@ -72,20 +76,20 @@ def test_parquet(tmp_path, dictionary):
     table = pa.table({"n": range(len(rows)), "text": column})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     config = SourceConfig(documents=(str(tmp_path / "a.parquet"),))
-    found = [
+    rows_and_texts = [
         (document.id.split(":")[-1], document.text)
         for document in read_documents(config)
     ]
-    assert found == [(str(i), row.encode()) for i, row in enumerate(rows) if row]
+    expected = [(str(i), row.encode()) for i, row in enumerate(rows) if row]
+    assert rows_and_texts == expected
 
 
 def test_empty_files_hold_no_documents(tmp_path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_bytes(b"")
         assert texts(tmp_path / name) == []
-    pq.write_table(
-        pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet"
-    )
+    no_rows = pa.table({"text": pa.array([], pa.string())})
+    pq.write_table(no_rows, tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == []
 
 
@@ -95,12 +99,11 @@ BAD = b"ab\xff\xfe c\xc3"
 def test_bad_bytes_may_be_replaced(tmp_path):
     (tmp_path / "a.txt").write_bytes(BAD)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + BAD + b'"}\n')
-    pq.write_table(
-        pa.table({"text": pa.array([BAD], pa.binary())}), tmp_path / "a.parquet"
-    )
+    bad_row = pa.table({"text": pa.array([BAD], pa.binary())})
+    pq.write_table(bad_row, tmp_path / "a.parquet")
     for name in ("a.txt", "a.jsonl", "a.parquet"):
-        found = texts(tmp_path / name, on_bad_bytes="replace")
-        assert found == ["ab\ufffd\ufffd c\ufffd".encode()]
+        replaced = texts(tmp_path / name, on_bad_bytes="replace")
+        assert replaced == ["ab\ufffd\ufffd c\ufffd".encode()]
     (tmp_path / "b.jsonl").write_text('{"text": "a\\ud800b"}')
     assert texts(tmp_path / "b.jsonl", on_bad_bytes="replace") == ["a\ufffdb".encode()]
     assert "character 1 is a lone surrogate (U+D800)" in fails(tmp_path / "b.jsonl")
@@ -181,9 +184,8 @@ def test_unreadable_file(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     [file] = find_files(config).files
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(
-        MaxlmError, match=r"a.txt: cannot read: No such file .*permissions$"
-    ):
+    message = r"a.txt: cannot read: No such file .*permissions$"
+    with pytest.raises(MaxlmError, match=message):
         list(read_documents(config, file))
 
 
@@ -196,9 +198,13 @@ def test_missing_packages(tmp_path, monkeypatch, name):
     )
 
 
-@given(
-    st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\0", b"x")), max_size=30)
+# A NUL would make the file binary.
+LINES_OF_BYTES = st.lists(
+    st.binary(max_size=40).map(lambda line: line.replace(b"\0", b"x")), max_size=30
 )
+
+
+@given(LINES_OF_BYTES)
 def test_pieces_are_whole_lines_that_add_up(tmp_path_factory, lines):
     text = b"\n".join(line.decode("latin1").encode() for line in lines)
     path = tmp_path_factory.mktemp("pieces") / "long.txt"
@@ -208,6 +214,7 @@ def test_pieces_are_whole_lines_that_add_up(tmp_path_factory, lines):
     assert all(piece.endswith(b"\n") for piece in pieces[:-1])
     if len(text) > 50:
         for piece in pieces[:-1]:
-            assert len(piece) >= 50 > piece.rstrip(b"\n").rfind(b"\n") + 1
+            start_of_last_line = piece.rstrip(b"\n").rfind(b"\n") + 1
+            assert len(piece) >= 50 > start_of_last_line
     else:
         assert len(pieces) <= 1

@@ -21,9 +21,14 @@ def cut_and_whole(path, slice_bytes):
     config = SourceConfig(documents=(str(path),))
     [file] = find_files(config).files
     scan = scan_file(file, slice_bytes)
-    cut = [d for each in scan.slices for d in read_slice(config, each) if d and d.text]
+    cut = []
+    for file_slice in scan.slices:
+        for document in read_slice(config, file_slice):
+            if document and document.text:
+                cut.append(document)
     assert scan.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sum(each.size_bytes for each in scan.slices) <= path.stat().st_size
+    total_bytes = sum(file_slice.size_bytes for file_slice in scan.slices)
+    assert total_bytes <= path.stat().st_size
     return scan.slices, cut, list(read_documents(config))
 
 
@@ -39,8 +44,10 @@ def test_jsonl(tmp_path_factory, lines, newline_at_end, slice_bytes):
     path.write_text("\n".join(lines) + "\n" * newline_at_end)
     slices, cut, whole = cut_and_whole(path, slice_bytes)
     assert cut == whole
-    assert all(each.size_bytes >= slice_bytes for each in slices[:-1])
-    assert len(slices) == 1 or all(each.size_bytes for each in slices)
+    sizes = [file_slice.size_bytes for file_slice in slices]
+    assert all(size >= slice_bytes for size in sizes[:-1])
+    if len(slices) > 1:
+        assert all(sizes)
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 150, 10**9])

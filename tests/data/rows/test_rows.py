@@ -48,10 +48,18 @@ def file(request, tmp_path):
     return open_rows(path)
 
 
-def make(file, **options):
+def make(file, examples_per_row=1, shuffle=True, endless=True):
     lengths = np.array([len(encode(file[i])["tokens"]) for i in range(len(file))])
     return make_row_source(
-        file, encode, ARRAYS, ROWS, seed=3, lengths=lengths, **options
+        file,
+        encode,
+        ARRAYS,
+        ROWS,
+        seed=3,
+        lengths=lengths,
+        examples_per_row=examples_per_row,
+        shuffle=shuffle,
+        endless=endless,
     )
 
 
@@ -62,13 +70,11 @@ def found(batch):
         for segment in range(1, batch["segment_ids"][row].max(initial=0) + 1):
             in_segment = batch["segment_ids"][row] == segment
             tokens = batch["tokens"][row][in_segment]
-            assert int(tokens[0]) - 1 not in examples
-            parts = (
-                tokens,
-                batch["weights"][row][in_segment],
-                batch["positions"][row][in_segment],
-            )
-            examples[int(tokens[0]) - 1] = tuple(part.tolist() for part in parts)
+            weights = batch["weights"][row][in_segment]
+            positions = batch["positions"][row][in_segment]
+            number = int(tokens[0]) - 1
+            assert number not in examples
+            examples[number] = (tokens.tolist(), weights.tolist(), positions.tolist())
     return examples
 
 
@@ -76,9 +82,8 @@ def epoch(source, number=0):
     """One epoch's examples, read row by row."""
     examples = {}
     order = []
-    for index in range(
-        number * source.rows_per_epoch, (number + 1) * source.rows_per_epoch
-    ):
+    first = number * source.rows_per_epoch
+    for index in range(first, first + source.rows_per_epoch):
         row_examples = found(source.rows(index // ROWS, [index % ROWS]))
         assert not row_examples.keys() & examples.keys()
         examples |= row_examples
@@ -89,7 +94,8 @@ def epoch(source, number=0):
 @pytest.mark.parametrize("packed", [1, 3, None])
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(file, packed):
     source = make(file, examples_per_row=packed)
-    (first, order), (second, other) = epoch(source), epoch(source, 1)
+    first, order = epoch(source)
+    second, other = epoch(source, 1)
     assert first == second
     assert order != other
     for i, (tokens, weights, positions) in first.items():
@@ -98,8 +104,10 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(file, packed):
         assert positions == list(range(len(tokens)))
     assert sorted(first) == list(range(EXAMPLES))
     assert epoch(make(file, examples_per_row=None))[0] == epoch(make(file))[0]
-    assert packed is not None or source.rows_per_epoch < EXAMPLES / 2
-    assert packed is None or np.diff(source.row_offsets).max() == packed
+    if packed is None:
+        assert source.rows_per_epoch < EXAMPLES / 2
+    else:
+        assert np.diff(source.row_offsets).max() == packed
 
 
 @pytest.mark.parametrize("packed", [1, 3, None])

@@ -138,27 +138,31 @@ def test_rebuild_with_equal_inputs_does_nothing(
 
 
 def test_other_inputs_need_force(tmp_path, corpus, byte_tokenizer, folder_bytes):
-    out, folder = tmp_path / "store", tmp_path / "corpus"
+    out = tmp_path / "store"
+    folder = tmp_path / "corpus"
     build_store(corpus, byte_tokenizer(), out, workers=1)
     before = folder_bytes(out)
 
-    def refused(source=corpus, tokenizer=None, **settings):
+    def refused(source=corpus, tokenizer=None, split="all", heldout_fraction=0.0):
+        """What is said to differ."""
         with pytest.raises(MaxlmError) as caught:
             build_store(
-                source, tokenizer or byte_tokenizer(), out, workers=1, **settings
+                source,
+                tokenizer or byte_tokenizer(),
+                out,
+                split=split,
+                heldout_fraction=heldout_fraction,
+                workers=1,
             )
         assert folder_bytes(out) == before
         prefix = f"{out}: the store here was built from other inputs: "
-        return (
-            str(caught.value)
-            .removeprefix(prefix)
-            .partition("; choose another folder, or ")[0]
-        )
+        text = str(caught.value).removeprefix(prefix)
+        difference, _, _ = text.partition("; choose another folder, or ")
+        return difference
 
     old, new = (hashlib.sha256(f"{s} 300".encode()).hexdigest()[:12] for s in (0, 1))
-    assert (
-        refused(tokenizer=byte_tokenizer(1)) == f"another tokenizer ({old}, now {new})"
-    )
+    difference = f"another tokenizer ({old}, now {new})"
+    assert refused(tokenizer=byte_tokenizer(1)) == difference
     assert refused(split="train", heldout_fraction=0.1) == "split was all, now train"
     other_policy = corpus.model_copy(update={"on_bad_bytes": "replace"})
     assert refused(other_policy) == "on_bad_bytes was error, now replace"

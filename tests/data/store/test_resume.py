@@ -46,9 +46,7 @@ def stop_after(count, monkeypatch, name="tokenize_part", module=build_module):
     return calls
 
 
-def build_until_stopped(
-    source, tokenizer, out, count, name="tokenize_part", **settings
-):
+def build_until_stopped(source, tokenizer, out, count, name="tokenize_part"):
     """Build, stopped at call number `count` of `name`; returns the parts that were
     made."""
     with pytest.MonkeyPatch.context() as patch:
@@ -56,11 +54,8 @@ def build_until_stopped(
         if name != "tokenize_part":
             stop_after(count, patch, name)
         with pytest.raises(Stopped):
-            build_store(source, tokenizer, out, **settings)
+            build_store(source, tokenizer, out, workers=1)
     return finished
-
-
-SETTINGS = {"workers": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -69,19 +64,17 @@ def small_parts(set_part_bytes):
 
 
 def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
-    build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", **SETTINGS)
+    build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", workers=1)
     out = tmp_path / "store"
     done = 0
     for count in (0, 1, 3):
-        build_until_stopped(corpus, byte_tokenizer(), out, count, **SETTINGS)
+        build_until_stopped(corpus, byte_tokenizer(), out, count)
         done += count
         assert not out.exists()
-    calls = build_until_stopped(
-        corpus, byte_tokenizer(), out, 0, "create_array", **SETTINGS
-    )
+    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "create_array")
     with pytest.MonkeyPatch.context() as patch:
         again = stop_after(0, patch)
-        build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+        build_store(corpus, byte_tokenizer(), out, workers=1)
     assert again == []
     assert [call.index for call in calls] == list(range(done, done + len(calls)))
     assert len(calls) > 2
@@ -92,11 +85,11 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
 def test_a_part_that_a_power_failure_left_empty_is_made_again(
     tmp_path, corpus, byte_tokenizer, folder_bytes
 ):
-    build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", **SETTINGS)
-    build_until_stopped(corpus, byte_tokenizer(), tmp_path / "store", 2, **SETTINGS)
+    build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", workers=1)
+    build_until_stopped(corpus, byte_tokenizer(), tmp_path / "store", 2)
     finished = sorted((tmp_path / ".store.building").rglob("*.json"))
     finished[-1].write_bytes(b"")
-    build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
+    build_store(corpus, byte_tokenizer(), tmp_path / "store", workers=1)
     assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "unbroken")
 
 
@@ -105,19 +98,19 @@ def test_a_kill_while_a_store_is_replaced_loses_neither(
 ):
     out = tmp_path / "store"
     tokenizer = byte_tokenizer(7)
-    old = build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+    old = build_store(corpus, byte_tokenizer(), out, workers=1)
     with pytest.MonkeyPatch.context() as patch:
         stop_after(1, patch, "rename", os)
         with pytest.raises(Stopped):
-            build_store(corpus, tokenizer, out, force=True, **SETTINGS)
+            build_store(corpus, tokenizer, out, force=True, workers=1)
     assert not out.exists()
     with pytest.raises(MaxlmError, match="built from other inputs: another tokenizer"):
-        build_store(corpus, tokenizer, out, **SETTINGS)
+        build_store(corpus, tokenizer, out, workers=1)
     assert TokenStore.open(out).manifest == old
     (tmp_path / ".store.building" / "replaced" / "left").mkdir(
         parents=True
     )  # By a later kill.
-    new = build_store(corpus, tokenizer, out, force=True, **SETTINGS)
+    new = build_store(corpus, tokenizer, out, force=True, workers=1)
     assert TokenStore.open(out).manifest == new != old
     assert not (tmp_path / ".store.building").exists()
 
@@ -128,7 +121,7 @@ def test_parts_of_other_inputs_are_not_used(
 ):
     out = tmp_path / "store"
     tokenizer = byte_tokenizer()
-    build_until_stopped(corpus, tokenizer, out, 3, **SETTINGS)
+    build_until_stopped(corpus, tokenizer, out, 3)
     if change == "text":
         path = tmp_path / "a.jsonl"
         path.write_text(path.read_text().replace("text 0", "next 0"))
@@ -136,8 +129,8 @@ def test_parts_of_other_inputs_are_not_used(
         tokenizer = byte_tokenizer(7)
     else:
         set_part_bytes(200)
-    build_store(corpus, tokenizer, out, **SETTINGS)
-    build_store(corpus, tokenizer, tmp_path / "fresh", **SETTINGS)
+    build_store(corpus, tokenizer, out, workers=1)
+    build_store(corpus, tokenizer, tmp_path / "fresh", workers=1)
     stores = [TokenStore.open(path) for path in (out, tmp_path / "fresh")]
     first, second = (store.read(0, store.num_tokens).tolist() for store in stores)
     assert first == second
@@ -151,8 +144,8 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path, corpus, byte_tokenizer):
         with pytest.raises(
             MaxlmError, match=r"store.building: another process is at work in this"
         ):
-            build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
-    build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
+            build_store(corpus, byte_tokenizer(), tmp_path / "store", workers=1)
+    build_store(corpus, byte_tokenizer(), tmp_path / "store", workers=1)
 
 
 JOINED = """
@@ -182,7 +175,7 @@ JOINED = """
 @pytest.mark.parametrize("kill", [False, True])
 def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes, kill):
     """The same files as one builder's, whoever dies."""
-    build_store(corpus, byte_tokenizer(), tmp_path / "alone", **SETTINGS)
+    build_store(corpus, byte_tokenizer(), tmp_path / "alone", workers=1)
     script = [sys.executable, "-c", textwrap.dedent(JOINED), str(tmp_path)]
     script.append(os.path.dirname(__file__))
     builders = [
@@ -202,7 +195,7 @@ def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes
     assert len(part_numbers) - len(set(part_numbers)) <= kill
     assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "alone")
     assert not (tmp_path / ".store.building").exists()
-    build_store(corpus, byte_tokenizer(), tmp_path / "store", join=True, **SETTINGS)
+    build_store(corpus, byte_tokenizer(), tmp_path / "store", join=True, workers=1)
 
 
 @pytest.mark.parametrize("name", ["tokenize_part", "create_array", "write_manifest"])

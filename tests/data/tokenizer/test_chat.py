@@ -52,10 +52,19 @@ TEMPLATES = {
 }
 
 
-def transformers_text(folder, messages, **settings) -> str:
+def transformers_text(
+    folder, messages, tools=None, add_generation_prompt=False, **variables: str
+) -> str:
+    """What transformers' tokenizer renders, with further variables of the template."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    return theirs.apply_chat_template(messages, tokenize=False, **settings)
+    return theirs.apply_chat_template(
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=False,
+        **variables,
+    )
 
 
 def with_template(folder, template, name="smollm2"):
