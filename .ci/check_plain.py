@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("maxlm", "pallas_kernels")
+FOLDERS = ("maxlm", "pallas_kernels", "tests", "benchmarks", "docs")
 # They say that you have something, and not what it is.
 GENERIC_NAMES = {
     *("own", "what", "found", "given", "held", "kept", "told", "how", "made", "each"),

@@ -81,7 +81,7 @@ MILLI = 1e-3
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
 
-class AttentionShape(NamedTuple):
+class MeasuredShape(NamedTuple):
     """Of one layer's attention to a micro-batch on a device."""
 
     rows: int
@@ -91,7 +91,7 @@ class AttentionShape(NamedTuple):
     head_dim: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> "AttentionShape":
+    def of(cls, config: RunConfig) -> "MeasuredShape":
         """In this recipe all devices split the rows, and none the heads."""
         model: Any = config.model
         attention, devices = model.attention, parse_topology(TOPOLOGY).devices
@@ -162,10 +162,10 @@ def both_passes(*, shape: Sequence[int], blocks: Any) -> Program:
         o, gradients = jax.vjp(attend, q, k, v)
         return o, gradients(d_o)
 
-    return run, AttentionShape(*shape).operands()
+    return run, MeasuredShape(*shape).operands()
 
 
-def xla_pass(shape: AttentionShape, backward: bool) -> Program:
+def xla_pass(shape: MeasuredShape, backward: bool) -> Program:
     q, k, v, d_o, ids = shape.operands()
     sums = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
 
@@ -188,7 +188,7 @@ class KernelPass(NamedTuple):
 
 
 def kernel_passes(
-    shape: AttentionShape, blocks: Sequence[Any]
+    shape: MeasuredShape, blocks: Sequence[Any]
 ) -> tuple[list[KernelPass], dict[str, Any]]:
     """The fastest forward and backward pass, and their blocks; each of ``blocks`` has
     both's."""
@@ -207,7 +207,7 @@ def kernel_passes(
     return passes, best
 
 
-def xla_bound(shape: AttentionShape, backward: bool) -> KernelPass:
+def xla_bound(shape: MeasuredShape, backward: bool) -> KernelPass:
     """Cycles in which the chip's memory moves what this pass reads and writes."""
     function, arguments = xla_pass(shape, backward)
     on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
@@ -224,7 +224,7 @@ def row(case: str) -> tuple[list[str], str]:
     """Cells of the table, once the step is known to have this attention and no other; a
     note."""
     config = load_config(RunConfig, RUN, OVERRIDES).value
-    shape = AttentionShape.of(config)
+    shape = MeasuredShape.of(config)
     note = ""
     swaps = {}
     if case == "xla":

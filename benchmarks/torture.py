@@ -36,7 +36,15 @@ from same_run import (
     furthest,
     left_behind,
 )
-from torture_hosts import PATIENCE, Attempt, Job, Layout, last_step, listed, started
+from torture_hosts import (
+    PATIENCE,
+    HostAttempt,
+    Layout,
+    TortureJob,
+    last_step,
+    listed,
+    started,
+)
 
 LOST = 76
 PEERS = 20  # seconds that hosts wait for each other, at the start and later
@@ -110,7 +118,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         text = options.text or [f"{sysconfig.get_path('stdlib')}/asyncio/*.py"]
         write_config(folder, text, options.steps)
-        job = Job(folder, options.steps)
+        job = TortureJob(folder, options.steps)
         layouts = (ONE, TWO, ALONE, REPLICAS)
         startup = {layout.hosts: unbroken(job, layout) for layout in layouts}
         limit = SLACK * rounding(job, (ONE, ALONE, REPLICAS))
@@ -165,7 +173,7 @@ def write_config(folder: Path, text: Sequence[str], steps: int) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def to_the_end(attempt: Attempt) -> None:
+def to_the_end(attempt: HostAttempt) -> None:
     for process in attempt.processes:
         process.wait(PATIENCE)
     if not attempt.done():
@@ -173,7 +181,7 @@ def to_the_end(attempt: Attempt) -> None:
         sys.exit(f"{attempt.name} ended with {codes}: see its .log (--folder keeps it)")
 
 
-def unbroken(job: Job, layout: Layout) -> float:
+def unbroken(job: TortureJob, layout: Layout) -> float:
     """Train without a break; seconds from the start to the first step."""
     name = unbroken_name(layout)
     print(f"unbroken run: {layout} ...", flush=True)
@@ -189,7 +197,7 @@ def unbroken_name(layout: Layout) -> str:
 
 
 def broken(
-    job: Job,
+    job: TortureJob,
     campaign: Campaign,
     count: int,
     startup: dict[int, float],
@@ -224,7 +232,7 @@ def broken(
 
 
 def wait_for(
-    attempt: Attempt, aim: str, target: int, startup: float, choose: random.Random
+    attempt: HostAttempt, aim: str, target: int, startup: float, choose: random.Random
 ) -> None:
     """Return at a random moment of start-up or restoring, or of what is aimed at from
     ``target`` on."""
@@ -248,7 +256,7 @@ def wait_for(
 
 
 def kill(
-    attempt: Attempt,
+    attempt: HostAttempt,
     campaign: Campaign,
     layout: Layout,
     aim: str,
@@ -300,7 +308,7 @@ def kill(
     )
 
 
-def newest(job: Job, name: str, layout: Layout | None) -> int:
+def newest(job: TortureJob, name: str, layout: Layout | None) -> int:
     """The newest checkpoint that is complete; hosts' own count for the ``layout`` they
     are of."""
     folder = job.run(name) / "checkpoints"
@@ -320,7 +328,7 @@ def newest(job: Job, name: str, layout: Layout | None) -> int:
     return max(steps, default=0)
 
 
-def lost_progress(attempt: Attempt, saved: int) -> str:
+def lost_progress(attempt: HostAttempt, saved: int) -> str:
     """In words, if training went on from before what was saved, or found it damaged."""
     event = attempt.went_on()
     if event is None:
@@ -331,7 +339,7 @@ def lost_progress(attempt: Attempt, saved: int) -> str:
     return f"checkpoints {damaged} were damaged" if damaged else ""
 
 
-def rounding(job: Job, layouts: Sequence[Layout]) -> float:
+def rounding(job: TortureJob, layouts: Sequence[Layout]) -> float:
     """The most that an array differs by between unbroken runs on different meshes."""
     states = [
         final_arrays(job.run(unbroken_name(layout)), job.steps) for layout in layouts
@@ -339,7 +347,7 @@ def rounding(job: Job, layouts: Sequence[Layout]) -> float:
     return max(furthest(*pair)[1] for pair in combinations(states, 2))
 
 
-def differences(job: Job, campaign: Campaign, limit: float) -> list[Compared]:
+def differences(job: TortureJob, campaign: Campaign, limit: float) -> list[Compared]:
     whole = unbroken_name(campaign.like)
     same = all(layout == campaign.like for layout in campaign.layouts)
     runs = job.run(whole), job.run(campaign.name)

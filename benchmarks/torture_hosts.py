@@ -36,7 +36,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Job:
+class TortureJob:
     """Where the runs of all campaigns lie."""
 
     folder: Path
@@ -52,10 +52,10 @@ class Job:
         return self.folder / "remote" / name
 
 
-class Attempt:
+class HostAttempt:
     """The processes of one start, each leading a process group of its own."""
 
-    def __init__(self, job: Job, name: str, layout: Layout):
+    def __init__(self, job: TortureJob, name: str, layout: Layout):
         self.run = job.run(name)
         self.name = name
         self.remote = job.remote(name)
@@ -71,7 +71,7 @@ class Attempt:
         ]
 
     def _start(
-        self, job: Job, layout: Layout, number: int, coordinator: str
+        self, job: TortureJob, layout: Layout, number: int, coordinator: str
     ) -> subprocess.Popen[bytes]:
         command = [sys.executable, WITNESS, job.seen(self.name), "train"]
         command += [job.folder / "config.yaml", f"name={self.name}"]
@@ -175,9 +175,9 @@ class Attempt:
 
 
 @contextmanager
-def started(job: Job, name: str, layout: Layout) -> Iterator[Attempt]:
+def started(job: TortureJob, name: str, layout: Layout) -> Iterator[HostAttempt]:
     """Nothing of it is left behind."""
-    attempt = Attempt(job, name, layout)
+    attempt = HostAttempt(job, name, layout)
     try:
         yield attempt
     finally:

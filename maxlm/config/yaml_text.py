@@ -85,7 +85,8 @@ class _Loader(yaml.SafeLoader):
         line = mark.line + 1 if self.track_lines and mark else None
         return SettingOrigin(self.source, line)
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # PyYAML hands a node for the index of a mapping's value; its stubs say int.
         event = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag:

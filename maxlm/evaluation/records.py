@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
@@ -13,8 +14,8 @@ from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.progress import Progress
 
 Record = JsonObject
-Key = tuple[str | int, ...]
-"""The values of some of a record's fields, by which it is found."""
+Key = tuple[Any, ...]
+"""The values of some of a record's fields, names or numbers, by which it is found."""
 
 
 def read_json_records(
@@ -38,7 +39,7 @@ def read_json_records(
         try:
             record = json.loads(row) if isinstance(row, bytes) else row
         except (ValueError, RecursionError) as error:
-            record = None
+            record = {}
             fault = repr(error)
         else:
             fault = _find_fault(record, fields)

@@ -86,7 +86,7 @@ class RunHistory:
     @cached_property
     def seconds_by_activity(self) -> dict[str, float]:
         """Seconds of each of `PARTS`."""
-        totals = dict.fromkeys(PARTS, 0.0)
+        totals: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for piece in self.slices:
             for part, seconds in piece.seconds_by_activity.items():
                 totals[part] += seconds

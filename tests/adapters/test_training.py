@@ -41,7 +41,7 @@ ADAPTERS = {
 
 
 @TASKS.register("test_reference")
-class ReferenceTask(ClmTask):
+class FrozenReferenceTask(ClmTask):
     """Cross-entropy beside that of the model that training starts from."""
 
     kind: Literal["test_reference"] = "test_reference"  # pyright: ignore

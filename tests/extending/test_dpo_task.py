@@ -34,7 +34,7 @@ SIDES = ("chosen", "rejected")
 
 
 @TASKS.register("test_dpo")
-class DpoTask(Task):
+class MinimalDpoTask(Task):
     """Prefer the chosen answer to the rejected one."""
 
     reads_text = False
@@ -199,10 +199,10 @@ def test_a_mesh_that_it_does_not_declare_is_refused(axis, make_config, monkeypat
     assert str(caught.value) == (
         f"mesh.{axis}: {axis}=2 {meaning}, and task.kind=test_dpo does not say that it "
         f"supports "
-        f"this; set it to 1, or if it does, declare mesh_axes with '{axis}' in DpoTask "
+        f"this; set it to 1, or if it does, declare mesh_axes with '{axis}' in MinimalDpoTask "
         "(docs/tasks.md)"
     )
-    monkeypatch.setattr(DpoTask, "mesh_axes", frozenset({axis}))
+    monkeypatch.setattr(MinimalDpoTask, "mesh_axes", frozenset({axis}))
     assert set_up_run(config).mesh.shape[axis] == 2
 
 

@@ -69,7 +69,7 @@ class Lora(Leaf):
 
 
 @ADAPTERS.register("test_lora")
-class LoraAdapter(Adapter):
+class MinimalLora(Adapter):
     """Every hidden matrix outside experts gains A and B."""
 
     kind: Literal["test_lora"] = "test_lora"
@@ -148,7 +148,7 @@ def models():
     ):
         base = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
         specs = param_specs(base)
-        adapted = bind_specs(base, LoraAdapter().adapt(specs))
+        adapted = bind_specs(base, MinimalLora().adapt(specs))
         params = init_params(specs, jax.random.key(0))
         fresh = init_params(param_specs(adapted), jax.random.key(1))
         yield base, adapted, params, replace_base_params(fresh, params)

@@ -62,7 +62,7 @@ def parse(**settings: Any) -> Any:
 
 
 @dataclass
-class Case:
+class CacheCase:
     """Sequences of random tokens, and how they are attended to."""
 
     config: Any
@@ -218,7 +218,7 @@ def round_to(x: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return np.clip(np.round((x - zero) / scale), 0, 15) * scale + zero
 
 
-def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
+def simulate_kivi(case: CacheCase, q, k, v, blocks, ring: int) -> np.ndarray:
     """One row's answers [T, N, Hv]: pages older than the recent ones are rounded."""
     N, K = case.heads
     page = case.page
@@ -245,7 +245,9 @@ def simulate_kivi(case: Case, q, k, v, blocks, ring: int) -> np.ndarray:
     return out
 
 
-def simulate_eviction(case: Case, q, k, v, blocks) -> tuple[np.ndarray, list[set[int]]]:
+def simulate_eviction(
+    case: CacheCase, q, k, v, blocks
+) -> tuple[np.ndarray, list[set[int]]]:
     """One row's answers [T, N, Hv], and each kv head's tokens at the end."""
     (N, K), config = case.heads, case.config
     budget = min(config.budget, case.window or config.budget)
@@ -315,7 +317,7 @@ def check(outputs, expected, known) -> None:
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.more), "int4"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
-    case = Case(parse(kind=kind, recent=3), **OPTIONS[name])
+    case = CacheCase(parse(kind=kind, recent=3), **OPTIONS[name])
     (q, k, v), outputs, known, cache = case.run(one_device_mesh, STEPS)
     assert not isinstance(cache, PagedCache)
     both = [
@@ -337,7 +339,7 @@ def test_quantized_answers_are_kivi_s(one_device_mesh, kind, name):
 @pytest.mark.parametrize("name", ["gqa", "mla"])
 def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
     recent = {} if kind == "paged" else {"recent": 3}
-    narrow = Case(parse(kind=kind, **recent), **OPTIONS[name], scale=8**-0.5)
+    narrow = CacheCase(parse(kind=kind, **recent), **OPTIONS[name], scale=8**-0.5)
     wide = replace(narrow, feature_multiple=12, scale=None)
     _, expected, known, _ = narrow.run(one_device_mesh, STEPS)
     _, outputs, _, cache = wide.run(one_device_mesh, STEPS)
@@ -349,7 +351,7 @@ def test_room_for_more_features_changes_no_answer(one_device_mesh, kind, name):
 @pytest.mark.heavy
 def test_rejected_guesses_leave_no_trace(one_device_mesh):
     """Rows try 4 tokens a step, and 1 to 4 are right."""
-    case = Case(parse(kind="int4", recent=5))
+    case = CacheCase(parse(kind="int4", recent=5))
     rng = np.random.default_rng(0)
     steps: Any = [*STEPS[:2], ({}, {2: 1, 3: 10})]
     steps += [({r: int(rng.integers(1, 5)) for r in range(4)}, {}) for _ in range(9)]
@@ -368,7 +370,7 @@ EVICTING = {
 }
 
 
-def check_eviction(case: Case, mesh, steps=STEPS) -> None:
+def check_eviction(case: CacheCase, mesh, steps=STEPS) -> None:
     (q, k, v), outputs, known, cache = case.run(mesh, steps)
     positions = np.asarray(cache.positions)
     for shard in range(len(outputs)):
@@ -394,12 +396,14 @@ def check_eviction(case: Case, mesh, steps=STEPS) -> None:
 @pytest.mark.parametrize("kind", EVICTING)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_evicting_caches_keep_what_a_simulation_keeps(one_device_mesh, kind, name):
-    check_eviction(Case(EVICTING[kind], **OPTIONS[name]), one_device_mesh)
+    check_eviction(CacheCase(EVICTING[kind], **OPTIONS[name]), one_device_mesh)
 
 
 def test_heavy_hitters_over_many_steps(one_device_mesh):
     steps = [*STEPS, *[(DECODE, {})] * 14]
-    check_eviction(Case(parse(kind="h2o", budget=12, recent=5)), one_device_mesh, steps)
+    check_eviction(
+        CacheCase(parse(kind="h2o", budget=12, recent=5)), one_device_mesh, steps
+    )
 
 
 @pytest.mark.heavy
@@ -414,8 +418,8 @@ def test_heavy_hitters_over_many_steps(one_device_mesh):
 def test_eight_devices_answer_alike(mesh, name):
     eight = mesh(data=2, fsdp=2, tensor=2)
     for kind in EVICTING:
-        check_eviction(Case(EVICTING[kind], **OPTIONS[name]), eight)
-    case = Case(parse(kind="int4", recent=3), **OPTIONS[name])
+        check_eviction(CacheCase(EVICTING[kind], **OPTIONS[name]), eight)
+    case = CacheCase(parse(kind="int4", recent=3), **OPTIONS[name])
     (q, k, v), outputs, known, _ = case.run(eight, STEPS)
     for d in range(4):
         expected = [
@@ -434,7 +438,7 @@ def test_devices_that_compute_all_keys_answer_alike(
     mesh, one_device_mesh, kind, tensor
 ):
     config = EVICTING[kind] if kind == "h2o" else parse(kind=kind)
-    case = Case(config, **OPTIONS["cap, slopes"], sinks=OPTIONS["sinks"]["sinks"])
+    case = CacheCase(config, **OPTIONS["cap, slopes"], sinks=OPTIONS["sinks"]["sinks"])
     _, expected, known, _ = case.run(one_device_mesh, STEPS)
     _, outputs, _, _ = replace(case, whole_keys=True).run(mesh(tensor=tensor), STEPS)
     check(outputs[0], expected[0], known)

@@ -17,7 +17,7 @@ DEAD = (0, 1)
 """An empty uniform row."""
 
 
-class Case(NamedTuple):
+class PagedCase(NamedTuple):
     """One call; arrays follow from ``seed``."""
 
     rows: Sequence[tuple[int, int]]
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     seed: int = 0
 
 
-def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+def build(case: PagedCase) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """Arguments as NumPy arrays; options that are arrays; static options. What no query
     may read is garbage: other pages, tokens behind a row's end, pages that a window has
     left behind."""
@@ -124,7 +124,7 @@ class Implementation(TypedDict, total=False):
     interpret: Any
 
 
-def run(case: Case, **call: Unpack[Implementation]) -> tuple[Any, Any]:
+def run(case: PagedCase, **call: Unpack[Implementation]) -> tuple[Any, Any]:
     """o and lse of an implementation, compiled."""
     arguments, arrays, static = build(case)
     return run_built(arguments, arrays, static, **call)
@@ -141,7 +141,7 @@ def run_built(
 
 
 def check(
-    case: Case, *, tolerance: float = 2e-5, **call: Unpack[Implementation]
+    case: PagedCase, *, tolerance: float = 2e-5, **call: Unpack[Implementation]
 ) -> None:
     """Results are the reference's to ``tolerance``, of the largest value where that is
     above 1; and zeros and −inf of queries that are no row's."""

@@ -74,7 +74,7 @@ def test_a_typo_among_the_options():
         kernel.attention(q, q, q, windw=4)
 
 
-class Kernel:
+class RecordedKernel:
     """Records what it is asked to do, and gives its name's length everywhere."""
 
     def __init__(self, name: str, *, supported: bool):
@@ -121,7 +121,7 @@ def test_the_platform_of_the_mesh_in_use_chooses_the_kernel(
     monkeypatch, target, unsupported, chosen
 ):
     names = "tpu", "hopper", "triton", "xla"
-    kernels = {x: Kernel(x, supported=x not in unsupported) for x in names}
+    kernels = {x: RecordedKernel(x, supported=x not in unsupported) for x in names}
     monkeypatch.setattr(api, "_module", kernels.__getitem__)
     q, k, v = (np.zeros(shape, np.float32) for shape in SHAPES)
     mesh = AbstractMesh((1,), ("data",), abstract_device=target)

@@ -26,7 +26,7 @@ BLOCKS = ((128, 128), (256, 128), (128, 256), (256, 256), (512, 128), (384, 128)
 SHIFTS = (0, 0, 128, -128, 256, 512, 1280, -256, 1, -1, 77, -300, 700)
 
 
-class Case(NamedTuple):
+class WalkCase(NamedTuple):
     S: int
     T: int
     blocks: tuple[int, int]
@@ -69,12 +69,12 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw) -> Case:
+def cases(draw) -> WalkCase:
     S = draw(st.sampled_from(LENGTHS))
     blocks = draw(st.sampled_from(BLOCKS))
     causal = draw(st.sampled_from((True, True, False)))
     windows = st.none() | st.sampled_from((1, 2, 100, 128, 129, 255, 256, 300, 5000))
-    return Case(
+    return WalkCase(
         S=S,
         T=draw(st.just(S) | st.sampled_from(LENGTHS)),
         blocks=blocks,
@@ -105,7 +105,7 @@ class Visited(NamedTuple):
     """Queries [·, ·) and keys [·, ·)."""
 
 
-def visited(case: Case, options: dict) -> list[Visited]:
+def visited(case: WalkCase, options: dict) -> list[Visited]:
     """What the kernel's own loops visit, for each row of the batch."""
     at = (options["q_offset"], options["k_offset"])
     q_ids, k_ids = options.get("segment_ids", (None, None))
@@ -137,7 +137,7 @@ def visited(case: Case, options: dict) -> list[Visited]:
     return visits
 
 
-def recorders(case: Case, seen: Visited, i: int):
+def recorders(case: WalkCase, seen: Visited, i: int):
     bq, bk = case.blocks
 
     def start():
@@ -175,7 +175,7 @@ def any_in(pairs: np.ndarray, tile: tuple[int, int, int, int]) -> bool:
 
 
 # Few keys, many blocks before the queries, and all of them inside a wide window.
-FAR = Case(
+FAR = WalkCase(
     128, 256, (128, 128), (128, 128), False, True, 5000, 1280, False, None, "none", 0
 )
 
@@ -226,7 +226,7 @@ def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
 
 
 def no_more_than_needed(
-    case: Case, options: dict, seen: Visited, pairs: np.ndarray
+    case: WalkCase, options: dict, seen: Visited, pairs: np.ndarray
 ) -> None:
     """Visited tiles hold a pair that causality and the window allow (padding counted as
     tokens): each of them at the fixed edges, its block as a whole in the loops. Of

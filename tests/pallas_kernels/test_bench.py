@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kernel_cycles.contests import Contender, Pass, cache
 from benchmarks.kernel_cycles.contests.contest import OWN, Row
-from benchmarks.kernel_cycles.contests.survey import Cell
+from benchmarks.kernel_cycles.contests.survey import ContestCell
 from benchmarks.kernel_cycles.contests.table import table
 from benchmarks.kernel_cycles.static import (
     CHIPS,
@@ -65,10 +65,10 @@ def outcomes(of: Pass, **results) -> dict:
 
 def test_a_cell_shows_time_ratio_spills_and_memory_beside_the_best_peer():
     results = {
-        Cell(SHAPE, "v5p", "forward"): outcomes(
+        ContestCell(SHAPE, "v5p", "forward"): outcomes(
             FORWARD, own=costs(90.0), splash=costs(125.0), flash=costs(100.0)
         ),
-        Cell(SHAPE, "v5p", "backward"): outcomes(
+        ContestCell(SHAPE, "v5p", "backward"): outcomes(
             BACKWARD,
             own=costs(100.0, 1900.4, temp=8_700_000, spills=1234),
             splash=costs(1.0, 2000.0, temp=2_500_000_000),

@@ -8,25 +8,25 @@ import pytest
 
 from pallas_kernels.paged_attention import QuantizedPages, paged_attention, write_pages
 from pallas_kernels.paged_attention.xla import XlaBlockSizes
-from tests.pallas_kernels.paged_cases import DEAD, Case, build, check, run_built
+from tests.pallas_kernels.paged_cases import DEAD, PagedCase, build, check, run_built
 
 SMALL = {"backend": "xla", "block_sizes": XlaBlockSizes(8, 48)}
 DECODE = [(37, 1), DEAD, (1, 1), (150, 1), (64, 1)]
 CHUNKS = [(50, 13), (9, 9), (130, 1), (33, 0), (60, 37)]
 FEATURES = {"soft_cap": 3.0, "slopes": True, "sinks": True}
-WINDOWED = Case(DECODE + CHUNKS, num_uniform=5, window=90, padding=2)
+WINDOWED = PagedCase(DECODE + CHUNKS, num_uniform=5, window=90, padding=2)
 CASES = {
-    "decode": Case(DECODE, num_uniform=5),
-    "decode of several tokens, everything": Case(
+    "decode": PagedCase(DECODE, num_uniform=5),
+    "decode of several tokens, everything": PagedCase(
         [(37, 3), (0, 3), (3, 3), (200, 3)],
         num_uniform=4,
         window=21,
         reach=9,
         **FEATURES,
     ),
-    "one row": Case([(100, 1)], (9, 3, 64, 64), num_uniform=1),
-    "ragged": Case(CHUNKS, padding=5),
-    "mixed, everything": Case(
+    "one row": PagedCase([(100, 1)], (9, 3, 64, 64), num_uniform=1),
+    "ragged": PagedCase(CHUNKS, padding=5),
+    "mixed, everything": PagedCase(
         DECODE + CHUNKS,
         (8, 1, 24, 40),
         32,
@@ -37,20 +37,20 @@ CASES = {
         seed=1,
         **FEATURES,
     ),
-    "mixed, limits": Case(
+    "mixed, limits": PagedCase(
         DECODE + CHUNKS, num_uniform=5, limited=True, sinks=True, padding=1
     ),
-    "latent": Case(DECODE + CHUNKS, (4, 1, 64, 48), num_uniform=5, latent=True),
-    "bf16": Case(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
-    "int8": Case(DECODE + CHUNKS, num_uniform=5, kind="int8"),
-    "int8 with zeros, latent": Case(
+    "latent": PagedCase(DECODE + CHUNKS, (4, 1, 64, 48), num_uniform=5, latent=True),
+    "bf16": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
+    "int8": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="int8"),
+    "int8 with zeros, latent": PagedCase(
         DECODE + CHUNKS,
         (4, 1, 56, 40),
         num_uniform=5,
         kind="int8 with zeros",
         latent=True,
     ),
-    "int4": Case(
+    "int4": PagedCase(
         DECODE + CHUNKS, (3, 3, 16, 24), 32, num_uniform=5, kind="int4", window=40
     ),
 }
@@ -67,7 +67,7 @@ def test_xla_equals_the_reference(case, call):
 def test_other_rows_change_nothing():
     """Bit for bit: their lengths, tokens and pages, and all pages that are nobody's."""
     check_independence(SMALL)
-    long = Case([(300, 1), (200, 1), (750, 40)], (2, 1, 64, 64), num_uniform=2)
+    long = PagedCase([(300, 1), (200, 1), (750, 40)], (2, 1, 64, 64), num_uniform=2)
     check_independence({"backend": "xla"}, long)
 
 
@@ -99,7 +99,7 @@ def check_independence(call, case=WINDOWED):
 def test_only_blocks_that_someone_sees_are_read():
     """Neither behind the longest row nor before the first window: pages of NaN there,
     which would spoil what a weight of 0 is multiplied by."""
-    case = Case([(170, 1), (200, 1), (260, 30)], num_uniform=2, window=20)
+    case = PagedCase([(170, 1), (200, 1), (260, 30)], num_uniform=2, window=20)
     arguments, arrays, static = build(case)
     q, keys, values, tables, *rest = arguments
     expected = run_built(arguments, arrays, static, backend="xla")
@@ -145,13 +145,13 @@ def test_writes_are_in_place(dtype):
     ],
 )
 def test_what_does_not_belong_together_is_said(changes, message):
-    arguments, *_ = build(Case([(20, 1), (33, 12)]))
+    arguments, *_ = build(PagedCase([(20, 1), (33, 12)]))
     with pytest.raises(ValueError, match=message):
         paged_attention(*arguments, **changes)
 
 
 def test_scales_of_another_shape_are_refused():
-    (q, keys, values, *rest), *_ = build(Case([(20, 1)], kind="int8"))
+    (q, keys, values, *rest), *_ = build(PagedCase([(20, 1)], kind="int8"))
     with pytest.raises(ValueError, match="scale or zero of key_pages"):
         paged_attention(
             q, QuantizedPages(keys.codes, keys.scale[:1], None), values, *rest

@@ -4,7 +4,7 @@ tokens."""
 import pytest
 
 from pallas_kernels.paged_attention.triton import TritonPagedBlocks
-from tests.pallas_kernels.paged_cases import DEAD, Case, check
+from tests.pallas_kernels.paged_cases import DEAD, PagedCase, check
 from tests.pallas_kernels.test_paged_attention import (
     CHUNKS,
     DECODE,
@@ -18,26 +18,28 @@ TRITON = {
     "interpret": True,
 }
 CASES = {
-    "nobody": Case([DEAD, DEAD], num_uniform=2),
-    "ragged, sinks": Case(CHUNKS, padding=5, sinks=True),
-    "mixed, everything": Case(
+    "nobody": PagedCase([DEAD, DEAD], num_uniform=2),
+    "ragged, sinks": PagedCase(CHUNKS, padding=5, sinks=True),
+    "mixed, everything": PagedCase(
         DECODE + CHUNKS, (8, 1, 24, 40), 32, 5, padding=3, window=40, seed=1, **FEATURES
     ),
-    "several tokens, limits": Case(
+    "several tokens, limits": PagedCase(
         [(37, 3), (0, 3), (3, 3), (90, 3)],
         (9, 3, 16, 16),
         num_uniform=4,
         limited=True,
         sinks=True,
     ),
-    "latent": Case(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
-    "latent, the same parts": Case(DECODE, (4, 1, 48, 32), num_uniform=5, latent=True),
-    "bf16": Case(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
-    "int8": Case(DECODE + CHUNKS, num_uniform=5, kind="int8"),
-    "int8 with zeros, latent": Case(
+    "latent": PagedCase(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
+    "latent, the same parts": PagedCase(
+        DECODE, (4, 1, 48, 32), num_uniform=5, latent=True
+    ),
+    "bf16": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
+    "int8": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="int8"),
+    "int8 with zeros, latent": PagedCase(
         DECODE, (4, 1, 56, 40), num_uniform=5, kind="int8 with zeros", latent=True
     ),
-    "int4": Case(
+    "int4": PagedCase(
         DECODE + CHUNKS, (3, 3, 16, 24), 32, num_uniform=5, kind="int4", window=40
     ),
 }

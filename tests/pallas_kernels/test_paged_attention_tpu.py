@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.tpu import TpuPagedBlocks
-from tests.pallas_kernels.paged_cases import DEAD, Case, check
+from tests.pallas_kernels.paged_cases import DEAD, PagedCase, check
 from tests.pallas_kernels.test_paged_attention import (
     CHUNKS,
     DECODE,
@@ -24,25 +24,25 @@ TPU = {
     "interpret": POISONED,
 }
 CASES = {
-    "nobody": Case([DEAD, DEAD], num_uniform=2),
-    "ragged, sinks": Case(CHUNKS, padding=5, sinks=True),
-    "mixed, everything": Case(
+    "nobody": PagedCase([DEAD, DEAD], num_uniform=2),
+    "ragged, sinks": PagedCase(CHUNKS, padding=5, sinks=True),
+    "mixed, everything": PagedCase(
         DECODE + CHUNKS, (8, 1, 24, 40), 32, 5, padding=3, window=40, seed=1, **FEATURES
     ),
-    "several tokens, limits": Case(
+    "several tokens, limits": PagedCase(
         [(37, 3), (0, 3), (3, 3), (90, 3)],
         (9, 3, 16, 16),
         num_uniform=4,
         limited=True,
         sinks=True,
     ),
-    "latent": Case(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
-    "bf16": Case(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
-    "int8": Case(DECODE, (4, 2, 16, 16), 32, 5, kind="int8"),
-    "int8 with zeros, latent": Case(
+    "latent": PagedCase(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
+    "bf16": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
+    "int8": PagedCase(DECODE, (4, 2, 16, 16), 32, 5, kind="int8"),
+    "int8 with zeros, latent": PagedCase(
         DECODE, (4, 1, 56, 40), 32, num_uniform=5, kind="int8 with zeros", latent=True
     ),
-    "int4": Case(CHUNKS, (3, 3, 16, 24), 64, kind="int4", window=40),
+    "int4": PagedCase(CHUNKS, (3, 3, 16, 24), 64, kind="int4", window=40),
 }
 
 

@@ -63,7 +63,7 @@ def attend_on_mesh(
     )
 
 
-class Case(NamedTuple):
+class MeshCase(NamedTuple):
     mesh: dict[str, int]
     shape: tuple[int, ...]
     """B, S, T, N, K, H, Hv."""
@@ -79,14 +79,14 @@ CAPPED = {"scale": 0.9, "soft_cap": 1.5}
 BOTH_WAYS = {"causal": False}
 WINDOW = {"window": 7, **CAPPED}
 SPLIT = {
-    "packed, fewer kv heads than tensor, latent heads": Case(
+    "packed, fewer kv heads than tensor, latent heads": MeshCase(
         {"context": 2, "tensor": 4},
         (1, 20, 20, 8, 2, 6, 4),
         CAPPED,
         packed=True,
         sinks=True,
     ),
-    "window, slopes, multi-query": Case(
+    "window, slopes, multi-query": MeshCase(
         {"context": 4, "tensor": 2},
         (1, 24, 24, 8, 1, 3, 3),
         WINDOW,
@@ -94,20 +94,20 @@ SPLIT = {
         packed=True,
         sinks=True,
     ),
-    "window within a device": Case(
+    "window within a device": MeshCase(
         {"context": 4, "data": 2}, (2, 32, 32, 4, 2, 3, 3), {"window": 3}, sinks=True
     ),
-    "both ways, slopes": Case(
+    "both ways, slopes": MeshCase(
         {"context": 3}, (2, 12, 12, 3, 3, 4, 4), BOTH_WAYS, slopes=True, packed=True
     ),
-    "biases": Case(
+    "biases": MeshCase(
         {"context": 2, "tensor": 2, "fsdp": 2},
         (2, 12, 12, 4, 2, 3, 3),
         {},
         reach=4,
         packed=True,
     ),
-    "biases, both ways": Case(
+    "biases, both ways": MeshCase(
         {"context": 4, "data": 2},
         (2, 16, 16, 4, 1, 3, 3),
         {**BOTH_WAYS, **CAPPED},
@@ -116,10 +116,10 @@ SPLIT = {
     ),
 }
 WHOLE = {
-    "biases, heads split": Case(
+    "biases, heads split": MeshCase(
         {"data": 2, "tensor": 4}, (2, 9, 9, 8, 4, 3, 5), CAPPED, reach=3, packed=True
     ),
-    "biases, whole kv heads": Case(
+    "biases, whole kv heads": MeshCase(
         {"fsdp": 2, "tensor": 4},
         (4, 7, 7, 8, 2, 3, 3),
         BOTH_WAYS,
@@ -127,7 +127,7 @@ WHOLE = {
         reach=30,
         sinks=True,
     ),
-    "more keys": Case(
+    "more keys": MeshCase(
         {"data": 2, "tensor": 2},
         (2, 5, 11, 4, 2, 3, 4),
         BOTH_WAYS,
@@ -135,7 +135,7 @@ WHOLE = {
         reach=6,
         packed=True,
     ),
-    "fewer keys": Case({"data": 2}, (2, 9, 4, 2, 2, 4, 3), BOTH_WAYS, packed=True),
+    "fewer keys": MeshCase({"data": 2}, (2, 9, 4, 2, 2, 4, 3), BOTH_WAYS, packed=True),
 }
 
 
@@ -146,7 +146,7 @@ def rules_on(axes, kv_heads):
     return rules.model_copy(update={"kv_heads": ()}) if whole else rules
 
 
-def arrays(case: Case, seed: int = 0):
+def arrays(case: MeshCase, seed: int = 0):
     """(q, k, v, d_o), segments, slopes, what is learnt of each head."""
     B, S, T, N, K, H, Hv = case.shape
     q, k, v = reference.operands(B, S, T, N, K, H, seed, Hv)
@@ -197,7 +197,7 @@ def laid_out(axes, rules, operands, segments=None):
     return placed, None if segments is None else tuple(map(put, segments, rows))
 
 
-def assert_exact(results, case: Case, everything, order):
+def assert_exact(results, case: MeshCase, everything, order):
     (q, k, v, d_o), segments, slopes, learnt = everything
     options = {"segment_ids": segments, "slopes": slopes, **learnt, **case.options}
     o, _, *grads = reference.attention(q, k, v, d_o=d_o, **options)
@@ -210,7 +210,9 @@ def assert_exact(results, case: Case, everything, order):
         np.testing.assert_allclose(results[4][name], want, atol=3e-5, err_msg=name)
 
 
-def check(axes, case: Case, order=slice(None), *, method="all_gather", balanced=False):
+def check(
+    axes, case: MeshCase, order=slice(None), *, method="all_gather", balanced=False
+):
     rules = rules_on(axes, case.shape[4])
     everything = arrays(case)
     operands, segments, slopes, learnt = everything
@@ -254,7 +256,7 @@ def test_what_heads_learn_gets_its_gradient_by_heads_within_stages(method, mesh)
     own."""
     axes = mesh(stage=2, context=2, tensor=2)
     rules = rules_on(axes, 2)
-    case = Case({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, True, 3, packed=True, sinks=True)
+    case = MeshCase({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, True, 3, packed=True, sinks=True)
     seeds = [arrays(case, seed) for seed in range(2)]
     attend = partial(
         attend_on_mesh, rules=rules, method=method, balanced=True, **CAPPED
@@ -311,7 +313,7 @@ def test_each_method_communicates_as_it_should(method, forward, backward, mesh):
     rules = rules_on(axes, 4)
     with jax.set_mesh(axes):
         operands, _ = laid_out(
-            axes, rules, arrays(Case({}, (1, 16, 16, 4, 4, 3, 3), {}))[0]
+            axes, rules, arrays(MeshCase({}, (1, 16, 16, 4, 4, 3, 3), {}))[0]
         )
         attend = partial(attend_on_mesh, rules=rules, method=method, balanced=True)
         both = jax.jit(lambda *qkv: jax.vjp(attend, *qkv), compiler_options=QUICK)
@@ -336,7 +338,7 @@ def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
     rules = rules_on(axes, 1)
     with jax.set_mesh(axes):
         operands, _ = laid_out(
-            axes, rules, arrays(Case({}, (1, 32, 32, 1, 1, 3, 3), {}))[0]
+            axes, rules, arrays(MeshCase({}, (1, 32, 32, 1, 1, 3, 3), {}))[0]
         )
         run = pulled(partial(attend_on_mesh, rules=rules, method="ring", window=5))
         lowered = jax.jit(run).lower(operands, None, None, {})

@@ -63,7 +63,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-class Attention(nn.Module):
+class GrokAttention(nn.Module):
     def __init__(self):
         super().__init__()
         self.q_proj = linear(C.hidden_size, C.num_attention_heads * C.head_dim)
@@ -102,7 +102,7 @@ class Expert(nn.Module):
         )
 
 
-class Moe(nn.Module):
+class GrokMoe(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate = linear(C.hidden_size, C.num_experts)
@@ -125,8 +125,8 @@ class Layer(nn.Module):
         self.post_attn_norm = RMSNorm(C.hidden_size)
         self.pre_moe_norm = RMSNorm(C.hidden_size)
         self.post_moe_norm = RMSNorm(C.hidden_size)
-        self.attn = Attention()
-        self.moe_block = Moe()
+        self.attn = GrokAttention()
+        self.moe_block = GrokMoe()
 
     def forward(self, x):
         x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x)))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -85,9 +86,9 @@ class Programs(NamedTuple):
         return {name: array[0] for name, array in arrays.items()}
 
 
-def compute_loss(task, batch, **mesh):
-    """The loss's sums and gradient on a mesh."""
-    programs = find_programs(task, **mesh)
+def compute_loss(task, batch, mesh_sizes=MappingProxyType({})):
+    """The loss's sums and gradient on a mesh, by default of one device."""
+    programs = find_programs(task, mesh_sizes)
     (value, sums), gradient = programs.step(*programs.params, programs.put(task, batch))
     sums = {name: float(x) for name, x in {"loss": value, **sums}.items()}
     return sums, flatten_names(gradient)
@@ -104,9 +105,9 @@ def compute_outputs(task, batch):
     )
 
 
-def find_programs(task, **mesh):
+def find_programs(task, mesh_sizes=MappingProxyType({})):
     settings = task.model_dump_json(exclude={"files"})
-    return build_programs(type(task), settings, tuple(mesh.items()))
+    return build_programs(type(task), settings, tuple(mesh_sizes.items()))
 
 
 @cache
@@ -222,13 +223,13 @@ def test_the_loss_is_the_formulas(tmp_path):
 @pytest.mark.parametrize("mesh", [RING, pytest.param(CUBE, marks=pytest.mark.more)])
 def test_the_loss_is_alike_in_every_layout(mesh, tmp_path):
     task = make_task(tmp_path, **SETTINGS)
-    check_layout(task, make_batch(task, SEQ, ROWS), **mesh)
+    check_layout(task, make_batch(task, SEQ, ROWS), mesh)
 
 
-def check_layout(task, batch, **mesh):
+def check_layout(task, batch, mesh_sizes):
     """A mesh's loss and gradient are those of one device."""
     sums, gradient = compute_loss(task, batch)
-    other, spread = compute_loss(task, batch, **mesh)
+    other, spread = compute_loss(task, batch, mesh_sizes)
     assert other == pytest.approx(sums, rel=2e-5)
     for name, value in gradient.items():
         scale = np.abs(value).max()
@@ -295,7 +296,7 @@ def test_a_stored_teachers_loss_is_the_formulas_in_every_layout(mesh, tmp_path):
         for name, array in batch.items():
             array[i, : len(example["tokens"])] = example[name]
     if mesh:
-        check_layout(task, batch, **mesh)
+        check_layout(task, batch, mesh)
         return
     sums, _ = compute_loss(task, batch)
     outputs = compute_outputs(task, batch)

@@ -22,7 +22,7 @@ from benchmarks.kernel_cycles.static.measure import Spec
 from benchmarks.kernel_cycles.static.problems import Shape
 
 
-class Cell(NamedTuple):
+class ContestCell(NamedTuple):
     """Of the table."""
 
     shape: Shape
@@ -34,7 +34,7 @@ class Cell(NamedTuple):
 
 
 class _Contest(NamedTuple):
-    cell: Cell
+    cell: ContestCell
     of: Pass
     contenders: Sequence[Contender]
 
@@ -44,7 +44,7 @@ class _Contest(NamedTuple):
         return all(known(spec, self.cell.chip) for spec in specs)
 
 
-Results = Mapping[Cell, Mapping[str, Outcome]]
+Results = Mapping[ContestCell, Mapping[str, Outcome]]
 """By contender."""
 
 
@@ -63,7 +63,7 @@ def survey(
         say: told of each contest, with their count and the time left.
     """
     contests = _contests(problems, chips)
-    results: dict[Cell, dict[str, Outcome]] = {}
+    results: dict[ContestCell, dict[str, Outcome]] = {}
     spent: list[float] = []
     for count, one in enumerate(contests, 1):
         fresh = not one.known(known)
@@ -88,7 +88,7 @@ def _contests(
         for shape, benchmark in problems.items():
             contenders = [c for c in benchmark.contenders if c.peer == peer]
             contests += [
-                _Contest(Cell(shape, chip, of.name), of, contenders)
+                _Contest(ContestCell(shape, chip, of.name), of, contenders)
                 for chip in chips
                 for of in benchmark.passes
                 if contenders

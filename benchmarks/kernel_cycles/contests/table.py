@@ -4,7 +4,7 @@ figure."""
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.kernel_cycles.contests.contest import OWN, Outcome, Row, best_peer
-from benchmarks.kernel_cycles.contests.survey import Cell, Results
+from benchmarks.kernel_cycles.contests.survey import ContestCell, Results
 from benchmarks.kernel_cycles.static.problems import Shape
 
 GOAL = 0.90
@@ -54,7 +54,8 @@ def _cells(of, results: Results, shape: Shape, chips: Sequence[str]) -> list[str
     cells = []
     for chip in chips:
         passes = [
-            results[Cell(shape, chip, direction)] for direction in (_FORWARD, _BACKWARD)
+            results[ContestCell(shape, chip, direction)]
+            for direction in (_FORWARD, _BACKWARD)
         ]
         cells += of(*passes)
     return cells

@@ -66,8 +66,14 @@ def jax_splash(
             three.
     """
     parsed_mask = Mask.parse(mask)
-    blocks = {"forward": forward, "backward": backward, "backward_dq": backward_dq}
-    attend = jax_splash_attention(parsed_mask, heads, seq, **blocks)
+    attend = jax_splash_attention(
+        parsed_mask,
+        heads,
+        seq,
+        forward=forward,
+        backward=backward,
+        backward_dq=backward_dq,
+    )
     return _program(
         attend, parsed_mask.segment_ids(seq), gradient, (batch, heads, seq, head_dim)
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from maxlm.inference.cpu import paged_attention
-from tests.pallas_kernels.paged_cases import Case, check
+from tests.pallas_kernels.paged_cases import PagedCase, check
 from tests.pallas_kernels.test_paged_attention import (
     CASES,
     WINDOWED,
@@ -19,7 +19,7 @@ SUPPORTED = {
     "window": WINDOWED,
     "ragged": CASES["ragged"],
     "mixed, limits": CASES["mixed, limits"],
-    "a long chunk": Case(
+    "a long chunk": PagedCase(
         [(300, 1), (400, 170), (3, 5)],
         (6, 2, 32, 32),
         num_uniform=1,
@@ -49,7 +49,7 @@ def test_the_kernel_equals_the_reference(case):
 def test_other_rows_change_nothing():
     """Bit for bit: their lengths, tokens and pages, and all pages that are nobody's."""
     check_independence({"kernel": OnlyInCpp()})
-    long = Case([(300, 1), (200, 1), (750, 40)], (2, 1, 64, 64), num_uniform=2)
+    long = PagedCase([(300, 1), (200, 1), (750, 40)], (2, 1, 64, 64), num_uniform=2)
     check_independence({"kernel": OnlyInCpp()}, long)
 
 
