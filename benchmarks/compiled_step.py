@@ -49,7 +49,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     run: str
     """A shipped recipe."""
     topology: str
@@ -75,7 +75,7 @@ class Case:
 SEQUENCE_PARALLEL = ("model.remat=full", "sharding.compute.residual=[context,tensor]")
 LLAMA2, LLAMA3 = "runs/llama2_7b", "runs/llama3_8b"
 CASES = {
-    "llama2-7b-fsdp32": Case(
+    "llama2-7b-fsdp32": StepCase(
         LLAMA2,
         "v5p-64",
         *(4, 4096, {"fsdp": 32}),
@@ -87,14 +87,14 @@ CASES = {
         },
     ),
     # The peer offers "full" above, or "minimal": 650 TFLOP and 58 GB.
-    "llama2-7b-fsdp32-mlp": Case(
+    "llama2-7b-fsdp32-mlp": StepCase(
         LLAMA2,
         "v5p-64",
         *(4, 4096, {"fsdp": 32}),
         Peer(2.53, 55.66, 40.9, {"collective-permute": 40.3}, 650),
         ("model.remat=mlp",),
     ),
-    "llama2-7b-fsdp8-tensor4": Case(
+    "llama2-7b-fsdp8-tensor4": StepCase(
         LLAMA2,
         "v5p-64",
         *(4, 4096, {"fsdp": 8, "tensor": 4}),
@@ -105,19 +105,19 @@ CASES = {
         ),
         SEQUENCE_PARALLEL,
     ),
-    "llama2-7b-v5e-fsdp256": Case(
+    "llama2-7b-v5e-fsdp256": StepCase(
         LLAMA2,
         "v5e-256",
         *(4, 4096, {"fsdp": 256}),
         Peer(0.32, 9.68, 103.0, {"all-gather": 76.3, "all-reduce": 26.4}, 814),
     ),
-    "llama3-8b-fsdp32": Case(
+    "llama3-8b-fsdp32": StepCase(
         LLAMA3,
         "v5p-64",
         *(2, 8192, {"fsdp": 32}),
         Peer(3.01, 18.76, 44.9, {"all-gather": 10.9, "collective-permute": 33.7}, 905),
     ),
-    "llama3-8b-fsdp8-tensor4": Case(
+    "llama3-8b-fsdp8-tensor4": StepCase(
         LLAMA3,
         "v5p-64",
         *(2, 8192, {"fsdp": 8, "tensor": 4}),
@@ -128,13 +128,13 @@ CASES = {
         ),
         SEQUENCE_PARALLEL,
     ),
-    "mixtral-8x7b-fsdp32": Case(
+    "mixtral-8x7b-fsdp32": StepCase(
         "runs/mixtral_8x7b",
         "v5p-64",
         *(4, 4096, {"fsdp": 32}),
         Peer(17.52, 32.69, 361.1, {"all-gather": 180.2, "all-reduce": 174.8}),
     ),
-    "mixtral-8x7b-fsdp4-expert8": Case(
+    "mixtral-8x7b-fsdp4-expert8": StepCase(
         "runs/mixtral_8x7b",
         "v5p-64",
         *(4, 4096, {"fsdp": 4, "expert": 8}),
@@ -143,7 +143,7 @@ CASES = {
 }
 
 
-def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
+def measure(name: str, case: StepCase, extra: list[str], dump: Path | None) -> None:
     """Compile one case and print it."""
     from maxlm.plan.compiled.program import (
         compare_with_compiled_step,
@@ -203,7 +203,7 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
 
 
 def measure_depths(
-    name: str, case: Case, extra: list[str], depths: list[int], rounds: int
+    name: str, case: StepCase, extra: list[str], depths: list[int], rounds: int
 ) -> None:
     """Seconds to trace and compile one case with so many layers: medians, after a round
     that is not counted (the first compilation also loads the compiler)."""

@@ -24,7 +24,7 @@ F, T, C = ("fsdp",), ("tensor",), ("context",)
 CT, FT = ("context", "tensor"), ("fsdp", "tensor")
 
 
-class Case(NamedTuple):
+class LossCase(NamedTuple):
     """hidden [4, 12, 5], head [5, 24], bias [24]: the mesh axes of every dimension."""
 
     mesh: dict[str, int]
@@ -36,22 +36,24 @@ class Case(NamedTuple):
 
 EIGHT = {"fsdp": 2, "context": 2, "tensor": 2}
 CASES = {
-    "one device": Case({}, ((), (), ()), ((), ()), ((), ()), ((),)),
-    "batch": Case({"fsdp": 2}, (F, (), ()), ((), ()), ((), ()), ((),)),
-    "vocabulary": Case({"tensor": 8}, ((), (), ()), ((), T), ((), T), (T,)),
-    "vocabulary, whole bias": Case(
+    "one device": LossCase({}, ((), (), ()), ((), ()), ((), ()), ((),)),
+    "batch": LossCase({"fsdp": 2}, (F, (), ()), ((), ()), ((), ()), ((),)),
+    "vocabulary": LossCase({"tensor": 8}, ((), (), ()), ((), T), ((), T), (T,)),
+    "vocabulary, whole bias": LossCase(
         {"tensor": 4}, ((), (), ()), ((), T), ((), T), ((),)
     ),
-    "vocabulary over two axes": Case(
+    "vocabulary over two axes": LossCase(
         {"fsdp": 2, "tensor": 2}, ((), (), ()), ((), FT), ((), FT), (FT,)
     ),
-    "all, bias as in use": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), (T,)),
-    "all, bias in shares": Case(
+    "all, bias as in use": LossCase(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), (T,)),
+    "all, bias in shares": LossCase(
         EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), ((*T, *F),)
     ),
-    "all, whole bias": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), ((),)),
-    "all, bias elsewhere": Case(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), (F,)),
-    "shares without batch": Case({"fsdp": 4}, ((), (), ()), ((), F), ((), ()), (F,)),
+    "all, whole bias": LossCase(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), ((),)),
+    "all, bias elsewhere": LossCase(EIGHT, (F, CT, ()), ((), (*T, *F)), ((), T), (F,)),
+    "shares without batch": LossCase(
+        {"fsdp": 4}, ((), (), ()), ((), F), ((), ()), (F,)
+    ),
 }
 # Bias, cap and z coefficient, every pair of values once: those of every layout, and
 # others.
@@ -69,7 +71,7 @@ def operands():
     return hidden, head, rng.standard_normal(V), targets, weights
 
 
-def placed(on: Mesh, case: Case):
+def placed(on: Mesh, case: LossCase):
     hidden, head, bias, targets, weights = operands()
 
     def put(array, dims):

@@ -18,7 +18,7 @@ V, D = 14, 12
 F, T, C = ("fsdp",), ("tensor",), ("context",)
 
 
-class Case(NamedTuple):
+class EmbeddingCase(NamedTuple):
     """A table [14, 12] and ids [4, 6]: the mesh axes of every dimension."""
 
     mesh: dict[str, int]
@@ -30,17 +30,21 @@ class Case(NamedTuple):
 
 WHOLE = ((), ())
 CASES = {
-    "one device": Case({}, WHOLE, WHOLE, WHOLE, ((), (), ())),
-    "columns, exchanged": Case({"fsdp": 2}, ((), F), WHOLE, (F, ()), (F, (), ())),
-    "columns, gathered": Case({"fsdp": 2}, ((), F), WHOLE, WHOLE, ((), (), ())),
-    "columns over batch and sequence": Case(
+    "one device": EmbeddingCase({}, WHOLE, WHOLE, WHOLE, ((), (), ())),
+    "columns, exchanged": EmbeddingCase(
+        {"fsdp": 2}, ((), F), WHOLE, (F, ()), (F, (), ())
+    ),
+    "columns, gathered": EmbeddingCase(
+        {"fsdp": 2}, ((), F), WHOLE, WHOLE, ((), (), ())
+    ),
+    "columns over batch and sequence": EmbeddingCase(
         {"fsdp": 2, "context": 3}, ((), ("fsdp", "context")), WHOLE, (F, C), (F, C, ())
     ),
-    "rows": Case({"tensor": 2}, (T, ()), (T, ()), WHOLE, ((), (), ())),
-    "rows, y split over the sequence": Case(
+    "rows": EmbeddingCase({"tensor": 2}, (T, ()), (T, ()), WHOLE, ((), (), ())),
+    "rows, y split over the sequence": EmbeddingCase(
         {"tensor": 2}, (T, ()), (T, ()), WHOLE, ((), T, ())
     ),
-    "all": Case(
+    "all": EmbeddingCase(
         {"fsdp": 2, "context": 2, "tensor": 2},
         (T, F),
         (T, ()),
@@ -50,7 +54,7 @@ CASES = {
 }
 
 
-def run(case: Case, table, ids, d_y):
+def run(case: EmbeddingCase, table, ids, d_y):
     y, back = jax.vjp(
         lambda t: embed_tokens(t, ids, case.used, case.out, jnp.float32), table
     )
@@ -60,7 +64,7 @@ def run(case: Case, table, ids, d_y):
     return y, d_table
 
 
-def arguments(case: Case, on: Mesh, ids: np.ndarray):
+def arguments(case: EmbeddingCase, on: Mesh, ids: np.ndarray):
     draw = np.random.default_rng(0).standard_normal
     table = draw((V, D)).astype(np.float32)
     d_y = draw((*ids.shape, D)).astype(np.float32)

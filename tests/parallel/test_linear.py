@@ -19,7 +19,7 @@ F, T, C = ("fsdp",), ("tensor",), ("context",)
 FC, CT = ("fsdp", "context"), ("context", "tensor")
 
 
-class Case(NamedTuple):
+class LinearCase(NamedTuple):
     """Kernels [6, n] of one x [4, 12, 6]; the mesh axes of every dimension."""
 
     mesh: dict[str, int]
@@ -31,39 +31,45 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "one device": Case({}, ((), (), ()), (((), ()),) * 2, (((), ()),) * 2, ((), ())),
-    "fsdp": Case({"fsdp": 2}, (F, (), ()), ((F, ()),) * 2, (((), ()),) * 2, (F, ())),
-    "fsdp over outputs": Case(
+    "one device": LinearCase(
+        {}, ((), (), ()), (((), ()),) * 2, (((), ()),) * 2, ((), ())
+    ),
+    "fsdp": LinearCase(
+        {"fsdp": 2}, (F, (), ()), ((F, ()),) * 2, (((), ()),) * 2, (F, ())
+    ),
+    "fsdp over outputs": LinearCase(
         {"fsdp": 2}, (F, (), ()), (((), F),) * 2, (((), ()),) * 2, (F, ())
     ),
-    "columns": Case(
+    "columns": LinearCase(
         {"tensor": 2}, ((), (), ()), (((), T),) * 2, (((), T),) * 2, ((), ())
     ),
-    "columns, x split over the sequence": Case(
+    "columns, x split over the sequence": LinearCase(
         {"tensor": 2}, ((), T, ()), (((), T),) * 2, (((), T),) * 2, ((), ())
     ),
-    "columns beside a whole one, x split": Case(
+    "columns beside a whole one, x split": LinearCase(
         {"tensor": 2}, ((), T, ()), (((), T), ((), ())), (((), T), ((), ())), ((), ())
     ),
-    "rows": Case({"tensor": 2}, ((), (), T), ((T, ()),) * 2, ((T, ()),) * 2, ((), ())),
-    "rows, y split over the sequence": Case(
+    "rows": LinearCase(
+        {"tensor": 2}, ((), (), T), ((T, ()),) * 2, ((T, ()),) * 2, ((), ())
+    ),
+    "rows, y split over the sequence": LinearCase(
         {"tensor": 2}, ((), (), T), ((T, ()),) * 2, ((T, ()),) * 2, ((), T)
     ),
-    "columns of everything": Case(
+    "columns of everything": LinearCase(
         {"fsdp": 2, "context": 2, "tensor": 2},
         (F, CT, ()),
         ((F, T),) * 2,
         (((), T),) * 2,
         (F, C),
     ),
-    "rows of everything": Case(
+    "rows of everything": LinearCase(
         {"fsdp": 2, "context": 2, "tensor": 2},
         (F, C, T),
         ((T, F),) * 2,
         ((T, ()),) * 2,
         (F, CT),
     ),
-    "stored over batch and sequence": Case(
+    "stored over batch and sequence": LinearCase(
         {"fsdp": 2, "context": 3}, (F, C, ()), ((FC, ()),) * 2, (((), ()),) * 2, (F, C)
     ),
 }
@@ -79,7 +85,7 @@ def arrays(outputs: tuple[int, ...]):
     return x, [draw((6, n)) for n in outputs], [draw((4, 12, n)) for n in outputs]
 
 
-def lowered(case: Case, on: Mesh):
+def lowered(case: LinearCase, on: Mesh):
     """The lowered (ys, d_x, d_kernels), and its arguments."""
     x, kernels, d_ys = arrays(case.outputs)
 

@@ -28,7 +28,7 @@ PARTS, SOURCE_PARTS = (13, 10), (8, 11)
 NEW = 12
 
 
-class Case(NamedTuple):
+class ParityCase(NamedTuple):
     model: Any
     """The other implementation's, fp32."""
     family: ModelFamily
@@ -47,7 +47,7 @@ def build(name: str) -> Any:
 
 
 @cache
-def case(name: str) -> Case:
+def case(name: str) -> ParityCase:
     """Built, saved, and read by the family's table."""
     model = build(name)
     with TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def case(name: str) -> Case:
         values, tensors = compare.tensors_of(Path(folder))
     family, config = compare.read(values, tensors)
     entries = family.list_entries(config)
-    return Case(
+    return ParityCase(
         model,
         family,
         config,

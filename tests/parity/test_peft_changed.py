@@ -34,7 +34,7 @@ Tensors = dict[str, np.ndarray]
 Change = Callable[[dict[str, Any], Tensors], None]
 
 
-class Case(NamedTuple):
+class ChangedCase(NamedTuple):
     adapter: str
     """One of ``peft_bases.list_adapters``."""
     change: Change | None
@@ -97,13 +97,13 @@ def both(*changes: Change) -> Change:
     return change
 
 
-def _list_setting_cases() -> dict[str, Case]:
-    cases: dict[str, Case] = {}
+def _list_setting_cases() -> dict[str, ChangedCase]:
+    cases: dict[str, ChangedCase] = {}
     for adapter, key, values in _SETTINGS:
         for outcome, setting_values in values.items():
             for value in setting_values:
                 shown = "absent" if value is ABSENT else json.dumps(value)
-                case = Case(adapter, set_keys(**{key: value}), outcome)
+                case = ChangedCase(adapter, set_keys(**{key: value}), outcome)
                 cases[f"{adapter}-{key}={shown}"] = case
     return cases
 
@@ -296,24 +296,26 @@ _SETTINGS: tuple[tuple[str, str, dict[str, list[Any]]], ...] = (
 )
 
 _UNCHANGED = {
-    f"{name}-unchanged": Case(name, None, EQUAL) for name in peft_bases.ADAPTERS
+    f"{name}-unchanged": ChangedCase(name, None, EQUAL) for name in peft_bases.ADAPTERS
 }
-_TENSORS: dict[str, Case] = {
-    "lora-no_prefix": Case("lora", rename("base_model.model.", ""), REFUSED),
-    "lora-doubled_prefix": Case(
+_TENSORS: dict[str, ChangedCase] = {
+    "lora-no_prefix": ChangedCase("lora", rename("base_model.model.", ""), REFUSED),
+    "lora-doubled_prefix": ChangedCase(
         "lora", rename("model.layers", "model.model.layers"), REFUSED
     ),
-    "lora-adapter_name": Case(
+    "lora-adapter_name": ChangedCase(
         "lora", rename("lora_A.weight", "lora_A.default.weight"), REFUSED
     ),
-    "lora-swapped_names": Case("lora", rename("lora_A", "lora_C"), REFUSED),
-    "lora-other_module": Case("lora", rename("q_proj", "v_proj"), REFUSED),
-    "lora-other_layer": Case("lora", rename("layers.1", "layers.2"), REFUSED),
-    "lora-no_a": Case("lora", remove("q_proj.lora_A"), REFUSED),
-    "lora-no_b": Case("lora", remove("layers.0.self_attn.q_proj.lora_B"), REFUSED),
-    "lora-no_layer": Case("lora", remove("layers.1"), REFUSED),
-    "lora-nothing": Case("lora", remove(""), REFUSED),
-    "lora-another_module": Case(
+    "lora-swapped_names": ChangedCase("lora", rename("lora_A", "lora_C"), REFUSED),
+    "lora-other_module": ChangedCase("lora", rename("q_proj", "v_proj"), REFUSED),
+    "lora-other_layer": ChangedCase("lora", rename("layers.1", "layers.2"), REFUSED),
+    "lora-no_a": ChangedCase("lora", remove("q_proj.lora_A"), REFUSED),
+    "lora-no_b": ChangedCase(
+        "lora", remove("layers.0.self_attn.q_proj.lora_B"), REFUSED
+    ),
+    "lora-no_layer": ChangedCase("lora", remove("layers.1"), REFUSED),
+    "lora-nothing": ChangedCase("lora", remove(""), REFUSED),
+    "lora-another_module": ChangedCase(
         "lora",
         both(
             add(f"{Q[:-6]}v_proj.lora_A.weight", 2, 24),
@@ -321,43 +323,55 @@ _TENSORS: dict[str, Case] = {
         ),
         REFUSED,
     ),
-    "lora-unknown_tensor": Case("lora", add(f"{Q}.lora_E", 2, 2), REFUSED),
-    "lora-magnitudes": Case("lora", add(f"{Q}.lora_magnitude_vector", 24), REFUSED),
-    "lora-bias_of_b": Case("lora", add(f"{Q}.lora_B.bias", 24), REFUSED),
-    "lora-saved_embedding": Case(
+    "lora-unknown_tensor": ChangedCase("lora", add(f"{Q}.lora_E", 2, 2), REFUSED),
+    "lora-magnitudes": ChangedCase(
+        "lora", add(f"{Q}.lora_magnitude_vector", 24), REFUSED
+    ),
+    "lora-bias_of_b": ChangedCase("lora", add(f"{Q}.lora_B.bias", 24), REFUSED),
+    "lora-saved_embedding": ChangedCase(
         "lora", add("base_model.model.model.embed_tokens.weight", 61, 24), EQUAL
     ),
-    "lora-saved_head": Case(
+    "lora-saved_head": ChangedCase(
         "lora", add("base_model.model.lm_head.weight", 61, 24), EQUAL
     ),
-    "lora-saved_norm": Case(
+    "lora-saved_norm": ChangedCase(
         "lora", add("base_model.model.model.norm.weight", 24), EQUAL
     ),
-    "lora-larger_embedding": Case(
+    "lora-larger_embedding": ChangedCase(
         "lora", add("base_model.model.model.embed_tokens.weight", 64, 24), REFUSED
     ),
-    "lora-base_layer": Case("lora", add(f"{Q}.base_layer.weight", 24, 24), EQUAL),
-    "lora-plain_weight": Case("lora", add(f"{Q}.weight", 24, 24), REFUSED),
-    "lora-unknown_base": Case(
+    "lora-base_layer": ChangedCase(
+        "lora", add(f"{Q}.base_layer.weight", 24, 24), EQUAL
+    ),
+    "lora-plain_weight": ChangedCase("lora", add(f"{Q}.weight", 24, 24), REFUSED),
+    "lora-unknown_base": ChangedCase(
         "lora", add("base_model.model.model.layers.0.foo.weight", 3), REFUSED
     ),
-    "lora-no_biases": Case("lora", add(f"{Q}.base_layer.bias", 24), REFUSED),
-    "lora-transposed_a": Case("lora", apply("lora_A", np.transpose), REFUSED),
-    "lora-cut_a": Case("lora", apply("q_proj.lora_A", lambda x: x[:1]), REFUSED),
-    "lora-cut_inputs": Case("lora", apply("lora_A", lambda x: x[:, :-1]), REFUSED),
-    "lora-third_dimension": Case("lora", apply("lora_A", lambda x: x[None]), REFUSED),
-    "lora-half": Case("lora", apply("lora", lambda x: x.astype(np.float16)), EQUAL),
-    "lora-bfloat16": Case(
+    "lora-no_biases": ChangedCase("lora", add(f"{Q}.base_layer.bias", 24), REFUSED),
+    "lora-transposed_a": ChangedCase("lora", apply("lora_A", np.transpose), REFUSED),
+    "lora-cut_a": ChangedCase("lora", apply("q_proj.lora_A", lambda x: x[:1]), REFUSED),
+    "lora-cut_inputs": ChangedCase(
+        "lora", apply("lora_A", lambda x: x[:, :-1]), REFUSED
+    ),
+    "lora-third_dimension": ChangedCase(
+        "lora", apply("lora_A", lambda x: x[None]), REFUSED
+    ),
+    "lora-half": ChangedCase(
+        "lora", apply("lora", lambda x: x.astype(np.float16)), EQUAL
+    ),
+    "lora-bfloat16": ChangedCase(
         "lora", apply("lora", lambda x: x.astype(ml_dtypes.bfloat16)), EQUAL
     ),
-    "lora-double": Case("lora", apply("lora", lambda x: x.astype(np.float64)), EQUAL),
-    "lora-whole_numbers": Case(
+    "lora-double": ChangedCase(
+        "lora", apply("lora", lambda x: x.astype(np.float64)), EQUAL
+    ),
+    "lora-whole_numbers": ChangedCase(
         "lora", apply("lora_B", lambda x: (9 * x).astype(np.int32)), EQUAL
     ),
-    "lora-zeros": Case("lora", apply("lora_A", np.zeros_like), EQUAL),
-    "lora-nan": Case("lora", apply("lora_B", lambda x: x * np.nan), REFUSED),
-    "lora-infinite": Case("lora", apply("lora_B", lambda x: x / 0), REFUSED),
-    "rslora-other_rank": Case(
+    "lora-zeros": ChangedCase("lora", apply("lora_A", np.zeros_like), EQUAL),
+    "lora-nan": ChangedCase("lora", apply("lora_B", lambda x: x * np.nan), REFUSED),
+    "lora-infinite": ChangedCase("lora", apply("lora_B", lambda x: x / 0), REFUSED),
+    "rslora-other_rank": ChangedCase(
         "rslora",
         both(
             set_keys(r=1),
@@ -366,15 +380,15 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "patterns-first_match": Case(
+    "patterns-first_match": ChangedCase(
         "patterns",
         set_keys(alpha_pattern={"down_proj": 5, r".*down_proj": 1, "q_proj": 2}),
         EQUAL,
     ),
-    "pissa_ranks-alpha": Case(
+    "pissa_ranks-alpha": ChangedCase(
         "pissa_ranks", set_keys(alpha_pattern={"q_proj": 2}), EQUAL
     ),
-    "pissa_ranks-of_one_layer": Case(
+    "pissa_ranks-of_one_layer": ChangedCase(
         "pissa_ranks",
         both(
             set_keys(rank_pattern={r"layers\.0\..*q_proj": 5}),
@@ -383,32 +397,36 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "pissa-dora": Case("pissa", set_keys(use_dora=True), REFUSED),
-    "pissa-saved_base": Case("pissa", add(f"{Q}.base_layer.weight", 24, 24), REFUSED),
-    "fused-pissa": Case("fused", set_keys(init_lora_weights="pissa"), REFUSED),
-    "dora-no_magnitude": Case("dora", remove("q_proj.lora_magnitude"), REFUSED),
-    "dora-weight_of_magnitude": Case(
+    "pissa-dora": ChangedCase("pissa", set_keys(use_dora=True), REFUSED),
+    "pissa-saved_base": ChangedCase(
+        "pissa", add(f"{Q}.base_layer.weight", 24, 24), REFUSED
+    ),
+    "fused-pissa": ChangedCase("fused", set_keys(init_lora_weights="pissa"), REFUSED),
+    "dora-no_magnitude": ChangedCase("dora", remove("q_proj.lora_magnitude"), REFUSED),
+    "dora-weight_of_magnitude": ChangedCase(
         "dora", rename("magnitude_vector", "magnitude_vector.weight"), REFUSED
     ),
-    "dora-column": Case("dora", apply("magnitude", lambda x: x[:, None]), REFUSED),
-    "dora-negative": Case("dora", apply("magnitude", np.negative), EQUAL),
-    "embedding-names_of_maps": Case(
+    "dora-column": ChangedCase(
+        "dora", apply("magnitude", lambda x: x[:, None]), REFUSED
+    ),
+    "dora-negative": ChangedCase("dora", apply("magnitude", np.negative), EQUAL),
+    "embedding-names_of_maps": ChangedCase(
         "embedding", rename("lora_embedding_A", "lora_A.weight"), REFUSED
     ),
-    "embedding-no_base": Case("embedding", remove("base_layer"), EQUAL),
-    "embedding-other_base": Case(
+    "embedding-no_base": ChangedCase("embedding", remove("base_layer"), EQUAL),
+    "embedding-other_base": ChangedCase(
         "embedding", apply("base_layer", lambda x: x + 0.5), EQUAL
     ),
-    "embedding-transposed": Case(
+    "embedding-transposed": ChangedCase(
         "embedding", apply("embedding_A", np.transpose), REFUSED
     ),
-    "tied_embedding-other_base": Case(
+    "tied_embedding-other_base": ChangedCase(
         "tied_embedding", apply("base_layer", lambda x: x + 0.5), EQUAL
     ),
-    "tied-saved_embedding": Case(
+    "tied-saved_embedding": ChangedCase(
         "tied", add("base_model.model.model.embed_tokens.weight", 61, 24), EQUAL
     ),
-    "tied-both_saved": Case(
+    "tied-both_saved": ChangedCase(
         "tied",
         both(
             add("base_model.model.model.embed_tokens.weight", 61, 24),
@@ -416,7 +434,7 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "tied-untied": Case(
+    "tied-untied": ChangedCase(
         "tied",
         both(
             set_keys(modules_to_save=["embed_tokens"]),
@@ -424,7 +442,7 @@ _TENSORS: dict[str, Case] = {
         ),
         REFUSED,
     ),
-    "tied-untied_head": Case(
+    "tied-untied_head": ChangedCase(
         "tied",
         both(
             set_keys(modules_to_save=["lm_head"]),
@@ -432,13 +450,13 @@ _TENSORS: dict[str, Case] = {
         ),
         REFUSED,
     ),
-    "saved-no_norm": Case("saved", remove("norm"), REFUSED),
-    "saved-not_said": Case("saved", set_keys(modules_to_save=None), EQUAL),
-    "saved-cut": Case("saved", apply("lm_head", lambda x: x[:-1]), REFUSED),
-    "saved-every_norm": Case(
+    "saved-no_norm": ChangedCase("saved", remove("norm"), REFUSED),
+    "saved-not_said": ChangedCase("saved", set_keys(modules_to_save=None), EQUAL),
+    "saved-cut": ChangedCase("saved", apply("lm_head", lambda x: x[:-1]), REFUSED),
+    "saved-every_norm": ChangedCase(
         "saved", set_keys(modules_to_save=["lm_head", "norm"]), REFUSED
     ),
-    "saved-whole_mlp": Case(
+    "saved-whole_mlp": ChangedCase(
         "lora",
         both(
             set_keys(modules_to_save=["mlp"], target_modules=["q_proj", "down_proj"]),
@@ -458,23 +476,23 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "biases-removed": Case("biases", remove("bias"), EQUAL),
-    "biases-of_one": Case(
+    "biases-removed": ChangedCase("biases", remove("bias"), EQUAL),
+    "biases-of_one": ChangedCase(
         "biases", remove("layers.0.self_attn.q_proj.base_layer.bias"), EQUAL
     ),
-    "biases-plain": Case("biases", rename("base_layer.bias", "bias"), REFUSED),
-    "own_biases-not_said": Case("own_biases", set_keys(bias="none"), EQUAL),
-    "tokens-no_rows": Case("tokens", remove("token_adapter"), REFUSED),
-    "tokens-more_rows": Case(
+    "biases-plain": ChangedCase("biases", rename("base_layer.bias", "bias"), REFUSED),
+    "own_biases-not_said": ChangedCase("own_biases", set_keys(bias="none"), EQUAL),
+    "tokens-no_rows": ChangedCase("tokens", remove("token_adapter"), REFUSED),
+    "tokens-more_rows": ChangedCase(
         "tokens", apply("token_adapter", lambda x: x[[0, 1, 1]]), REFUSED
     ),
-    "tokens-embedding_too": Case(
+    "tokens-embedding_too": ChangedCase(
         "tokens", set_keys(target_modules=[*QD, "embed_tokens"]), REFUSED
     ),
-    "tokens-saved_too": Case(
+    "tokens-saved_too": ChangedCase(
         "tokens", set_keys(modules_to_save=["embed_tokens"]), REFUSED
     ),
-    "one_layer-all_named": Case(
+    "one_layer-all_named": ChangedCase(
         "one_layer",
         set_keys(
             layers_to_transform=None,
@@ -485,16 +503,20 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "fused-cut": Case("fused", apply("c_attn.lora_B", lambda x: x[:24]), REFUSED),
-    "fused-one_of_two": Case("fused", remove("c_attn"), REFUSED),
-    "fused-c_proj": Case(
+    "fused-cut": ChangedCase(
+        "fused", apply("c_attn.lora_B", lambda x: x[:24]), REFUSED
+    ),
+    "fused-one_of_two": ChangedCase("fused", remove("c_attn"), REFUSED),
+    "fused-c_proj": ChangedCase(
         "fused", set_keys(target_modules=["c_attn", "c_proj"]), REFUSED
     ),
-    "ia3-lora_tensors": Case("lora", set_keys(peft_type="IA3", r=ABSENT), REFUSED),
-    "ia3-transposed": Case("ia3", apply("k_proj", np.transpose), REFUSED),
-    "ia3-no_layer": Case("ia3", remove("layers.1"), REFUSED),
-    "ia3-lora_too": Case("ia3", add(f"{Q}.lora_A.weight", 2, 24), REFUSED),
-    "ia3-one_layer": Case(
+    "ia3-lora_tensors": ChangedCase(
+        "lora", set_keys(peft_type="IA3", r=ABSENT), REFUSED
+    ),
+    "ia3-transposed": ChangedCase("ia3", apply("k_proj", np.transpose), REFUSED),
+    "ia3-no_layer": ChangedCase("ia3", remove("layers.1"), REFUSED),
+    "ia3-lora_too": ChangedCase("ia3", add(f"{Q}.lora_A.weight", 2, 24), REFUSED),
+    "ia3-one_layer": ChangedCase(
         "ia3",
         both(
             set_keys(target_modules=r".*layers\.0.*(k_proj|down_proj)"),
@@ -503,10 +525,10 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "experts-names_swapped": Case(
+    "experts-names_swapped": ChangedCase(
         "experts", rename("experts.base_layer.", "experts."), REFUSED
     ),
-    "experts-one": Case(
+    "experts-one": ChangedCase(
         "experts",
         both(
             set_keys(target_parameters=["experts.down_proj"]),
@@ -514,30 +536,30 @@ _TENSORS: dict[str, Case] = {
         ),
         EQUAL,
     ),
-    "experts-ranks": Case(
+    "experts-ranks": ChangedCase(
         "experts",
         set_keys(alpha_pattern={"gate_up_proj": 3, "experts.down_proj": 5}),
         EQUAL,
     ),
-    "experts-rslora": Case("experts", set_keys(use_rslora=True), EQUAL),
-    "experts-dora": Case("experts", set_keys(use_dora=True), REFUSED),
-    "all_experts-no_router": Case("all_experts", remove("mlp.gate"), REFUSED),
-    "prefix-transposed": Case("prefix", apply("prompt", np.transpose), REFUSED),
-    "prefix-renamed": Case(
+    "experts-rslora": ChangedCase("experts", set_keys(use_rslora=True), EQUAL),
+    "experts-dora": ChangedCase("experts", set_keys(use_dora=True), REFUSED),
+    "all_experts-no_router": ChangedCase("all_experts", remove("mlp.gate"), REFUSED),
+    "prefix-transposed": ChangedCase("prefix", apply("prompt", np.transpose), REFUSED),
+    "prefix-renamed": ChangedCase(
         "prefix", rename("prompt_embeddings", "embeddings"), REFUSED
     ),
-    "prefix-more": Case("prefix", add("foo", 3), REFUSED),
-    "prefix-double": Case(
+    "prefix-more": ChangedCase("prefix", add("foo", 3), REFUSED),
+    "prefix-double": ChangedCase(
         "prefix", apply("prompt", lambda x: x.astype(np.float64)), EQUAL
     ),
-    "prompt-cut": Case("prompt", apply("prompt", lambda x: x[:2]), REFUSED),
-    "prompt-fewer": Case(
+    "prompt-cut": ChangedCase("prompt", apply("prompt", lambda x: x[:2]), REFUSED),
+    "prompt-fewer": ChangedCase(
         "prompt",
         both(set_keys(num_virtual_tokens=2), apply("prompt", lambda x: x[:2])),
         EQUAL,
     ),
 }
-CASES: dict[str, Case] = _UNCHANGED | _list_setting_cases() | _TENSORS
+CASES: dict[str, ChangedCase] = _UNCHANGED | _list_setting_cases() | _TENSORS
 
 
 class Originals(NamedTuple):
