@@ -19,7 +19,7 @@ from maxlm.parallel.divergence import (
 )
 from maxlm.parallel.local import get_layout, make_spec
 from tests.models.building import QUICK
-from tests.parallel.test_cross_entropy import CASES, B, Case, S, V, operands, placed
+from tests.parallel.test_cross_entropy import CASES, B, LossCase, S, V, operands, placed
 
 WIDTH, K = 7, 5  # of the teacher's hidden states; of its likeliest tokens
 CAP, TEACHER_CAP, Z = 3.0, 4.0, 0.2
@@ -106,7 +106,7 @@ def exact(options, k):
         return jax.tree.map(np.asarray, ((total, *more), slopes))
 
 
-def check(case: Case, mesh, options, k=None):
+def check(case: LossCase, mesh, options, k=None):
     on = mesh(**case.mesh)
     with jax.set_mesh(on):
         hidden, head, bias, targets, weights = placed(on, case)
