@@ -192,6 +192,7 @@ def test_pipelines_and_context_train_it_too(make_config, train):
         np.testing.assert_allclose(read_losses(run), want, rtol=2e-5)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "name", ["lora", pytest.param("pissa", marks=pytest.mark.slow)]
 )

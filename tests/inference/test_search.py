@@ -156,6 +156,7 @@ def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty)
     check_pages(engine)
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_penalties_and_rules_of_ending_equal_a_naive_search(llama, logprobs):
     """And so they do where the engine guesses tokens: not those of beams."""

@@ -105,7 +105,13 @@ def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_na
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param({"expert": 4}, marks=pytest.mark.more),
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+    ],
+)
 def test_ragged_exchanges_equal_the_portable_ones(
     axes, mesh, on_one_device, monkeypatch
 ):

@@ -34,10 +34,10 @@ CASES = (
     ("fsdp × cp ring × tp+sp", "gqa_window", 0.01),
     ("ep × zero2", "moe", 0.03),
     ("fsdp × tp+sp × pp circular", "gqa_window", 0.01),
-    ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
-    ("tp+sp", "latent", 0.03),
 )
 MORE = (
+    ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
+    ("tp+sp", "latent", 0.03),
     ("cp all-gather", "gqa_window", 0.01),
     ("cp ulysses", "mha", 0.02),
     ("fsdp", "pattern", 0.01),

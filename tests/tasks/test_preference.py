@@ -258,7 +258,7 @@ STAGES = {"stage": 2}
     [
         pytest.param("reward", RING, marks=pytest.mark.more),
         pytest.param("dpo_sigmoid", RING, marks=pytest.mark.more),
-        ("kto", CUBE),
+        pytest.param("kto", CUBE, marks=pytest.mark.more),
         pytest.param("orpo", STAGES, marks=pytest.mark.more),
     ],
 )

@@ -271,6 +271,7 @@ def test_a_run_resumes_bit_for_bit_and_says_what_is_left_out(home, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, again.state))
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_runs_own_tokenizer_gets_the_template_that_is_named(home, tmp_path):
     base = load_tokenizer(home / "tokenizer")

@@ -156,6 +156,7 @@ def as_of_another_mesh(path: Path) -> None:
     save_file(arrays, path, header)
 
 
+@pytest.mark.more
 def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_from(runs):
     run = runs.folder / "damaged"
     home = run / "checkpoints"

@@ -81,6 +81,7 @@ def two_devices(monkeypatch, compiled_once):
     monkeypatch.setattr(smoke_program.jax, "devices", lambda: devices)
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 @pytest.mark.usefixtures("two_devices")
 def test_it_passes_on_all_devices_and_says_so(capsys):

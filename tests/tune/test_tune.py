@@ -54,6 +54,7 @@ def load(home, folder, *settings):
     return load_run_config("sft_lora", [*tiny_settings, *settings])
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_published_model_is_tuned_for_epochs(home, tmp_path):
     result = tune_model(load(home, tmp_path), epochs=4, say=lambda _: None)
