@@ -21,6 +21,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "maxlm"))
 """
 
 
+@pytest.mark.more
 def test_the_examples_run_without_maxlm(tmp_path):
     folder = Path(pallas_kernels.__file__).parent
     text = (folder / "README.md").read_text()

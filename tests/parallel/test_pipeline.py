@@ -156,6 +156,7 @@ def temp_bytes(schedule: str, micro_batches: int) -> int:
     return compiled_step(schedule, micro_batches).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_only_1f1bs_memory_is_flat():
     """From 4 to 32 micro-batches of one size. GPipe keeps every input of a stage: of 28

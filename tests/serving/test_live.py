@@ -261,9 +261,9 @@ def test_what_no_beam_search_has_is_refused_and_one_that_runs_is_finished(server
     assert answer.status_code == 400
     submit = server.loop.submit
 
-    def submit_and_drain(requests):
+    def submit_and_drain(requests, *, is_admitted):
         server.loop.is_draining = True
-        return submit(requests)
+        return submit(requests, is_admitted=is_admitted)
 
     server.loop.submit = submit_and_drain
     try:

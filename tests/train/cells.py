@@ -294,10 +294,15 @@ def _cover_parts(
 HOSTS_COVER = ("ep × pp circular", "moe")
 # What `make test` and `make test-more` train on eight devices.
 COVER = _cover_parts(TRAINED, 2, HOSTS_COVER)
-# Of it, what `make test` trains: every part once. Models of unlike layers take twice as
-# long to compile as the others, and are split as they are.
-_COSTLY = (CAPACITY, PATTERN, LATENT)
-SMALL_COVER = _cover_parts([cell for cell in COVER if cell[1] not in _COSTLY], 1)
+# Of it, what `make test` trains: every kind of parallelism once, by the layouts that
+# compile fastest.
+SMALL_COVER = (
+    ("dp × tp+sp × pp gpipe", "dpo + lora"),
+    ("cp ring in order × pp 1f1b", "mha"),
+    ("fsdp × cp ring × tp+sp", "mha"),
+    ("cp ulysses × tp", "mha"),
+    ("ep × zero2", "moe"),
+)
 
 # The same for eight devices of two processes, which every axis then crosses.
 HOST_CELLS: dict[str, Cell] = {

@@ -24,6 +24,7 @@ def run(tmp_path_factory):
     return result
 
 
+@pytest.mark.more
 def test_every_point_of_a_curve_is_of_the_same_rows(run):
     records = [
         record for record in tiny.read_metrics(run.folder) if "eval_loss" in record

@@ -96,6 +96,7 @@ def test_it_passes_on_all_devices_and_says_so(capsys):
     assert last == "smollm2_135m: works"
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 @pytest.mark.usefixtures("two_devices")
 def test_a_step_that_learns_nothing_and_a_checkpoint_that_loses_something_fail(

@@ -130,8 +130,17 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     original = train.open_training_batches
 
     @contextmanager
-    def spoiled(setup: Any, source: Any, start: int, skips: Any = (), *stop: Any):
-        with original(setup, source, start, skips, *stop) as batches:
+    def spoiled(
+        setup: Any,
+        source: Any,
+        start: int,
+        skips: Any,
+        *,
+        is_stop_requested: Callable[[], bool],
+    ):
+        with original(
+            setup, source, start, skips, is_stop_requested=is_stop_requested
+        ) as batches:
             yield (
                 change(get_batch_index(step, skips), batch)
                 for step, batch in enumerate(batches, start)

@@ -162,6 +162,7 @@ def test_a_stored_reference_gives_the_losses_of_one_that_is_held(
         train(make_config(home, f"{kind}_other", stored))
 
 
+@pytest.mark.more
 def test_a_reference_with_another_tokenizer_is_refused(home, tmp_path):
     parts = {"tokenizer": {"vocab_size": 290}, "train": {"steps": 1}}
     other = train(make_config(home, "other_words", {"kind": "clm"}, **parts))

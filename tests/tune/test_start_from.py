@@ -53,6 +53,7 @@ def test_another_model_is_refused_before_anything_is_written(tmp_path, text, oth
     assert [path.name for path in (tmp_path / "second").iterdir()] == ["tiny.yaml"]
 
 
+@pytest.mark.more
 def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text, other):
     start = {"steps": 1, "start_from": str(other)}
     train(tmp_path / "second", text, train=start)

@@ -100,6 +100,7 @@ def test_all_log_probabilities_stored_are_the_teacher(home):
     np.testing.assert_allclose(np.exp(stored).sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.more
 def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(home):
     teacher, rows = str(home / "tiny"), str(home / "rows.jsonl")
     with pytest.raises(

@@ -151,10 +151,10 @@ def test_verify_finds_wrong_values(store, monkeypatch):
 
 
 def test_check_tokenizer(store, byte_tokenizer):
-    from maxlm.data import tokenizer
+    from maxlm.data.tokenizer import load
 
-    check_tokenizer(store, tokenizer.load_tokenizer(store.tokenizer_folder))
-    other = tokenizer.load_tokenizer(byte_tokenizer(1))
+    check_tokenizer(store, load.load_tokenizer(store.tokenizer_folder))
+    other = load.load_tokenizer(byte_tokenizer(1))
     message = fails(lambda: check_tokenizer(store, other))
     assert f", not {other.fingerprint[:12]}); use the" in message
 
