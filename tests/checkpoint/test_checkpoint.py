@@ -125,6 +125,7 @@ print("done")
 """
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_path):
     one = tmp_path / "one"

@@ -275,6 +275,7 @@ def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
             assert ours[key] == pytest.approx(size, rel=0.03), key
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 @pytest.mark.usefixtures("compiled_once")
 def test_it_trains_and_resumes_as_any_model_does(tmp_path):

@@ -134,6 +134,7 @@ def train(config: RunConfig) -> Any:
     return train_model(config, say=lambda _: None)
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(
     make_config,

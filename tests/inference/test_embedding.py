@@ -54,7 +54,9 @@ def make_encoder(mesh):
     return model, building.on_devices(values, building.shardings(specs, mesh))
 
 
-@pytest.mark.parametrize("name", ["llama", "encoder"])
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("encoder", marks=pytest.mark.more)]
+)
 def test_rows_are_what_they_are_alone(name, mesh, one_device_mesh):
     def make(where):
         with jax.set_mesh(where):

@@ -131,6 +131,7 @@ def check_greedy_rows(model: EncoderDecoder, params: Any) -> None:
     )  # the input matters
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_outputs_that_are_given_are_scored(both):
     """Behind the token that outputs begin with, with the input read once for all of its

@@ -390,7 +390,7 @@ def shallow(one_device_mesh, build_tiny):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5}])
-@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("temperature", [pytest.param(0, marks=pytest.mark.more), 1.5])
 def test_guessed_tokens_change_nothing(llama, shallow, settings, temperature):
     sampling = SamplingConfig(temperature=temperature, max_new_tokens=14, **settings)
     prompts = [[1, 2, 3] * 6, [5, 9, 5, 9], PROMPTS[3], [4]]

@@ -363,6 +363,8 @@ def test_rejected_guesses_leave_no_trace(one_device_mesh):
     check(outputs[0], both, known)
 
 
+# Those that together have every option of attention.
+FEW = ("mla", "cap, slopes", "sinks", "biases")
 EVICTING = {
     "h2o": parse(kind="h2o", budget=7, recent=3),
     "snapkv": parse(kind="snapkv", budget=8, recent=3, pooling=3),
@@ -394,7 +396,13 @@ def check_eviction(case: CacheCase, mesh, steps=STEPS) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", EVICTING)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FEW else pytest.mark.more)
+        for name in OPTIONS
+    ],
+)
 def test_evicting_caches_keep_what_a_simulation_keeps(one_device_mesh, kind, name):
     check_eviction(CacheCase(EVICTING[kind], **OPTIONS[name]), one_device_mesh)
 

@@ -360,7 +360,7 @@ def test_positions_of_a_draft_are_as_one_after_another(batch):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("shards", [None, 4])
+@pytest.mark.parametrize("shards", [None, pytest.param(4, marks=pytest.mark.more)])
 def test_rows_split_over_devices_draw_as_on_one(batch, mesh, shards):
     expected_logits, expected = step(*batch.arrays())
     split = PartitionSpec(("data", "fsdp"))

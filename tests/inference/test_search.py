@@ -129,7 +129,9 @@ def read(result) -> list[tuple[tuple[int, ...], Any]]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize(
+    "penalty", [pytest.param(0.0, marks=pytest.mark.more), 1.0, 2.5]
+)
 def test_wide_beams_find_the_best_of_all_continuations(llama, logprobs, penalty):
     """Three tokens, the last of which ends an output: 31 outputs of four tokens at
     most."""

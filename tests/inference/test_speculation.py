@@ -110,7 +110,8 @@ def next_distribution(tiny, text) -> np.ndarray:
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("num_drafts", [pytest.param(2, marks=pytest.mark.more), 5])
+@pytest.mark.more
+@pytest.mark.parametrize("num_drafts", [2, 5])
 def test_tokens_a_step_follow_from_the_rate_of_acceptance(
     models, num_drafts, monkeypatch
 ):

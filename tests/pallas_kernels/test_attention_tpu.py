@@ -137,7 +137,9 @@ PARTS = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("far window", marks=pytest.mark.more), "prefix, traced"]
+)
 def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, name):
     """Forward and backward, each on a chip whose VMEM holds just so many keys."""
     case, keys = PARTS[name]

@@ -186,9 +186,8 @@ def test_what_layers_cannot_be_split_so_is_refused(model, axis, words):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "model", [pytest.param("latent", marks=pytest.mark.more), "encoder_decoder"]
-)
+@pytest.mark.more
+@pytest.mark.parametrize("model", ["latent", "encoder_decoder"])
 def test_a_search_proposes_nothing_that_is_refused(model):
     """Every candidate that divides passes the run's own checks."""
     config = run(model, "dp")

@@ -52,6 +52,7 @@ def test_divisors_of_a_large_number_are_those_of_a_count():
     assert len(list_divisors(10**9)) == 100  # (9 + 1)², of 2⁹ · 5⁹
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_nothing_better_is_missed():
     config = run(**{"data.batch_size": 32})

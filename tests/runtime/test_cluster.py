@@ -371,6 +371,7 @@ def start(tmp_path) -> Iterator[Callable[..., list[Process]]]:
         process.end()
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_killed_process_0_ends_the_others_busy_or_not(start):
     """JAX, which needs no turn in Python, would abort the busy one without a word."""

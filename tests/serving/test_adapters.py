@@ -103,6 +103,7 @@ def answer_alone(tiny: Any, tokenizer: Any, name: str | None) -> str:
     )
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_adapters_are_loaded_listed_named_and_unloaded(
     server, tiny, tokenizer, folders

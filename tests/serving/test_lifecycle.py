@@ -348,6 +348,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes():
         assert running.stderr.read() == "finishing 1 that run; Ctrl-C ends now\n"
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_second_sigterm_ends_at_once_without_a_traceback():
     command = [sys.executable, "-m", "tests.serving.serve_fake"]

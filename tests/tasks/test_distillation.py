@@ -220,7 +220,8 @@ def test_the_loss_is_the_formulas(tmp_path):
         assert sums[name] == pytest.approx(value, rel=1e-5), name
 
 
-@pytest.mark.parametrize("mesh", [RING, pytest.param(CUBE, marks=pytest.mark.more)])
+@pytest.mark.more
+@pytest.mark.parametrize("mesh", [RING, CUBE])
 def test_the_loss_is_alike_in_every_layout(mesh, tmp_path):
     task = make_task(tmp_path, **SETTINGS)
     check_layout(task, make_batch(task, SEQ, ROWS), mesh)

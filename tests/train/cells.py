@@ -297,7 +297,6 @@ COVER = _cover_parts(TRAINED, 2, HOSTS_COVER)
 # Of it, what `make test` trains: every kind of parallelism once, by the layouts that
 # compile fastest.
 SMALL_COVER = (
-    ("dp × tp+sp × pp gpipe", "dpo + lora"),
     ("cp ring in order × pp 1f1b", "mha"),
     ("fsdp × cp ring × tp+sp", "mha"),
     ("cp ulysses × tp", "mha"),
