@@ -157,6 +157,7 @@ def test_pissa_moves_the_principal_part_of_the_base_into_a_and_b(dora):
     )
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 @pytest.mark.usefixtures("on_one_device")
 def test_experts_have_a_pair_of_maps_each():

@@ -68,6 +68,7 @@ def test_its_direction_is_the_published_one():
         np.testing.assert_array_equal(update["w"], np.sign(momentum))
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("compiled_once")
 def test_it_trains(tmp_path):
     """The second of two steps, in float64 from what the first one left."""

@@ -98,6 +98,7 @@ def continue_with_spaces(model, tokenizer, prompts) -> list[str]:
     return ["".join(pieces) for pieces in zip(*steps, strict=True)]
 
 
+@pytest.mark.more
 def test_a_continuation_keeps_its_space_and_a_text_that_begins_does_not(
     model, one_device_mesh
 ):

@@ -185,6 +185,7 @@ FAR = WalkCase(
 EDGES = FAR._replace(S=640, T=640, blocks=(256, 256), window=None, shift=0)
 
 
+@pytest.mark.more
 @settings(max_examples=6)
 @given(cases())
 @example(FAR)

@@ -167,6 +167,7 @@ def test_only_1f1bs_memory_is_flat():
     assert many >= few + 28 * 4 * 64 * 32 * 4
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_1f1bs_loops_wait_for_each_other():
     """XLA:CPU runs what is independent side by side, and virtual devices would come to

@@ -194,6 +194,7 @@ def test_a_fault_names_the_file_and_the_row(home, tmp_path):
         make_source(home, tmp_path, [(1, 1), (2, 0)])
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_refused_rows_end_a_run_or_are_left_out_and_listed(home, tmp_path):
     lines = [*map(json.dumps, make_rows(24)), '{"messages": [', '{"messages": []}']

@@ -294,13 +294,12 @@ def _cover_parts(
 HOSTS_COVER = ("ep × pp circular", "moe")
 # What `make test` and `make test-more` train on eight devices.
 COVER = _cover_parts(TRAINED, 2, HOSTS_COVER)
-# Of it, what `make test` trains: every kind of parallelism once, by the layouts that
-# compile fastest.
+# Of it, what `make test` trains: pipelines, context and tensor parallelism by the layouts
+# that compile fastest. Experts over devices have tests/parallel/test_experts.py there.
 SMALL_COVER = (
     ("cp ring in order × pp 1f1b", "mha"),
     ("fsdp × cp ring × tp+sp", "mha"),
     ("cp ulysses × tp", "mha"),
-    ("ep × zero2", "moe"),
 )
 
 # The same for eight devices of two processes, which every axis then crosses.
