@@ -298,15 +298,15 @@ def open_server(
         fix = "check the address, and the server"
         raise MaxlmError(message, where=url, fix=fix) from error
 
-    def refuse(*_: object, **__: object) -> NoReturn:
+    def raise_needs_tokenizer(*_: object, **__: object) -> NoReturn:
         message = "log-likelihoods from a server need its tokenizer"
         raise MaxlmError(
             message, where=url, fix="tokenizer=FOLDER names one; leave --chat out"
         )
 
     if client.tokenizer is None:
-        client.loglikelihood = refuse
-        client.loglikelihood_rolling = refuse
+        client.loglikelihood = raise_needs_tokenizer
+        client.loglikelihood_rolling = raise_needs_tokenizer
     return client
 
 

@@ -130,10 +130,10 @@ def load_model(
     opened.import_tensors(writer)
 
     # Popped: the host holds each array only until the devices have it.
-    def place(path: jax.tree_util.KeyPath, sharding: Sharding) -> jax.Array:
+    def move_to_devices(path: jax.tree_util.KeyPath, sharding: Sharding) -> jax.Array:
         return jax.device_put(writer.arrays.pop(join_path(path)), sharding)
 
-    params = jax.tree_util.tree_map_with_path(place, setup.shardings.params)
+    params = jax.tree_util.tree_map_with_path(move_to_devices, setup.shardings.params)
     loaded = LoadedRun(
         setup.config, setup.mesh, setup.model, params, opened.tokenizer, 0
     )

@@ -231,18 +231,20 @@ def _replace_one(
     row = jnp.where(rows.live, jnp.arange(n)[:, None], n)  # n: dropped
     index = row, jnp.arange(K), worst
 
-    def put(array: jax.Array, new: jax.Array | float) -> jax.Array:
+    def overwrite_worst(array: jax.Array, new: jax.Array | float) -> jax.Array:
         """Puts a value [n, K, ...] in the place of the worst token."""
         return array.at[index].set(new, mode="drop")
 
     # Written before it is read: or XLA copies the whole.
-    keys = put(cache.key, tokens.key[:, 0].astype(cache.key.dtype))
+    keys = overwrite_worst(cache.key, tokens.key[:, 0].astype(cache.key.dtype))
     values = None
     if cache.value is not None:
         assert tokens.value is not None
-        values = put(cache.value, tokens.value[:, 0].astype(cache.value.dtype))
-    positions = put(cache.positions, rows.positions + 1)
-    scores = None if cache.scores is None else put(cache.scores, 0.0)
+        values = overwrite_worst(
+            cache.value, tokens.value[:, 0].astype(cache.value.dtype)
+        )
+    positions = overwrite_worst(cache.positions, rows.positions + 1)
+    scores = None if cache.scores is None else overwrite_worst(cache.scores, 0.0)
     y, weights = attend(tokens.q, keys, values, positions, rows)
     if isinstance(config, HeavyHittersCacheConfig):
         assert scores is not None

@@ -162,7 +162,7 @@ def _make_evicting_spec(layout: CacheLayout, sizes: KeyValueSizes) -> EvictingCa
     def declare_features(size: int) -> jax.Array:
         return as_array(CacheArraySpec((*shape, size), sizes.axes))
 
-    def declare_numbers(dtype: DTypeLike) -> jax.Array:
+    def declare_per_token(dtype: DTypeLike) -> jax.Array:
         return as_array(CacheArraySpec(shape, sizes.axes[:-1], dtype))
 
     value = None
@@ -172,8 +172,8 @@ def _make_evicting_spec(layout: CacheLayout, sizes: KeyValueSizes) -> EvictingCa
     return EvictingCache(
         key=declare_features(sizes.key_size),
         value=value,
-        positions=declare_numbers(jnp.int32),
-        scores=declare_numbers(jnp.float32) if has_scores else None,
+        positions=declare_per_token(jnp.int32),
+        scores=declare_per_token(jnp.float32) if has_scores else None,
         config=config,
     )
 
