@@ -74,6 +74,7 @@ def convolve(x, weight, bias, starts, state, activation=None, live=None):
     )
 
 
+@pytest.mark.heavy
 @settings(max_examples=15)
 @given(
     st.sampled_from([1, 2, 3, 13]),
