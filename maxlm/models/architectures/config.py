@@ -72,9 +72,12 @@ STACKS = ("first_layers", "layers", "last_layers")
 """Names that runs of layers may have, and the stacks of those with one."""
 
 
-def strip_stack_name(name: str) -> str:
-    """Returns a parameter's name without its run's: ``first_layers.mlp.up`` →
+def strip_stack_name(name: str, stack: str = "") -> str:
+    """Returns a parameter's name without its stack's: ``layers.full.mlp.up`` →
+    ``mlp.up``; of any stack with a run of its own: ``first_layers.mlp.up`` →
     ``mlp.up``."""
+    if stack:
+        return name.removeprefix(f"{stack}.")
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
