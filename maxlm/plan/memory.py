@@ -193,10 +193,11 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
         runs.setdefault(stack.run_name, []).append(stack)
     kept_by_run = []
     for run in runs.values():
-        kept = _count_stage_inputs(shape)
+        saved_bytes = _count_stage_inputs(shape)
         for stack in run:
-            kept += _count_saved_bytes(shape, stack) + _count_scan_inputs(shape, stack)
-        kept_by_run.append(kept)
+            saved_bytes += _count_saved_bytes(shape, stack)
+            saved_bytes += _count_scan_inputs(shape, stack)
+        kept_by_run.append(saved_bytes)
     kept_so_far = list(accumulate(kept_by_run))
     run_gradients = [
         sum(_count_stack_gradients(shape, stack) for stack in run)

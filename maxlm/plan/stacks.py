@@ -186,7 +186,7 @@ class StackCosts:
         self.num_layers = part.num_layers
         self.period = len(part.kinds)
         """Layers that one turn of the scan takes from the stack."""
-        self.placement = part.block.placement
+        self.placement: Placement = part.block.placement
         encoder_rate = encoder_len / seq_len
         self.token_ratio = encoder_rate if trunk.is_encoder else 1.0
         """Tokens that go through for each of the batch."""
