@@ -25,12 +25,12 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures.pattern import (
     FeedForwardChoice,
     KindName,
-    PatternLayer,
     LayerKind,
     LayerRun,
     LayerStack,
     MixerChoice,
     PatternEntry,
+    PatternLayer,
     find_repeats,
     make_run,
     suggest_kind,
