@@ -47,6 +47,10 @@ class AttentionCosts:
     """Dimensions of a key that all heads share."""
     qk_norm: bool = False
     """Whether queries and keys are normalised."""
+    chunk: int | None = None
+    """Positions of a chunk, whose tokens alone see each other; None: all do."""
+    output_gate: bool = False
+    """Whether the output is multiplied by a gate."""
 
 
 @dataclass(frozen=True)

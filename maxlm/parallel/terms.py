@@ -58,6 +58,9 @@ class AttentionTerms:
     """[N, 2R + 1], learnt, by distance −R to R."""
     sinks: jax.Array | None = None
     """[N], learnt: a logit of each query head whose weight goes to no token."""
+    chunk: int | None = None
+    """With a cache: positions are cut into chunks of so many, and a token sees those of
+    its own alone; without one segments say so. None: one chunk."""
 
     @property
     def by_head(self) -> HeadTerms:

@@ -118,6 +118,9 @@ def has_unit(specs: PyTree, unit: Literal["row", "page"]) -> bool:
 def has_row_caches(caches: Mapping[str, Sequence[LayerCache]]) -> bool:
     """Returns whether a model's :class:`CacheArraySpec` trees, by stack and layer, have
     a layer that keeps all it has by row, so that no token can be taken back."""
+    # A layer that reads another's cache has no arrays.
     return any(
-        not has_unit(layer, "page") for stack in caches.values() for layer in stack
+        bool(jax.tree.leaves(layer)) and not has_unit(layer, "page")
+        for stack in caches.values()
+        for layer in stack
     )
