@@ -23,7 +23,7 @@ from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.terms import AttentionTerms
+from maxlm.parallel.terms import AttentionTerms, limit_window
 from maxlm.sharding import AxisRules
 
 
@@ -123,7 +123,7 @@ def attend(
     if inputs.causal:
         # No key of its chunk is farther away: tiles beyond are skipped, and pages given
         # back.
-        window = layer.config.limit_window(window)
+        window = limit_window(window, chunk)
     terms = AttentionTerms(
         window=window,
         chunk=chunk,

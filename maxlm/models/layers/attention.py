@@ -32,7 +32,7 @@ from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import replace_virtual
 from maxlm.parallel.attention import sharded_attention
-from maxlm.parallel.terms import AttentionTerms
+from maxlm.parallel.terms import AttentionTerms, limit_window
 
 
 class Attention(nnx.Module):
@@ -104,6 +104,8 @@ class Attention(nnx.Module):
         q, shared_or_new, gate = self._project(x, inputs)
         # A name that remat policies keep (models/remat.py).
         q = checkpoint_name(q, "qkv")
+        if gate is not None:
+            gate = checkpoint_name(gate, "qkv")
         if self.config.shares_keys and cache is not None:
             y, new_cache = attend(self, q, None, None, inputs, cache, self.rules)
         else:
@@ -164,7 +166,7 @@ class Attention(nnx.Module):
         config = self.config
         return kv_cache_spec(
             layout,
-            config.limit_window(window),
+            limit_window(window, config.chunk),
             config.num_kv_heads,
             config.head_dim,
             config.head_dim,
@@ -209,7 +211,8 @@ class Attention(nnx.Module):
             config.value_dim,
             qk_norm=config.qk_norm,
             chunk=config.chunk,
-            output_gate=config.output_gate is not None,
+            gate_dim=config.gate_dim,
+            makes_keys=self.key is not None,
         )
         return LayerCosts((*inner, out), heads)
 

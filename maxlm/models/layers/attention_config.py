@@ -28,6 +28,9 @@ class LatentConfig(Config):
     """Dimensions of a head that RoPE turns; all heads share that part of the key."""
     value_dim: int = Field(gt=0)
     """Size of a value head."""
+    norm_eps: float | None = Field(default=None, gt=0)
+    """``norm.eps`` of the norms of narrow vectors; null: the model's (Kimi Linear's
+    differs)."""
 
 
 class TemperatureConfig(Config):
@@ -170,12 +173,12 @@ class AttentionConfig(Config):
             }
         )
 
-    def limit_window(self, window: int | None) -> int | None:
-        """Returns the last tokens, itself included, that a token of a layer with this
-        window may see: no more than a chunk."""
-        if self.chunk is None:
-            return window
-        return min(window or self.chunk, self.chunk)
+    @property
+    def gate_dim(self) -> int:
+        """Numbers of a head's output gate; 0: it has none."""
+        if self.output_gate is None:
+            return 0
+        return 1 if self.output_gate == "head" else self.value_dim
 
     @property
     def value_dim(self) -> int:

@@ -27,6 +27,7 @@ from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import materialize
+from maxlm.parallel.terms import limit_window
 
 
 class LatentAttention(nnx.Module):
@@ -61,6 +62,8 @@ class LatentAttention(nnx.Module):
         # The latent vector is whole on every device that has heads.
         self.shared_rules = rules.model_copy(update={"kv_heads": ()})
 
+        if latent.norm_eps is not None:
+            norm = norm.model_copy(update={"eps": latent.norm_eps})
         residual = {"embed": context.d_model}
         query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         # Head dimensions without positions; the rotary ones are shared by all heads.
@@ -114,7 +117,7 @@ class LatentAttention(nnx.Module):
         if self.gate is not None:
             maps.append(self.gate)
         query_or_latent, vector, shared_key, *gates = project(x, *maps)
-        gate = gates[0] if gates else None
+        gate = checkpoint_name(gates[0], "qkv") if gates else None
         q = query_or_latent
         if self.query_norm is not None:
             q = self.query(self.query_norm(query_or_latent))
@@ -195,7 +198,7 @@ class LatentAttention(nnx.Module):
         attention's values are the vectors."""
         return kv_cache_spec(
             layout,
-            self.config.limit_window(window),
+            limit_window(window, self.config.chunk),
             num_kv_heads=1,
             key_size=self.latent.kv_rank + self.latent.rotary_dim,
             value_size=None,
@@ -225,7 +228,7 @@ class LatentAttention(nnx.Module):
             kv_axis="heads",
             shared_key_dim=self.latent.rotary_dim,
             chunk=config.chunk,
-            output_gate=config.output_gate is not None,
+            gate_dim=config.gate_dim,
         )
         return LayerCosts(tuple(groups), heads)
 
