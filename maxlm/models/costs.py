@@ -62,6 +62,8 @@ class ExpertRouting:
     """Room of an expert over its equal share; None: it takes all that come."""
     has_shared: bool
     """Whether a dense layer beside them reads the same input."""
+    gates_shared: bool = False
+    """Whether that layer's output is multiplied by a gate."""
     input_dim: int | None = None
     """Width of the rows that experts read and write; None: d_model."""
 

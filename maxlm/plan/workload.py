@@ -216,11 +216,25 @@ class RunWorkload:
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the
-        last group, adds: for a norm behind it, or for the branch after it."""
+        last group, adds: for a norm behind it, or for the branch after it. Of experts
+        that read narrow vectors it needs the sum, for the map that widens it; a gate on
+        shared experts needs theirs."""
         placement = self.config.model.placement
+        experts = self.experts
+        if experts is not None and group.branch == "ffn":
+            if group.has_experts and experts.input_dim is not None:
+                return True
+            if group.module == "moe.shared" and experts.gates_shared:
+                return True
         if placement == "pre":
             return group.branch != "ffn"
         return placement in ("sandwich", "post")
+
+    def is_in_stream_layout(self, group: MatmulGroup) -> bool:
+        """Whether a group's tokens lie as those of the residual stream do: it maps
+        between the stream and the narrow vectors of experts."""
+        features = (group.input_features, group.output_features)
+        return group.branch == "ffn" and "latent" in features
 
     def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
         """Whether a group's branch joins the stream with attention's, and has the same
