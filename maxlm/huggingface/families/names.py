@@ -271,9 +271,9 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
     )
     # Where each layer's parameters lie: the stack, and the index in it.
     places = [
-        (stack.name, index)
-        for stack in config.layer_stacks
-        for index in range(stack.num_layers)
+        (place.stack.name, place.index)
+        for run in config.layer_runs
+        for place in run.iterate_places()
     ]
     entries: list[TensorEntry] = []
     for name, rule in table.items():
