@@ -47,6 +47,12 @@ class AttentionCosts:
     """Dimensions of a key that all heads share."""
     qk_norm: bool = False
     """Whether queries and keys are normalised."""
+    chunk: int | None = None
+    """Positions of a chunk, whose tokens alone see each other; None: all do."""
+    gate_dim: int = 0
+    """Numbers of a head's output gate; 0: it has none."""
+    makes_keys: bool = True
+    """Whether the layer makes keys and values, and does not read another's."""
 
 
 @dataclass(frozen=True)

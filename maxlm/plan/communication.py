@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.parallel.context import count_ring_steps
+from maxlm.parallel.terms import limit_window
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, make_kernel
 from maxlm.plan.workload import FP32, Number, StepShape
@@ -361,7 +362,9 @@ def _list_ring_context(
     block_elements = _count_kv_elements_per_head(shape, attention) * kv_heads
     # A balanced sequence has early tokens everywhere: no step of the ring can be left
     # out for a window.
-    window = None if work.config.parallel.balance_sequence else attention.window
+    window = None
+    if not work.config.parallel.balance_sequence:
+        window = limit_window(attention.window, attention.heads.chunk)
     tokens_here = attention.query_len / ring_size
     # Two permutes a step: keys, and values.
     permutes = 2 * count_ring_steps(ring_size, tokens_here, window)

@@ -337,11 +337,13 @@ def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
     )
     for heads, key_rate in branches:
         widths = split.local_attention_widths(heads)
-        if "qkv" in saved_names:
+        if "qkv" in saved_names and heads is not None:
+            elements += widths.queries + widths.gates
+        if "qkv" in saved_names and heads is not None and heads.makes_keys:
             # Keys are as many as the tokens that they are of, not as the queries.
             keys_and_values = widths.keys + widths.values
             keys_and_values = keys_and_values * key_rate / stack.token_ratio
-            elements += widths.queries + keys_and_values
+            elements += keys_and_values
         if "attention" in saved_names:
             # The output, and log-sum-exps of its heads in fp32, as elements of the
             # compute dtype.
@@ -378,10 +380,14 @@ def _count_unnamed_elements(shape: StepShape, stack: StackCosts) -> Number:
             for group in stack.matmul_groups
             if group.branch == "mixer"
         )
-    elif heads.qk_norm:
+        return elements
+    widths = split.local_attention_widths(heads)
+    if heads.qk_norm:
         # Queries and keys before their norms.
-        widths = split.local_attention_widths(heads)
         elements += widths.queries + widths.keys
+    if heads.gate_dim:
+        # The output behind its gate, which the map back reads.
+        elements += widths.output
     return elements
 
 
@@ -568,6 +574,7 @@ def _list_attention_arrays(
     keys = shape.micro_batch_tokens * key_rate * split.num_devices(split.compute.seq)
     # Gradients of queries, keys and values are in fp32, the output's in its own dtype.
     query_bytes = widths.queries * (itemsize + FP32) + widths.output * 2 * itemsize
+    query_bytes += widths.gates * 2 * itemsize
     arrays = {
         "queries, output and their gradients": tokens * query_bytes,
         "keys, values and their gradients": (

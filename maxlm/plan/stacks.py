@@ -9,7 +9,8 @@ from math import prod
 from typing import NamedTuple
 
 from maxlm.models.architectures import Model
-from maxlm.models.architectures.config import LayerStack, TrunkSpec, strip_stack_name
+from maxlm.models.architectures.config import TrunkSpec, strip_stack_name
+from maxlm.models.architectures.pattern import LayerStack
 from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
 from maxlm.models.params import (
     ParamSpec,

@@ -264,6 +264,8 @@ class LocalAttentionWidths(NamedTuple):
     values: Number
     heads: Number
     """Query heads, and log-sum-exps."""
+    gates: Number
+    """Of the output."""
 
 
 class MeshPartitioning:
@@ -318,7 +320,7 @@ class MeshPartitioning:
     ) -> LocalAttentionWidths:
         """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
-            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0)
+            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         kv_axes = self.compute.mesh_axes(heads.kv_axis)
         query_heads = heads.num_heads / self.num_devices(self.compute.heads)
         kv_heads = heads.num_kv_heads / self.num_devices(kv_axes)
@@ -328,6 +330,7 @@ class MeshPartitioning:
             keys=kv_heads * heads.head_dim,
             values=kv_heads * heads.value_dim,
             heads=query_heads,
+            gates=query_heads * heads.gate_dim,
         )
 
     def local_ffn_elements_per_token(self, group: MatmulGroup) -> Number:
