@@ -49,9 +49,16 @@ def shrink_settings(config: TransformerConfig, sizes: SmallSizes) -> dict[str, A
     def shrink_ffn(ffn: FfnT | None) -> FfnT | None:
         if ffn is None:
             return None
+        widths = {"d_ff": ffn.d_ff}
+        if isinstance(ffn, MoeConfig):
+            others = {"shared_d_ff": ffn.shared_d_ff, "latent_dim": ffn.latent_dim}
+            widths |= {name: width for name, width in others.items() if width}
         # The same ratio to d_model, in multiples of 8.
-        d_ff = max(1, round(ffn.d_ff / config.d_model * d_model / 8)) * 8
-        return ffn.model_copy(update={"d_ff": d_ff})
+        changes = {
+            name: max(1, round(width / config.d_model * d_model / 8)) * 8
+            for name, width in widths.items()
+        }
+        return ffn.model_copy(update=changes)
 
     def shrink_positions(positions: PositionsConfig | None) -> PositionsConfig | None:
         if positions is None or positions.rotary_dim is None:
