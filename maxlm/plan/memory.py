@@ -341,7 +341,8 @@ def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
         stream_elements = model.d_model * stream_arrays
         if stack.experts:
             # Rows as they arrive, and an fp32 number for each.
-            row_bytes = model.d_model * itemsize + FP32
+            row_width = stack.experts.input_dim or model.d_model
+            row_bytes = row_width * itemsize + FP32
             expert_bytes = shape.expert_buffer_rows * row_bytes
 
     elements = (
@@ -619,7 +620,9 @@ def _list_attention_arrays(
             _ATTENTION_STREAM_ARRAYS * _count_stream_bytes(shape, stack)
         ),
     }
-    latent_width = sum(group.latent_width for group in stack.matmul_groups)
+    latent_width = sum(
+        group.latent_width for group in stack.matmul_groups if group.branch != "ffn"
+    )
     if latent_width:
         # The vectors before norms and after, and their gradients; parts of heads, not
         # yet joined.
@@ -635,7 +638,8 @@ def _list_expert_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     and hidden activations."""
     rows = shape.expert_buffer_rows
     itemsize = shape.work.dtype_bytes
-    d_model = shape.work.config.model.d_model
+    assert stack.experts is not None
+    row_width = stack.experts.input_dim or shape.work.config.model.d_model
     groups = [group for group in stack.matmul_groups if group.has_experts]
     # Beside all kernels one's gradient is alive: at the peak the largest's.
     weights = sum(shape.gathered_weight_bytes(group) for group in groups)
@@ -646,7 +650,7 @@ def _list_expert_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     hidden = hidden_elements / len(up_group.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest_share) * weights,
-        "rows received and their gradients": rows * d_model * (2 * itemsize + FP32),
+        "rows received and their gradients": rows * row_width * (2 * itemsize + FP32),
         # Three hidden activations or gradients at once; larger ones are computed in
         # chunks (parallel/experts.py).
         _HIDDEN: 3 * np.minimum(hidden, HIDDEN_BYTES),

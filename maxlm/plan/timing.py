@@ -206,9 +206,11 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
         if group.has_experts and work.experts is not None:
             active_share = shape.expert_rows_per_token / work.experts.num_experts
         # Tokens times layers: a stage holds its share of the layers.
-        tokens = (
-            shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
-        )
+        tokens = shape.per_stage(num_layers) * group.token_ratio
+        if work.is_in_stream_layout(group):
+            tokens *= shape.residual_tokens
+        else:
+            tokens *= shape.micro_batch_tokens
         # Without remat all else is kept, but experts' hidden activations never are.
         remakes_hidden = (
             group.has_experts

@@ -206,7 +206,7 @@ class RunWorkload:
             return False
         output = kernel.output_features
         if output == "residual":
-            return group.backward_needs_output
+            return self.backward_needs_branch_output(group)
         if output == "mlp":
             is_kept = "mlp_up" in SAVED[remat]
             is_dense_ffn = group.branch == "ffn" and not group.has_experts
@@ -215,6 +215,25 @@ class RunWorkload:
             return "qkv" not in SAVED[remat] or kernel.needs_raw_output
         # Latent vectors are never kept: what is made of them next needs them.
         return True
+
+    def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
+        """Whether the backward pass needs what a residual branch, of which this is the
+        last group, adds: for what stands behind it in the layer. Of experts that read
+        narrow vectors it needs the sum, for the map that widens it; a gate on shared
+        experts needs theirs."""
+        experts = self.experts
+        if experts is not None and group.branch == "ffn":
+            if group.has_experts and experts.input_dim is not None:
+                return True
+            if group.module == "moe.shared" and experts.gates_shared:
+                return True
+        return group.backward_needs_output
+
+    def is_in_stream_layout(self, group: MatmulGroup) -> bool:
+        """Whether a group's tokens lie as those of the residual stream do: it maps
+        between the stream and the narrow vectors of experts."""
+        features = (group.input_features, group.output_features)
+        return group.branch == "ffn" and "latent" in features
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and
