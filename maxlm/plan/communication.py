@@ -157,8 +157,8 @@ def _list_matmul_collectives(
     # parallelism gathers and scatters over them where it would all-reduce.
     sequence_axes = shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
-    is_parallel = work.is_parallel_to_attention(group)
-    shares_input = is_parallel and work.config.model.placement == "parallel_shared"
+    is_parallel = group.is_parallel_to_attention
+    shares_input = group.shares_norm
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.
     if is_latent:
@@ -178,7 +178,7 @@ def _list_matmul_collectives(
     # Outputs: partial sums over the axes that split inputs; and their gradients.
     if group.output_features == "residual":
         other_axes = _without(sorted(input_axes), sequence_axes)
-        recomputes = shape.remat != "none" and work.backward_needs_branch_output(group)
+        recomputes = shape.remat != "none" and group.backward_needs_output
         again = backward if recomputes else 0
         # A parallel branch has attention's gradient, which is gathered there.
         gathers = 0 if is_parallel else backward
@@ -484,7 +484,7 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         exchange = "ragged-all-to-all"
         rows = shape.micro_batch_tokens * experts.experts_per_token
     row_bytes = rows * token_bytes
-    needs_output = any(work.backward_needs_branch_output(group) for group in groups)
+    needs_output = any(group.backward_needs_output for group in groups)
     input_again = backward if shape.remat != "none" else 0
     output_again = input_again if needs_output else 0
     expert_axes = rules.expert
@@ -501,8 +501,8 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     # experts gather the same arrays, and so does attention beside; the compiler gathers
     # them once.
     sequence_axes = split.sequence_parallel
-    is_parallel = any(work.is_parallel_to_attention(group) for group in groups)
-    shares_input = is_parallel and work.config.model.placement == "parallel_shared"
+    is_parallel = any(group.is_parallel_to_attention for group in groups)
+    shares_input = any(group.shares_norm for group in groups)
     input_axes = () if experts.has_shared or shares_input else sequence_axes
     gradient_axes = () if experts.has_shared or is_parallel else sequence_axes
     # A hidden layer that is split leaves partial sums.

@@ -55,8 +55,18 @@ _STREAM_PASSES = {
     "pre": 2 * _NORM + 2 * _ADD_BRANCH,
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
+    "output": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
+}
+# Of a layer with one branch alone.
+_ONE_BRANCH_PASSES = {
+    "pre": _NORM + _ADD_BRANCH,
+    "post": _NORM + _ADD_BRANCH,
+    "sandwich": 2 * _NORM + _ADD_BRANCH,
+    "output": _NORM + _ADD_BRANCH,
+    "parallel": _NORM + _ADD_BRANCH,
+    "parallel_shared": _NORM + _ADD_BRANCH,
 }
 _CROSS_ATTENTION_PASSES = _NORM + _ADD_BRANCH
 # A map that changes each element alone reads and writes it.
@@ -439,7 +449,9 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         hidden += tokens * rows_per_token * width
         narrow += _READ_AND_WRITE * group.latent_width
 
-    stream_passes = _STREAM_PASSES[model.placement]
+    has_one_branch = stack.num_branches == 1
+    passes_by_placement = _ONE_BRANCH_PASSES if has_one_branch else _STREAM_PASSES
+    stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
     attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)

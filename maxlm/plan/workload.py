@@ -166,13 +166,15 @@ class RunWorkload:
             StackCosts(
                 model,
                 trunk,
+                run,
                 part,
                 self.tokens_per_row.decoder,
                 self.tokens_per_row.encoder,
                 self.trained_base_names,
             )
             for trunk in self.config.model.trunks
-            for part in trunk.stacks
+            for run in trunk.runs
+            for part in run.stacks
         )
         """Layers, in the order in which they are run."""
         with_experts = [stack for stack in self.stacks if stack.experts]
@@ -204,7 +206,7 @@ class RunWorkload:
             return False
         output = kernel.output_features
         if output == "residual":
-            return self.backward_needs_branch_output(group)
+            return group.backward_needs_output
         if output == "mlp":
             is_kept = "mlp_up" in SAVED[remat]
             is_dense_ffn = group.branch == "ffn" and not group.has_experts
@@ -213,20 +215,6 @@ class RunWorkload:
             return "qkv" not in SAVED[remat] or kernel.needs_raw_output
         # Latent vectors are never kept: what is made of them next needs them.
         return True
-
-    def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
-        """Whether the backward pass needs what a residual branch, of which this is the
-        last group, adds: for a norm behind it, or for the branch after it."""
-        placement = self.config.model.placement
-        if placement == "pre":
-            return group.branch != "ffn"
-        return placement in ("sandwich", "post")
-
-    def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
-        """Whether a group's branch joins the stream with attention's, and has the same
-        gradient."""
-        placement = self.config.model.placement
-        return group.branch == "ffn" and placement in ("parallel", "parallel_shared")
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and

@@ -157,8 +157,9 @@ class Transformer(Trunk):
     def cache_specs(self, layout: CacheLayout) -> Caches:
         """Returns each layer's ``Mixer.cache_spec``."""
         specs: Caches = {}
+        stacks = self.stacks
         for stack in self.config.layer_stacks:
-            mixer = self.stacks[stack.name].mixer
+            mixer = stacks[stack.name].mixer
             if mixer is None:
                 specs[stack.name] = (None,) * stack.num_layers
                 continue
@@ -181,11 +182,12 @@ class Transformer(Trunk):
         loop over them would copy each one's weights and cache out of their stacks, at
         every token."""
         x = self.embed(tokens, batch.positions)
+        stacks = self.stacks
         new_caches: dict[str, list[LayerCache]] = {}
         for run in self.config.layer_runs:
             inputs_by_kind = self.attention_inputs_by_kind(run, batch)
             params_by_stack = {
-                stack.name: get_values(self.stacks[stack.name]) for stack in run.stacks
+                stack.name: get_values(stacks[stack.name]) for stack in run.stacks
             }
             for place in run.iterate_places():
                 name = place.stack.name
@@ -196,7 +198,7 @@ class Transformer(Trunk):
                 settings, arrays = split_static_inputs(inputs_by_kind[place.kind_index])
                 params = take_stacked_layer(params_by_stack[name], place.index)
                 x, cache = run_cached_block(
-                    self.stacks[name],
+                    stacks[name],
                     settings,
                     params,
                     x,
