@@ -442,6 +442,10 @@ def list_layer_working_sets(
         )
     elif any(branch.branch == "mixer" for branch in stack.branches):
         sets["a layer's mixer"] = _list_mixer_arrays(shape, stack)
+    if any(branch.costs.working_elements for branch in stack.branches):
+        # The mixer's phase is the only one so far.
+        for arrays in sets.values():
+            arrays |= _list_stated_arrays(shape, stack)
     cross_heads = stack.heads("cross_attention")
     if cross_heads is not None:
         sets["a layer's cross-attention"] = _list_attention_arrays(
@@ -571,6 +575,20 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
         ),
         _STREAM_AND_NORMS: _MIXER_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
+
+
+def _list_stated_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
+    """Lists the arrays that a layer's mixer states itself
+    (``LayerCosts.working_elements``)."""
+    split = shape.split
+    elements = 0.0
+    for branch in stack.branches:
+        costs = branch.costs
+        if branch.branch == "mixer" and costs.working_elements:
+            num_shards = split.num_shards(split.compute, costs.flops_axes)
+            elements += costs.working_elements / num_shards
+    tokens = shape.micro_batch_tokens * stack.token_ratio
+    return {"states and chunks of the mixer": tokens * elements * FP32}
 
 
 def _list_attention_arrays(
