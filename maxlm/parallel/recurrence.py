@@ -1,462 +1,397 @@
-"""Programs that run tokens in order, from a state: convolutions over earlier tokens and
-linear recurrences, on a mesh.
+"""Short convolutions and linear recurrences over whole rows on a mesh, as training runs
+them.
 
-Each device runs its own rows and features. Where the rules split the sequence
-(**context parallelism**), a device holds one run of neighbouring tokens, or in balanced
-order an early and a late one (:mod:`maxlm.parallel.context`), and states pass between
-runs:
+Each device runs its own rows and heads. Where the rules split the sequence (**context
+parallelism**), it has one run of neighbouring tokens, or in balanced order an early and
+a late one, and states pass between runs (:mod:`maxlm.parallel.runs`): each run is
+summarized by what it does to a state before it, the summaries of all runs are
+all-gathered and applied in the order of the sequence, and each run is computed from the
+state before it. Traffic and memory are those of one state a run, whatever the length of
+the sequence. A document that goes on from the run before is not reset there.
 
-1. each run is summarized: what it does to a state before it;
-2. the summaries of all runs are all-gathered, and each device applies them in the order
-   of the sequence, from zeros;
-3. each run is run from the state before it.
-
-Traffic and memory are those of one state for each run, whatever the length of the
-sequence. A document that goes on from the run before is not reset: starts come from
-segment ids, with the last id of the run before. The backward pass goes the same way
-back: gradients of states before runs become, by a reduce-scatter, those of summaries.
-
-What is run is a :class:`SequenceOperator`; those of ``pallas_kernels`` are in
-:mod:`maxlm.parallel.recurrence_kinds`.
+Shapes: B batch, S sequence, H key heads, N value heads, K and V their sizes, W width of
+a convolution. On shards: b rows of s tokens.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol
+from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-from maxlm.parallel.context import SequenceSplit, sequence_order_indices
+from maxlm.config.errors import check_requirements
+from maxlm.parallel.context import require_split_length
+from maxlm.parallel.differentiable import ShardSpecs, run_on_shards
 from maxlm.parallel.layers import PyTree
-from maxlm.parallel.local import (
-    Axes,
-    axis_indices,
-    axis_size,
-    make_spec,
-    map_shards,
-)
+from maxlm.parallel.local import axis_indices, axis_size, make_spec
+from maxlm.parallel.runs import SequenceRuns
 from maxlm.sharding import AxisRules
-from pallas_kernels.linear_recurrence import find_segment_starts
-
-LogicalAxes = tuple[str | None, ...]
-Arrays = tuple[jax.Array, ...]
-
-
-class SplitArray(NamedTuple):
-    """An array, and how its dimensions are split over devices."""
-
-    value: jax.Array
-    axes: LogicalAxes
-    """Logical axes: of all dimensions of a parameter; of those behind the first two of
-    tokens, [B, S] or [D, S]."""
+from pallas_kernels.causal_conv import ConvActivation, causal_conv, update_conv_state
+from pallas_kernels.linear_recurrence import (
+    RunSummary,
+    apply_run,
+    linear_recurrence_backward,
+    linear_recurrence_forward,
+    summarize_run,
+)
+from pallas_kernels.linear_recurrence.params import RecurrenceOperands
 
 
-class SequenceOperator(Protocol):
-    """Something that maps tokens in order, and passes a state from each to the next.
+class _DeviceContext(NamedTuple):
+    """What a device knows of its rows beside their features."""
 
-    All of it runs on one device's shards, for R rows of T neighbouring tokens: tokens
-    are arrays [R, T, ...], states and summaries trees of floating-point arrays [R, ...].
-    It has no collectives. Hashable, for it is a static argument.
-    """
-
-    mixes_features: ClassVar[bool]
-    """Whether every output depends on every token array and parameter, so that the
-    gradient of an array that is whole on devices which split others' features is a sum
-    over these devices. Otherwise output i depends on token array i alone, and is split
-    as that is."""
-    saved_as: ClassVar[str | None]
-    """The name by which remat policies keep outputs and residuals
-    (``models/remat.py``); None: they compute them again."""
-
-    @property
-    def residual_axes(self) -> tuple[LogicalAxes, ...]:
-        """Logical axes of each residual; ``batch`` for the dimension of rows."""
-        ...
-
-    def forward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: PyTree | None,
-    ) -> tuple[Arrays, Arrays]:
-        """Runs tokens from a state (None: zeros).
-
-        Args:
-            starts: bool [R, T], tokens before which the state is zero; None: none.
-
-        Returns:
-            Outputs [R, T, ...], and residuals: what :meth:`backward` wants of it beside
-            its arguments.
-        """
-        ...
-
-    def backward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: PyTree | None,
-        residuals: Arrays,
-        d_outputs: Arrays,
-    ) -> tuple[Arrays, Arrays, PyTree | None]:
-        """Returns gradients of tokens, params and state, of their dtypes."""
-        ...
-
-    def make_state(self, tokens: Arrays, params: Arrays, num_rows: int) -> PyTree:
-        """Returns the state before any token, zeros."""
-        ...
-
-    def summarize(
-        self, tokens: Arrays, params: Arrays, starts: jax.Array | None
-    ) -> PyTree:
-        """Returns what the tokens do to a state before them; JAX differentiates it."""
-        ...
-
-    def advance(self, summary: PyTree, state: PyTree) -> PyTree:
-        """Returns the state behind tokens from the one before; JAX differentiates
-        it."""
-        ...
+    segment_ids: jax.Array | None
+    """int [b, s]."""
+    seq_index: jax.Array
+    """int32 [1]: the device's number along the axes of ``seq``."""
+    heads_index: jax.Array | None
+    """int32 [1]: along those of ``heads``, where key heads are whole on each device;
+    None: they are split as value heads are."""
 
 
-def run_sharded(
-    operator: SequenceOperator,
-    tokens: Sequence[SplitArray],
+def _make_context(
+    rules: AxisRules, segment_ids: jax.Array | None, *, has_heads_index: bool = False
+) -> tuple[_DeviceContext, _DeviceContext]:
+    """Returns a program's context, and the specs of its arrays."""
+    seq_axes = rules.mesh_axes("seq")
+    head_axes = rules.mesh_axes("heads")
+    context = _DeviceContext(
+        segment_ids,
+        axis_indices(seq_axes),
+        axis_indices(head_axes) if has_heads_index else None,
+    )
+    specs = _DeviceContext(
+        None if segment_ids is None else rules.spec("batch", "seq"),
+        make_spec((seq_axes,)),
+        make_spec((head_axes,)) if has_heads_index else None,
+    )
+    return context, specs
+
+
+def _check_length(seq_len: int, rules: AxisRules, balanced: bool) -> None:
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    requirements = require_split_length(
+        seq_len, rules=rules, sizes=sizes, balanced=balanced
+    )
+    check_requirements(requirements)
+
+
+class ConvWeights(NamedTuple):
+    """Of one depthwise convolution."""
+
+    weight: jax.Array
+    """[*features, W], the current token's last."""
+    bias: jax.Array | None = None
+    """[*features]."""
+
+
+class _ConvOperands(NamedTuple):
+    x: jax.Array
+    weights: ConvWeights
+
+
+def sharded_causal_conv(
+    x: jax.Array,
+    weights: ConvWeights,
+    axes: tuple[str | None, ...],
     *,
-    params: Sequence[SplitArray] = (),
-    output_axes: Sequence[LogicalAxes],
+    activation: ConvActivation | None = None,
     rules: AxisRules,
     segment_ids: jax.Array | None = None,
     balanced: bool = False,
-) -> Arrays:
-    """Runs an operator over whole rows on a mesh, from zeros; differentiable by tokens
-    and params.
+) -> jax.Array:
+    """Runs ``pallas_kernels.causal_conv`` over whole rows on a mesh.
 
     Args:
-        tokens: arrays [B, S, ...], with rows and tokens laid out by ``rules``.
-        params: arrays that all tokens read.
-        output_axes: logical axes of each output's dimensions behind [B, S].
-        segment_ids: int [B, S]; tokens that differ from the one before start from zero.
-            None: each row is one document.
+        x: [B, S, *features], such as [B, S, N, H], laid out by ``rules``.
+        weights: split as the features are.
+        axes: logical axes of the features, such as ("heads", "head_dim").
+        activation: of the sums.
+        segment_ids: int [B, S], documents of packed rows; None: a row is one.
         balanced: whether rows stand in the balanced order of
-            ``context.sequence_order_indices`` for the number of shards.
+            ``context.sequence_order_indices``.
 
     Returns:
-        Outputs [B, S, ...], laid out as tokens are.
+        Like x.
 
     Raises:
         MaxlmError: a sequence that does not divide over its devices.
         ValueError: shapes that do not belong together.
     """
-    seq_len = tokens[0].value.shape[1]
-    layout = _Layout(
-        rules,
-        tuple(array.axes for array in tokens),
-        tuple(array.axes for array in params),
-        tuple(output_axes),
-        balanced,
-    )
-    # Raises where the length does not divide.
-    sequence_order_indices(seq_len, layout.num_shards, layout.num_runs > 1)
-    return _run(
-        tuple(array.value for array in tokens),
-        tuple(array.value for array in params),
-        segment_ids,
-        operator,
-        layout,
-    )
+    _check_length(x.shape[1], rules, balanced)
+    seq_axes = rules.mesh_axes("seq")
+    context, context_specs = _make_context(rules, segment_ids)
+    rows = rules.spec("batch", "seq", *axes)
+    bias_spec = None if weights.bias is None else rules.spec(*axes)
+    weight_specs = ConvWeights(rules.spec(*axes, None), bias_spec)
+    width = weights.weight.shape[-1]
 
-
-class _Layout(NamedTuple):
-    """How arrays lie on devices, and which runs of the sequence each device has."""
-
-    rules: AxisRules
-    token_axes: tuple[LogicalAxes, ...]
-    param_axes: tuple[LogicalAxes, ...]
-    output_axes: tuple[LogicalAxes, ...]
-    balanced: bool
-
-    @property
-    def seq_axes(self) -> Axes:
-        return self.rules.mesh_axes("seq")
-
-    @property
-    def num_shards(self) -> int:
-        """Devices that share a row."""
-        return axis_size(self.seq_axes)
-
-    @property
-    def num_runs(self) -> int:
-        """Runs of neighbouring tokens that a device holds of a row."""
-        return 2 if self.balanced and self.num_shards > 1 else 1
-
-    @property
-    def row_axes(self) -> Axes:
-        """Mesh axes along which devices have different tokens."""
-        return self.rules.mesh_axes("batch") + self.seq_axes
-
-    def specs_of_tokens(self, axes: Sequence[LogicalAxes]) -> tuple[PartitionSpec, ...]:
-        return tuple(self.rules.spec("batch", "seq", *names) for names in axes)
-
-    @property
-    def param_specs(self) -> tuple[PartitionSpec, ...]:
-        return tuple(self.rules.spec(*names) for names in self.param_axes)
-
-    def residual_specs(self, operator: SequenceOperator) -> tuple[PartitionSpec, ...]:
-        """Returns specs of residuals, whose rows are those of all runs."""
-        specs = []
-        for names in operator.residual_axes:
-            dims = [
-                self.row_axes if name == "batch" else self.rules.mesh_axes(name)
-                for name in names
-            ]
-            specs.append(make_spec(dims))
-        return tuple(specs)
-
-    def feature_axes(self, axes: LogicalAxes) -> set[str]:
-        """Returns the mesh axes that split an array's features."""
-        return {mesh_axis for name in axes for mesh_axis in self.rules.mesh_axes(name)}
-
-    def sum_gradients(
-        self, operator: SequenceOperator, d_tokens: Arrays, d_params: Arrays
-    ) -> tuple[Arrays, Arrays]:
-        """Sums gradients, on shards, over devices that have a part of each."""
-        shared_axes: set[str] = set()
-        if operator.mixes_features:
-            for axes in (*self.token_axes, *self.param_axes, *self.output_axes):
-                shared_axes |= self.feature_axes(axes)
-
-        def sum_gradient(x: jax.Array, axes: LogicalAxes, row_axes: Axes) -> jax.Array:
-            other_axes = shared_axes - self.feature_axes(axes)
-            summed_axes = (*row_axes, *sorted(other_axes))
-            return lax.psum(x, summed_axes) if summed_axes else x
-
-        summed_tokens = tuple(
-            sum_gradient(x, axes, ())
-            for x, axes in zip(d_tokens, self.token_axes, strict=True)
-        )
-        summed_params = tuple(
-            sum_gradient(x, axes, self.row_axes)
-            for x, axes in zip(d_params, self.param_axes, strict=True)
-        )
-        return summed_tokens, summed_params
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _run(
-    tokens: Arrays,
-    params: Arrays,
-    segment_ids: jax.Array | None,
-    operator: SequenceOperator,
-    layout: _Layout,
-) -> Arrays:
-    return _forward(tokens, params, segment_ids, operator, layout)[0]
-
-
-def _forward(tokens, params, segment_ids, operator, layout):
-    def local(tokens, params, segment_ids, shard_index):
-        runs = _Runs(layout, shard_index)
-        starts = runs.find_starts(segment_ids)
-        run_tokens = runs.split(tokens)
+    def local(operands: _ConvOperands, context: _DeviceContext) -> jax.Array:
+        runs = SequenceRuns(seq_axes, balanced, context.seq_index)
+        starts = runs.find_starts(context.segment_ids)
+        x = runs.split(operands.x)
         state = None
-        if layout.num_shards > 1:
-            summary = operator.summarize(run_tokens, params, starts)
-            zeros = operator.make_state(run_tokens, params, len(tokens[0]))
-            gathered = runs.gather(summary)
-            state = runs.find_states(operator.advance, zeros, gathered)
-        outputs, residuals = operator.forward(run_tokens, params, starts, state)
-        return runs.join(outputs), residuals
+        if runs.are_split:
+            summary = _summarize_conv(flatten_features(x), width, starts)
+            state = runs.pass_on(summary, _find_conv_states)
+        y, _ = convolve(
+            x, operands.weights, state, starts=starts, activation=activation
+        )
+        return runs.join(y)
 
-    outputs, residuals = map_shards(
-        local,
-        in_specs=_operand_specs(layout, segment_ids),
-        out_specs=(
-            layout.specs_of_tokens(layout.output_axes),
-            layout.residual_specs(operator),
-        ),
-    )(tokens, params, segment_ids, axis_indices(layout.seq_axes))
-    if operator.saved_as is not None:
-        # Named here and not outside: the backward pass wants the residuals, or all of
-        # it is computed again.
-        name = partial(checkpoint_name, name=operator.saved_as)
-        outputs = tuple(map(name, outputs))
-        residuals = tuple(map(name, residuals))
-    return outputs, (tokens, params, segment_ids, residuals)
+    specs = ShardSpecs(_ConvOperands(rows, weight_specs), context_specs, rows)
+    return run_on_shards(local, _ConvOperands(x, weights), context, specs)
 
 
-def _backward(operator, layout, saved, d_outputs):
-    tokens, params, segment_ids, residuals = saved
+def convolve(
+    x: jax.Array,
+    weights: ConvWeights,
+    state: jax.Array | None,
+    *,
+    starts: jax.Array | None = None,
+    live: jax.Array | None = None,
+    activation: ConvActivation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs ``causal_conv`` over features of several dimensions, on one device.
 
-    def local(tokens, params, segment_ids, shard_index, residuals, d_outputs):
-        runs = _Runs(layout, shard_index)
-        starts = runs.find_starts(segment_ids)
-        run_tokens = runs.split(tokens)
-        d_run_outputs = runs.split(d_outputs)
-        if layout.num_shards == 1:
-            d_tokens, d_params, _ = operator.backward(
-                run_tokens, params, starts, None, residuals, d_run_outputs
-            )
-        else:
+    Args:
+        x: [b, s, *features].
+        state: [b, W − 1, F], F the product of features; None: zeros.
+        starts, live, activation: see ``causal_conv``.
 
-            def summarize(run_tokens, params):
-                return operator.summarize(run_tokens, params, starts)
-
-            summary, pull_summary = jax.vjp(summarize, run_tokens, params)
-            zeros = operator.make_state(run_tokens, params, len(tokens[0]))
-            gathered = runs.gather(summary)
-            find_states = partial(runs.find_states, operator.advance, zeros)
-            state, pull_states = jax.vjp(find_states, gathered)
-            d_run_tokens, d_run_params, d_state = operator.backward(
-                run_tokens, params, starts, state, residuals, d_run_outputs
-            )
-            (d_gathered,) = pull_states(d_state)
-            d_summary = runs.scatter(d_gathered)
-            d_summarized = pull_summary(d_summary)
-            d_tokens, d_params = jax.tree.map(
-                jnp.add, (d_run_tokens, d_run_params), d_summarized
-            )
-        d_tokens = runs.join(d_tokens)
-        return layout.sum_gradients(operator, d_tokens, d_params)
-
-    gradients = map_shards(
-        local,
-        in_specs=(
-            *_operand_specs(layout, segment_ids),
-            layout.residual_specs(operator),
-            layout.specs_of_tokens(layout.output_axes),
-        ),
-        out_specs=(layout.specs_of_tokens(layout.token_axes), layout.param_specs),
-    )(
-        tokens,
-        params,
-        segment_ids,
-        axis_indices(layout.seq_axes),
-        residuals,
-        d_outputs,
-    )
-    return *gradients, None
-
-
-_run.defvjp(_forward, _backward)
-
-
-def _operand_specs(
-    layout: _Layout, segment_ids: jax.Array | None
-) -> tuple[PyTree, ...]:
-    """Returns the specs of tokens, params, segment ids and the devices' numbers."""
-    segment_spec = None if segment_ids is None else layout.rules.spec("batch", "seq")
-    return (
-        layout.specs_of_tokens(layout.token_axes),
-        layout.param_specs,
-        segment_spec,
-        make_spec((layout.seq_axes,)),
-    )
-
-
-class _Runs:
-    """A device's runs of neighbouring tokens, and those of all devices in order.
-
-    Rows of what an operator sees are [B · runs]: a device's runs of a row follow each
-    other, for that is how its tokens lie.
+    Returns:
+        y like x, and the state after the last live token.
     """
+    width = weights.weight.shape[-1]
+    bias = weights.bias
+    y, new_state = causal_conv(
+        flatten_features(x),
+        weights.weight.reshape(-1, width),
+        None if bias is None else bias.reshape(-1),
+        starts=starts,
+        initial_state=state,
+        live=live,
+        activation=activation,
+    )
+    return y.reshape(x.shape), new_state
 
-    def __init__(self, layout: _Layout, shard_index: jax.Array):
-        self.axes = layout.seq_axes
-        self.num_shards = layout.num_shards
-        self.num_runs = layout.num_runs
-        split = SequenceSplit(
-            self.axes, "all_gather", self.num_runs > 1, causal=True, window=None
-        )
-        if self.num_shards > 1:
-            self.numbers = jnp.stack(split.chunk_starts(shard_index[0], 1))
-            """int32 [runs]: places in the sequence of this device's runs."""
-        run_at_place = sequence_order_indices(
-            self.num_shards * self.num_runs, self.num_shards, self.num_runs > 1
-        )
-        self.place_of_run: np.ndarray = np.argsort(run_at_place)
 
-    def split(self, arrays: Arrays) -> Arrays:
-        """[B, S, ...] → [B · runs, T, ...]."""
+def flatten_features(x: jax.Array) -> jax.Array:
+    """Returns x [b, s, *features] as [b, s, F]."""
+    return x.reshape(*x.shape[:2], prod(x.shape[2:]))
+
+
+class _ConvSummary(NamedTuple):
+    """What a run of c tokens does to the last inputs, which a convolution keeps."""
+
+    last_inputs: jax.Array
+    """[b, min(c, W − 1), F], the run's last, zeros where they are of an earlier document
+    than its last token."""
+    keeps_earlier: jax.Array
+    """[b, 1, 1]: 1 where no document starts in the run, otherwise 0."""
+    no_inputs: jax.Array
+    """[b, W − 1, F], zeros: what is before any run."""
+
+
+def _summarize_conv(
+    x: jax.Array, width: int, starts: jax.Array | None
+) -> _ConvSummary:
+    num_rows, num_tokens, num_features = x.shape
+    num_inputs = min(num_tokens, width - 1)
+    last_inputs = update_conv_state(x, num_inputs + 1, starts)
+    keeps_earlier = jnp.ones((num_rows, 1, 1), x.dtype)
+    if starts is not None:
+        has_start = jnp.any(starts, axis=1)
+        keeps_earlier = jnp.where(has_start[:, None, None], 0, keeps_earlier)
+    no_inputs = jnp.zeros((num_rows, width - 1, num_features), x.dtype)
+    return _ConvSummary(last_inputs, keeps_earlier, no_inputs)
+
+
+def _find_conv_states(summaries: _ConvSummary) -> jax.Array:
+    """Returns the last W − 1 inputs before each run, [runs, b, W − 1, F]."""
+
+    def advance(
+        state: jax.Array, summary: _ConvSummary
+    ) -> tuple[jax.Array, jax.Array]:
+        num_inputs = summary.last_inputs.shape[1]
+        earlier = state[:, num_inputs:] * summary.keeps_earlier
+        return jnp.concatenate([earlier, summary.last_inputs], axis=1), state
+
+    _, states = lax.scan(advance, summaries.no_inputs[0], summaries)
+    return states
+
+
+def sharded_linear_recurrence(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array | None = None,
+    *,
+    scale: float = 1.0,
+    chunk_size: int = 64,
+    rules: AxisRules,
+    segment_ids: jax.Array | None = None,
+    balanced: bool = False,
+    splits_key_heads: bool = True,
+) -> jax.Array:
+    """Runs ``pallas_kernels.linear_recurrence`` over whole rows on a mesh, each device
+    with its own value heads, split as ``heads`` are.
+
+    Args:
+        q, k: [B, S, H, K].
+        v: [B, S, N, V].
+        log_decay: fp32 [B, S, N], or [B, S, N, K].
+        beta: [B, S, N], or None.
+        scale, chunk_size: see ``linear_recurrence``.
+        segment_ids: int [B, S], documents of packed rows; None: a row is one.
+        balanced: whether rows stand in the balanced order of
+            ``context.sequence_order_indices``.
+        splits_key_heads: whether key heads are split as value heads are. Otherwise they
+            are whole on every device, which reads those of its own value heads: few
+            groups of keys under more devices.
+
+    Returns:
+        [B, S, N, V] in v's dtype. With what the backward pass needs it has the name
+        "attention" for remat policies.
+
+    Raises:
+        MaxlmError: a sequence that does not divide over its devices.
+        ValueError: shapes that do not belong together; value heads of a device that
+            straddle the groups of key heads.
+    """
+    _check_length(q.shape[1], rules, balanced)
+    seq_axes = rules.mesh_axes("seq")
+    head_axes = rules.mesh_axes("heads")
+    num_key_heads = q.shape[2]
+    num_heads = v.shape[2]
+    selects_keys = bool(head_axes) and not splits_key_heads and num_key_heads > 1
+    heads_per_device = num_heads // axis_size(head_axes)
+    group_size = num_heads // num_key_heads
+    if selects_keys and heads_per_device % group_size and group_size % heads_per_device:
+        raise ValueError(
+            f"{heads_per_device} value heads a device straddle groups of {group_size}"
+        )
+    context, context_specs = _make_context(
+        rules, segment_ids, has_heads_index=selects_keys
+    )
+    keys = rules.spec("batch", "seq", "heads" if splits_key_heads else None, None)
+    values = rules.spec("batch", "seq", "heads", None)
+    numbers = rules.spec("batch", "seq", "heads")
+    specs = ShardSpecs(
+        RecurrenceOperands(
+            keys,
+            keys,
+            values,
+            numbers if log_decay.ndim == 3 else values,
+            None if beta is None else numbers,
+        ),
+        context_specs,
+        values,
+    )
+
+    def select_keys(x: jax.Array, heads_index: jax.Array) -> jax.Array:
+        """Selects the key heads that this device's value heads read."""
+        first = heads_index[0] * heads_per_device // group_size
+        count = max(heads_per_device // group_size, 1)
+        return lax.dynamic_slice_in_dim(x, first, count, axis=2)
+
+    def local(operands: RecurrenceOperands, context: _DeviceContext) -> jax.Array:
+        assert operands.q is not None
+        if context.heads_index is not None:
+            operands = operands._replace(
+                q=select_keys(operands.q, context.heads_index),
+                k=select_keys(operands.k, context.heads_index),
+            )
+        runs = SequenceRuns(seq_axes, balanced, context.seq_index)
+        starts = runs.find_starts(context.segment_ids)
+        state = None
+        if runs.are_split:
+
+            def summarize(operands: RecurrenceOperands) -> RunSummary:
+                _, *others = jax.tree.map(runs.split, operands)
+                return summarize_run(*others, starts=starts, chunk_size=chunk_size)
+
+            # What its backward pass needs is as much as that of the runs themselves.
+            summarize = jax.checkpoint(summarize, prevent_cse=False)
+            state = runs.pass_on(summarize(operands), _find_states)
+        call = _LocalCall(scale, chunk_size, runs.runs_per_device)
+        return _recur_runs(operands, starts, state, call)
+
+    operands = RecurrenceOperands(q, k, v, log_decay, beta)
+    return run_on_shards(local, operands, context, specs, "attention")
+
+
+def _find_states(summaries: RunSummary) -> jax.Array:
+    """Returns the state before each run, [runs, b, N, K, V], zeros before the first."""
+
+    def advance(state: jax.Array, summary: RunSummary) -> tuple[jax.Array, jax.Array]:
+        return apply_run(summary, state), state
+
+    zeros = jnp.zeros_like(summaries.state[0])
+    _, states = lax.scan(advance, zeros, summaries)
+    return states
+
+
+class _LocalCall(NamedTuple):
+    """What is static of a recurrence on shards."""
+
+    scale: float
+    chunk_size: int
+    runs_per_device: int
+
+    def split(self, tree: PyTree) -> PyTree:
+        """Splits arrays of rows [b, s, ...] into runs, [b · runs, c, ...]."""
+        runs = self.runs_per_device
 
         def split_array(x: jax.Array) -> jax.Array:
-            num_rows = x.shape[0] * self.num_runs
-            return x.reshape(num_rows, x.shape[1] // self.num_runs, *x.shape[2:])
+            return x.reshape(x.shape[0] * runs, x.shape[1] // runs, *x.shape[2:])
 
-        return tuple(map(split_array, arrays))
+        return jax.tree.map(split_array, tree)
 
-    def join(self, arrays: Arrays) -> Arrays:
-        """[B · runs, T, ...] → [B, S, ...]."""
 
-        def join_array(x: jax.Array) -> jax.Array:
-            num_rows = x.shape[0] // self.num_runs
-            return x.reshape(num_rows, x.shape[1] * self.num_runs, *x.shape[2:])
+# A gradient of its own, so that the program keeps its operands as they are given and
+# states at the starts of blocks, not operands again as runs or with documents marked.
 
-        return tuple(map(join_array, arrays))
 
-    def find_starts(self, segment_ids: jax.Array | None) -> jax.Array | None:
-        """Returns where documents start, bool [B · runs, T]."""
-        if segment_ids is None:
-            return None
-        (ids,) = self.split((segment_ids,))
-        if self.num_shards == 1:
-            return find_segment_starts(ids)
-        last_ids = self.gather(ids[:, -1])
-        # Before the first run is nothing; its state is zero whatever its starts are.
-        ids_before = jnp.concatenate([last_ids[:1], last_ids[:-1]])
-        return find_segment_starts(ids, self._select(ids_before))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _recur_runs(
+    operands: RecurrenceOperands,
+    starts: jax.Array | None,
+    state: jax.Array | None,
+    call: _LocalCall,
+) -> jax.Array:
+    return _recur_runs_forward(operands, starts, state, call)[0]
 
-    def gather(self, tree: PyTree) -> PyTree:
-        """Gathers arrays of this device's runs, [B · runs, ...], to those of all runs
-        in the order of the sequence, [all runs, B, ...]."""
 
-        def gather_array(x: jax.Array) -> jax.Array:
-            by_row = x.reshape(-1, self.num_runs, *x.shape[1:])
-            by_run = jnp.moveaxis(by_row, 1, 0)
-            gathered = lax.all_gather(by_run, self.axes, axis=0, tiled=True)
-            return gathered[self.place_of_run]
+def _recur_runs_forward(operands, starts, state, call):
+    y, block_states = linear_recurrence_forward(
+        *call.split(operands),
+        initial_state=state,
+        starts=starts,
+        scale=call.scale,
+        chunk_size=call.chunk_size,
+    )
+    has_state = state is not None
+    return y.reshape(operands.v.shape), (operands, starts, block_states, has_state)
 
-        return jax.tree.map(gather_array, tree)
 
-    def scatter(self, tree: PyTree) -> PyTree:
-        """Sums arrays [all runs, B, ...] over devices, and returns this device's runs,
-        [B · runs, ...]; transposes :meth:`gather`."""
-        run_at_place = np.argsort(self.place_of_run)
+def _recur_runs_backward(call, saved, d_y):
+    operands, starts, block_states, has_state = saved
+    gradients, d_state = linear_recurrence_backward(
+        *call.split(operands),
+        block_states,
+        call.split(d_y),
+        starts=starts,
+        scale=call.scale,
+        chunk_size=call.chunk_size,
+    )
+    d_operands = jax.tree.map(
+        lambda gradient, x: gradient.reshape(x.shape), gradients, operands
+    )
+    return d_operands, None, d_state if has_state else None
 
-        def scatter_array(x: jax.Array) -> jax.Array:
-            summed = lax.psum_scatter(
-                x[run_at_place], self.axes, scatter_dimension=0, tiled=True
-            )
-            by_row = jnp.moveaxis(summed, 0, 1)
-            return by_row.reshape(-1, *by_row.shape[2:])
 
-        return jax.tree.map(scatter_array, tree)
-
-    def find_states(
-        self,
-        advance: Callable[[PyTree, PyTree], PyTree],
-        zeros: PyTree,
-        summaries: PyTree,
-    ) -> PyTree:
-        """Returns the states before this device's runs, [B · runs, ...].
-
-        Args:
-            advance: :meth:`SequenceOperator.advance`.
-            zeros: the state before the first run.
-            summaries: of all runs, [all runs, B, ...].
-        """
-
-        def step(state: PyTree, summary: PyTree) -> tuple[PyTree, PyTree]:
-            return advance(summary, state), state
-
-        _, states = lax.scan(step, zeros, summaries)
-        return jax.tree.map(self._select, states)
-
-    def _select(self, by_run: jax.Array) -> jax.Array:
-        """Selects this device's of all runs: [all runs, B, ...] → [B · runs, ...]."""
-        by_row = jnp.moveaxis(by_run[self.numbers], 0, 1)
-        return by_row.reshape(-1, *by_row.shape[2:])
+_recur_runs.defvjp(_recur_runs_forward, _recur_runs_backward)
