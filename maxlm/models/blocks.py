@@ -29,8 +29,8 @@ from maxlm.models.layers.attention import (
     AttentionConfig,
     AttentionInputs,
     EncoderOutput,
-    LatentAttention,
 )
+from maxlm.models.layers.latent import LatentAttention
 from maxlm.models.layers.mamba import Mamba, MambaConfig
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig

@@ -341,7 +341,8 @@ def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
         stream_elements = model.d_model * stream_arrays
         if stack.experts:
             # Rows as they arrive, and an fp32 number for each.
-            row_bytes = model.d_model * itemsize + FP32
+            row_width = stack.experts.input_dim or model.d_model
+            row_bytes = row_width * itemsize + FP32
             expert_bytes = shape.expert_buffer_rows * row_bytes
 
     elements = (
@@ -371,11 +372,13 @@ def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
     )
     for heads, key_rate in branches:
         widths = split.local_attention_widths(heads)
-        if "qkv" in saved_names:
+        if "qkv" in saved_names and heads is not None:
+            elements += widths.queries + widths.gates
+        if "qkv" in saved_names and heads is not None and heads.makes_keys:
             # Keys are as many as the tokens that they are of, not as the queries.
             keys_and_values = widths.keys + widths.values
             keys_and_values = keys_and_values * key_rate / stack.token_ratio
-            elements += widths.queries + keys_and_values
+            elements += keys_and_values
         if "attention" in saved_names:
             # The output, and log-sum-exps of its heads in fp32, as elements of the
             # compute dtype.
@@ -412,10 +415,14 @@ def _count_unnamed_elements(shape: StepShape, stack: StackCosts) -> Number:
             for group in stack.matmul_groups
             if group.branch == "mixer"
         )
-    elif heads.qk_norm:
+        return elements
+    widths = split.local_attention_widths(heads)
+    if heads.qk_norm:
         # Queries and keys before their norms.
-        widths = split.local_attention_widths(heads)
         elements += widths.queries + widths.keys
+    if heads.gate_dim:
+        # The output behind its gate, which the map back reads.
+        elements += widths.output
     return elements
 
 
@@ -435,6 +442,10 @@ def list_layer_working_sets(
         )
     elif any(branch.branch == "mixer" for branch in stack.branches):
         sets["a layer's mixer"] = _list_mixer_arrays(shape, stack)
+    if any(branch.costs.working_elements for branch in stack.branches):
+        # The mixer's phase is the only one so far.
+        for arrays in sets.values():
+            arrays |= _list_stated_arrays(shape, stack)
     cross_heads = stack.heads("cross_attention")
     if cross_heads is not None:
         sets["a layer's cross-attention"] = _list_attention_arrays(
@@ -566,6 +577,20 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     }
 
 
+def _list_stated_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
+    """Lists the arrays that a layer's mixer states itself
+    (``LayerCosts.working_elements``)."""
+    split = shape.split
+    elements = 0.0
+    for branch in stack.branches:
+        costs = branch.costs
+        if branch.branch == "mixer" and costs.working_elements:
+            num_shards = split.num_shards(split.compute, costs.flops_axes)
+            elements += costs.working_elements / num_shards
+    tokens = shape.micro_batch_tokens * stack.token_ratio
+    return {"states and chunks of the mixer": tokens * elements * FP32}
+
+
 def _list_attention_arrays(
     shape: StepShape,
     stack: StackCosts,
@@ -602,6 +627,7 @@ def _list_attention_arrays(
     keys = shape.micro_batch_tokens * key_rate * split.num_devices(split.compute.seq)
     # Gradients of queries, keys and values are in fp32, the output's in its own dtype.
     query_bytes = widths.queries * (itemsize + FP32) + widths.output * 2 * itemsize
+    query_bytes += widths.gates * 2 * itemsize
     arrays = {
         "queries, output and their gradients": tokens * query_bytes,
         "keys, values and their gradients": (
@@ -612,7 +638,9 @@ def _list_attention_arrays(
             _ATTENTION_STREAM_ARRAYS * _count_stream_bytes(shape, stack)
         ),
     }
-    latent_width = sum(group.latent_width for group in stack.matmul_groups)
+    latent_width = sum(
+        group.latent_width for group in stack.matmul_groups if group.branch != "ffn"
+    )
     if latent_width:
         # The vectors before norms and after, and their gradients; parts of heads, not
         # yet joined.
@@ -628,7 +656,8 @@ def _list_expert_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     and hidden activations."""
     rows = shape.expert_buffer_rows
     itemsize = shape.work.dtype_bytes
-    d_model = shape.work.config.model.d_model
+    assert stack.experts is not None
+    row_width = stack.experts.input_dim or shape.work.config.model.d_model
     groups = [group for group in stack.matmul_groups if group.has_experts]
     # Beside all kernels one's gradient is alive: at the peak the largest's.
     weights = sum(shape.gathered_weight_bytes(group) for group in groups)
@@ -639,7 +668,7 @@ def _list_expert_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     hidden = hidden_elements / len(up_group.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest_share) * weights,
-        "rows received and their gradients": rows * d_model * (2 * itemsize + FP32),
+        "rows received and their gradients": rows * row_width * (2 * itemsize + FP32),
         # Three hidden activations or gradients at once; larger ones are computed in
         # chunks (parallel/experts.py).
         _HIDDEN: 3 * np.minimum(hidden, HIDDEN_BYTES),

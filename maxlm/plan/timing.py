@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.optim.kinds import get_input_output_dims
+from maxlm.parallel.terms import limit_window
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import count_stored_bytes
 from maxlm.plan.network import Network, Phase, PlannedCollective
@@ -205,9 +206,11 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
         if group.has_experts and work.experts is not None:
             active_share = shape.expert_rows_per_token / work.experts.num_experts
         # Tokens times layers: a stage holds its share of the layers.
-        tokens = (
-            shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
-        )
+        tokens = shape.per_stage(num_layers) * group.token_ratio
+        if work.is_in_stream_layout(group):
+            tokens *= shape.residual_tokens
+        else:
+            tokens *= shape.micro_batch_tokens
         # Without remat all else is kept, but experts' hidden activations never are.
         remakes_hidden = (
             group.has_experts
@@ -326,7 +329,8 @@ def count_extra_forward_flops(shape: StepShape) -> Number:
 
 def get_computed_score_ratio(attention: AttentionShape) -> float:
     """Returns the share of all pairs that is computed: under a causal mask tiles of
-    queries skip the keys after them, and those before their window."""
+    queries skip the keys after them, and those before their window or as far away as a
+    chunk is long."""
     if not attention.causal:
         return 1.0
     length = attention.query_len
@@ -334,7 +338,8 @@ def get_computed_score_ratio(attention: AttentionShape) -> float:
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
-    window = min(attention.window or length, length)
+    limit = limit_window(attention.window, attention.heads.chunk)
+    window = min(limit or length, length)
     first_keys = np.maximum(starts - window + 1, 0)
     keys = stops - first_keys
     return float(np.sum(keys * (stops - starts)) / length**2)

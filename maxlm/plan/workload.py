@@ -206,7 +206,7 @@ class RunWorkload:
             return False
         output = kernel.output_features
         if output == "residual":
-            return group.backward_needs_output
+            return self.backward_needs_branch_output(group)
         if output == "mlp":
             is_kept = "mlp_up" in SAVED[remat]
             is_dense_ffn = group.branch == "ffn" and not group.has_experts
@@ -215,6 +215,25 @@ class RunWorkload:
             return "qkv" not in SAVED[remat] or kernel.needs_raw_output
         # Latent vectors are never kept: what is made of them next needs them.
         return True
+
+    def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
+        """Whether the backward pass needs what a residual branch, of which this is the
+        last group, adds: for what stands behind it in the layer. Of experts that read
+        narrow vectors it needs the sum, for the map that widens it; a gate on shared
+        experts needs theirs."""
+        experts = self.experts
+        if experts is not None and group.branch == "ffn":
+            if group.has_experts and experts.input_dim is not None:
+                return True
+            if group.module == "moe.shared" and experts.gates_shared:
+                return True
+        return group.backward_needs_output
+
+    def is_in_stream_layout(self, group: MatmulGroup) -> bool:
+        """Whether a group's tokens lie as those of the residual stream do: it maps
+        between the stream and the narrow vectors of experts."""
+        features = (group.input_features, group.output_features)
+        return group.branch == "ffn" and "latent" in features
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and
@@ -238,6 +257,8 @@ class LocalAttentionWidths(NamedTuple):
     values: Number
     heads: Number
     """Query heads, and log-sum-exps."""
+    gates: Number
+    """Of the output."""
 
 
 class MeshPartitioning:
@@ -292,7 +313,7 @@ class MeshPartitioning:
     ) -> LocalAttentionWidths:
         """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
-            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0)
+            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         kv_axes = self.compute.mesh_axes(heads.kv_axis)
         query_heads = heads.num_heads / self.num_devices(self.compute.heads)
         kv_heads = heads.num_kv_heads / self.num_devices(kv_axes)
@@ -302,6 +323,7 @@ class MeshPartitioning:
             keys=kv_heads * heads.head_dim,
             values=kv_heads * heads.value_dim,
             heads=query_heads,
+            gates=query_heads * heads.gate_dim,
         )
 
     def local_ffn_elements_per_token(self, group: MatmulGroup) -> Number:

@@ -64,6 +64,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "placement": "parallel_shared",
         "head_bias": True,
     },
+    "gated_experts": {
+        "attention": _HEADS,
+        "moe": _EXPERTS | {"bias": True, "shared_experts": 1, "shared_gate": True},
+    },
+    "latent_experts": {"attention": _HEADS, "moe": _EXPERTS | {"latent_dim": 16}},
     "sandwich_experts": {"attention": _HEADS, "moe": _EXPERTS, "placement": "sandwich"},
     "encoder": {
         "architecture": "encoder",

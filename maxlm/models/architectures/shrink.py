@@ -39,8 +39,15 @@ class PartShrinker:
         """Returns a feed-forward of the same ratio to the width, in multiples of 8."""
         if ffn is None:
             return None
-        d_ff = max(1, round(ffn.d_ff / self.old_d_model * self.d_model / 8)) * 8
-        return ffn.model_copy(update={"d_ff": d_ff})
+        widths = {"d_ff": ffn.d_ff}
+        if isinstance(ffn, MoeConfig):
+            others = {"shared_d_ff": ffn.shared_d_ff, "latent_dim": ffn.latent_dim}
+            widths |= {name: width for name, width in others.items() if width}
+        changes = {
+            name: max(1, round(width / self.old_d_model * self.d_model / 8)) * 8
+            for name, width in widths.items()
+        }
+        return ffn.model_copy(update=changes)
 
     def shrink_positions(
         self, positions: PositionsConfig | None

@@ -37,7 +37,7 @@ from maxlm.parallel.recurrent import (
     sharded_selective_scan,
 )
 from pallas_kernels.causal_conv import causal_conv
-from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.selective_scan import CHUNK_TOKENS, selective_scan
 
 
 class MambaConfig(Config):
@@ -229,6 +229,8 @@ class Mamba(nnx.Module):
             ),
             extra_flops=flops,
             flops_axes=("mlp",),
+            # States between chunks, and about as many within one.
+            working_elements=2 * config.d_inner * config.d_state / CHUNK_TOKENS,
         )
 
     def _read_conv(self) -> tuple[jax.Array, jax.Array | None]:
