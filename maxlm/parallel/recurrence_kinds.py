@@ -42,13 +42,16 @@ from pallas_kernels.causal_conv import ConvActivation
 from pallas_kernels.linear_recurrence import (
     RunSummary,
     apply_run,
+    linear_recurrence,
     linear_recurrence_backward,
     linear_recurrence_forward,
+    linear_recurrence_step,
     summarize_run,
 )
 from pallas_kernels.linear_recurrence.params import RecurrenceOperands
 
 __all__ = [
+    "advance_linear_recurrence",
     "convolve_features",
     "sharded_causal_conv",
     "sharded_linear_recurrence",
@@ -179,6 +182,56 @@ def _find_states_before(summaries: RunSummary) -> jax.Array:
     zeros = jnp.zeros_like(summaries.state[0])
     _, states = lax.scan(advance, zeros, summaries)
     return states
+
+
+def advance_linear_recurrence(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array | None = None,
+    *,
+    state: jax.Array,
+    live: jax.Array,
+    scale: float = 1.0,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs tokens of a step of inference on one device, from the states of their rows:
+    one token each as decoding does, more in chunks.
+
+    Args:
+        q, k, v, log_decay, beta: [n, T, ...], see ``linear_recurrence``.
+        state: fp32 [n, N, K, V].
+        live: bool [n, T]; tokens that are not live leave the state as it is.
+        scale, chunk_size: see ``linear_recurrence``.
+
+    Returns:
+        [n, T, N, V] in v's dtype, and the states after the tokens in ``state``'s dtype.
+    """
+    if v.shape[1] > 1:
+        y, new_state = linear_recurrence(
+            q,
+            k,
+            v,
+            log_decay,
+            beta,
+            initial_state=state,
+            token_mask=live,
+            scale=scale,
+            chunk_size=chunk_size,
+        )
+        return y, new_state.astype(state.dtype)
+    y, new_state = linear_recurrence_step(
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        log_decay[:, 0],
+        None if beta is None else beta[:, 0],
+        state=state,
+        token_mask=live[:, 0],
+        scale=scale,
+    )
+    return y[:, None], new_state.astype(state.dtype)
 
 
 class _RecurrenceCall(NamedTuple):
