@@ -30,12 +30,12 @@ from maxlm.models.layers.attention import (
     AttentionInputs,
     EncoderOutput,
 )
-from maxlm.models.layers.latent import LatentAttention
 from maxlm.models.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from maxlm.models.layers.kimi_delta_attention import (
     KimiDeltaAttention,
     KimiDeltaAttentionConfig,
 )
+from maxlm.models.layers.latent import LatentAttention
 from maxlm.models.layers.mamba import Mamba, MambaConfig
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
