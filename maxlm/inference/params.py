@@ -101,6 +101,8 @@ def _list_joint_kernels(
         return joint_kernels
     for stack, block in getattr(model, "stacks", {}).items():
         for layer in (block.mixer, block.ffn):
+            if layer is None:
+                continue
             for group in getattr(layer, "joint_projections", ()):
                 names = [f"{stack}.{layer.name}.{part}.kernel" for part in group]
                 layouts: list[PartitionSpec] = []

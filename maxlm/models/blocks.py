@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import attrgetter
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,11 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.models.remat import RematPolicy, apply_remat
-from maxlm.parallel.layers import PyTree, scan_layers
+from maxlm.parallel.layers import LayerTurn, PyTree, scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding.supported import ReshapingAxis
 
-Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
+Placement = Literal["pre", "post", "sandwich", "output", "parallel", "parallel_shared"]
 
 
 class Mixer(Protocol):
@@ -149,9 +149,45 @@ FeedForwardConfig = Annotated[
 ]
 
 
+class BlockConfig(NamedTuple):
+    """What a layer is built of. Hashable: layers of equal ones share a stack."""
+
+    mixer: Config | None
+    """An :class:`AttentionConfig`, or the config of another kind in ``MIXERS``."""
+    ffn: Config | None
+    """An :class:`MlpConfig`, a :class:`MoeConfig`, or the config of another kind in
+    ``FEED_FORWARDS``."""
+    norm: NormConfig
+    placement: Placement
+    residual_scale: float = 1.0
+
+
+@runtime_checkable
+class ContainsAttention(Protocol):
+    """A mixer's config with attention as a part of it."""
+
+    attention: AttentionConfig
+
+
+def find_attention(mixer: Config | None) -> AttentionConfig | None:
+    """Returns the attention of a mixer, or within it; None: it has none."""
+    if isinstance(mixer, AttentionConfig):
+        return mixer
+    if isinstance(mixer, ContainsAttention):
+        return mixer.attention
+    return None
+
+
+def get_kind(config: Config) -> str:
+    """Returns the kind by which a mixer or feed-forward is registered. Each kind's
+    config has it, and ``Config`` does not declare it."""
+    kind = getattr(config, "kind")  # noqa: B009
+    assert isinstance(kind, str)
+    return kind
+
+
 class Block(nnx.Module):
-    """Attention and an MLP (or a mixture of experts), each added to the residual
-    stream.
+    """A mixer and a feed-forward, each added to the residual stream; or one of them.
 
     ==================  ====================================================
     placement           a branch f, with its own norms
@@ -159,50 +195,60 @@ class Block(nnx.Module):
     pre                 x + f(norm(x))
     post                norm(x + f(x))
     sandwich            x + norm(f(norm(x)))
+    output              x + norm(f(x))
     parallel            x + attention(norm(x)) + mlp(norm(x))
     parallel_shared     the same, with one norm for both
     ==================  ====================================================
 
+    What a branch adds is multiplied by ``residual_scale`` first.
+
     Args:
-        mixer_config: an :class:`AttentionConfig`, or the config of another kind in
-            ``MIXERS``.
-        ffn_config: an :class:`MlpConfig`, a :class:`MoeConfig`, or the config of another
-            kind in ``FEED_FORWARDS``.
         cross_attention: whether the layer looks at an encoder's output as well.
     """
 
     def __init__(
-        self,
-        # Any: each kind's config has a ``kind``, which Config does not declare.
-        mixer_config: Any,
-        ffn_config: Any,
-        norm_config: NormConfig,
-        placement: Placement,
-        context: BuildContext,
-        *,
-        cross_attention: bool,
+        self, config: BlockConfig, context: BuildContext, *, cross_attention: bool
     ):
-        def build_norm() -> Norm:
-            return Norm(norm_config, context.d_model, context)
+        placement = config.placement
+        has_pre_norms = placement != "output"
+        has_post_norms = placement in ("sandwich", "output")
+
+        def build_norm(is_there: bool) -> Norm | None:
+            if not is_there:
+                return None
+            return Norm(config.norm, context.d_model, context)
 
         self.placement = placement
-        has_post_norms = placement == "sandwich"
-        self.attention_norm = build_norm()
-        mixer = MIXERS.get(mixer_config.kind).build(mixer_config, norm_config, context)
-        self.mixer_name = mixer.name
-        setattr(self, mixer.name, mixer)
-        self.attention_post_norm = build_norm() if has_post_norms else None
-        self.cross_norm = build_norm() if cross_attention else None
+        self.residual_scale = config.residual_scale
+        self.mixer_name = ""
+        self.ffn_name = ""
+        mixer_config: Any = config.mixer
+        has_mixer = mixer_config is not None
+        self.attention_norm = build_norm(has_mixer and has_pre_norms)
+        if has_mixer:
+            registered = MIXERS.get(get_kind(mixer_config))
+            mixer = registered.build(mixer_config, config.norm, context)
+            self.mixer_name = mixer.name
+            setattr(self, mixer.name, mixer)
+        self.attention_post_norm = build_norm(has_mixer and has_post_norms)
+
+        self.cross_norm = build_norm(cross_attention)
         cross = None
         if cross_attention:
             assert isinstance(mixer_config, AttentionConfig)
-            cross = Attention(mixer_config, norm_config, context)
+            cross = Attention(mixer_config, config.norm, context)
         self.cross = cross
-        self.mlp_norm = build_norm() if placement != "parallel_shared" else None
-        ffn = FEED_FORWARDS.get(ffn_config.kind).build(ffn_config, context)
-        self.ffn_name = ffn.name
-        setattr(self, ffn.name, ffn)
-        self.mlp_post_norm = build_norm() if has_post_norms else None
+
+        ffn_config: Any = config.ffn
+        has_ffn = ffn_config is not None
+        # With one norm for both, it stands before the mixer, if there is one.
+        shares_norm = placement == "parallel_shared" and has_mixer
+        self.mlp_norm = build_norm(has_ffn and has_pre_norms and not shares_norm)
+        if has_ffn:
+            ffn = FEED_FORWARDS.get(get_kind(ffn_config)).build(ffn_config, context)
+            self.ffn_name = ffn.name
+            setattr(self, ffn.name, ffn)
+        self.mlp_post_norm = build_norm(has_ffn and has_post_norms)
 
     def __call__(
         self,
@@ -213,43 +259,52 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what
         the layer adds to the loss and the log."""
-        if self.placement in ("parallel", "parallel_shared"):
+        is_parallel = self.placement in ("parallel", "parallel_shared")
+        if is_parallel and self.mixer is not None and self.ffn is not None:
+            assert self.attention_norm is not None
             mixer_input = self.attention_norm(x)
             ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
             y, cache = self.mixer(mixer_input, inputs, cache)
             z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-            return x + y + z, cache, aux
+            return x + self._scale(y) + self._scale(z), cache, aux
 
-        y, cache = self.mixer(self._norm_before(self.attention_norm, x), inputs, cache)
-        x = self._add_branch(x, y, self.attention_norm, self.attention_post_norm)
+        if self.mixer is not None:
+            mixer_input = self._norm_before(self.attention_norm, x)
+            y, cache = self.mixer(mixer_input, inputs, cache)
+            x = self._add_branch(x, y, self.attention_norm, self.attention_post_norm)
         if encoder_output is not None and self.cross is not None:
             y = self.cross.cross_attend(
                 self._norm_before(self.cross_norm, x), inputs, encoder_output
             )
             x = self._add_branch(x, y, self.cross_norm, None)
-        ffn_input = self._norm_before(self.mlp_norm, x)
-        y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-        x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
+        aux = Aux()
+        if self.ffn is not None:
+            ffn_input = self._norm_before(self.mlp_norm, x)
+            y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
+            x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
         return x, cache, aux
 
     def costs(self) -> tuple[BranchCosts, ...]:
         """Costs of one layer, by branch."""
-        mixer_costs = BranchCosts("mixer", self.mixer_name, get_costs(self.mixer))
-        ffn_costs = BranchCosts("ffn", self.ffn_name, get_costs(self.ffn))
-        if self.cross is None:
-            return mixer_costs, ffn_costs
-        # Its keys and values are made of the encoder's output.
-        cross_costs = self.cross.costs(kv_input="memory")
-        cross = BranchCosts("cross_attention", "cross", cross_costs)
-        return mixer_costs, ffn_costs, cross
+        branches = []
+        if self.mixer is not None:
+            mixer_costs = get_costs(self.mixer)
+            branches.append(BranchCosts("mixer", self.mixer_name, mixer_costs))
+        if self.ffn is not None:
+            branches.append(BranchCosts("ffn", self.ffn_name, get_costs(self.ffn)))
+        if self.cross is not None:
+            # Its keys and values are made of the encoder's output.
+            cross_costs = self.cross.costs(kv_input="memory")
+            branches.append(BranchCosts("cross_attention", "cross", cross_costs))
+        return tuple(branches)
 
     @property
-    def mixer(self) -> Mixer:
-        return getattr(self, self.mixer_name)
+    def mixer(self) -> Mixer | None:
+        return getattr(self, self.mixer_name) if self.mixer_name else None
 
     @property
-    def ffn(self) -> FeedForward:
-        return getattr(self, self.ffn_name)
+    def ffn(self) -> FeedForward | None:
+        return getattr(self, self.ffn_name) if self.ffn_name else None
 
     def _norm_before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         """Returns a branch's input."""
@@ -261,8 +316,12 @@ class Block(nnx.Module):
         """Adds a branch's output y to the residual stream x."""
         if self.placement == "post":
             assert norm is not None
-            return norm(x + y)
-        return x + (y if post_norm is None else post_norm(y))
+            return norm(x + self._scale(y))
+        return x + self._scale(y if post_norm is None else post_norm(y))
+
+    def _scale(self, y: jax.Array) -> jax.Array:
+        """Scales what a branch adds."""
+        return y if self.residual_scale == 1 else y * self.residual_scale
 
 
 # Any: the block is whichever module a stack is made of.
@@ -270,10 +329,18 @@ Body = Callable[[Any, PyTree, PyTree, PyTree], tuple[PyTree, Aux]]
 """``(block, x, context, shared) -> (x, aux)`` for one layer."""
 
 
+class BlockTurn(NamedTuple):
+    """One of the layers of a period, in the order in which they are run."""
+
+    stack: int
+    """Index of the stack that it comes from."""
+    body: Body
+
+
 def scan_blocks(
-    block: nnx.Module,
-    params: Params,
-    bodies: Sequence[Body],
+    blocks: Sequence[nnx.Module],
+    params: Sequence[Params],
+    turns: Sequence[BlockTurn],
     x: PyTree,
     context: PyTree,
     shared: PyTree = None,
@@ -281,13 +348,14 @@ def scan_blocks(
     dtype: DTypeLike,
     remat: RematPolicy = "none",
 ) -> tuple[PyTree, Aux]:
-    """Runs a stacked block layer after layer; returns x after all, and their ``Aux``
+    """Runs stacked blocks layer after layer; returns x after all, and their ``Aux``
     added up. Compile time does not grow with depth.
 
     Args:
-        block: its structure alone is used (``params.stack_layers``).
-        params: of the block, each with a leading axis of layers.
-        bodies: what layers do with it, by turns.
+        blocks: one for each stack; their structure alone is used
+            (``params.stack_layers``).
+        params: of the blocks, each array with a leading axis of layers.
+        turns: the layers of a period.
         x: an array, or a tree of arrays, that goes through the layers.
         context, shared: trees of arrays that every layer reads, without and with a
             gradient.
@@ -295,15 +363,16 @@ def scan_blocks(
     """
 
     def run_layer(
-        body: Body,
+        turn: BlockTurn,
         layer_params: Params,
         carry: tuple[PyTree, Aux],
         context: PyTree,
         shared: PyTree,
     ) -> tuple[PyTree, Aux]:
         x, total = carry
-        x, aux = body(bind(block, layer_params), x, context, shared)
-        return x, jax.tree.map(jnp.add, total, aux)
+        block = bind(blocks[turn.stack], layer_params)
+        x, aux = turn.body(block, x, context, shared)
+        return x, _add_to_total(total, aux)
 
     def cast_matrix(spec: ParamSpec, param: PyTree) -> PyTree:
         # `param` is an array, or arrays of one leaf that stand for one in its gradient.
@@ -311,31 +380,61 @@ def scan_blocks(
             return param
         return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), param)
 
-    def cast_layer(layer_params: Params) -> Params:
+    def cast_layer(block: nnx.Module, layer_params: Params) -> Params:
         specs = jax.tree.map(
             _declare_step_values, param_specs(block), layer_params, is_leaf=is_leaf
         )
         return jax.tree.map(cast_matrix, specs, layer_params)
 
-    # The carry holds the sum of `Aux`, whose fields a layer alone knows.
-    first_layer = jax.tree.map(lambda a: a[0], params)
-    _, aux = jax.eval_shape(
-        lambda layer_params: bodies[0](bind(block, layer_params), x, context, shared),
-        first_layer,
-    )
-    zero_aux = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux
-    )
-
-    num_layers = len(jax.tree.leaves(params)[0])
-    is_loop_body = len(bodies) == 1 and num_layers > 1
-    layers = [
-        apply_remat(partial(run_layer, body), remat, is_loop_body=is_loop_body)
-        for body in bodies
+    # The carry holds the sum of `Aux`, whose fields the layers alone know.
+    zero_aux = _make_zero_aux(blocks, params, turns, x, context, shared)
+    num_layers = len(jax.tree.leaves(params[0])[0])
+    is_loop_body = len(turns) == 1 and num_layers > 1
+    layer_turns = [
+        LayerTurn(
+            turn.stack,
+            apply_remat(partial(run_layer, turn), remat, is_loop_body=is_loop_body),
+            partial(cast_layer, blocks[turn.stack]),
+        )
+        for turn in turns
     ]
-    return scan_layers(
-        layers, params, (x, zero_aux), context, shared=shared, cast=cast_layer
-    )
+    return scan_layers(layer_turns, params, (x, zero_aux), context, shared=shared)
+
+
+def _add_to_total(total: Aux, aux: Aux) -> Aux:
+    """Adds one layer's losses and sums; the total has those of all layers."""
+    sums = dict(total.sums)
+    for name, value in aux.sums.items():
+        sums[name] = jnp.add(sums[name], value)
+    return Aux(jnp.add(total.loss, aux.loss), sums)
+
+
+def _make_zero_aux(
+    blocks: Sequence[nnx.Module],
+    params: Sequence[Params],
+    turns: Sequence[BlockTurn],
+    x: PyTree,
+    context: PyTree,
+    shared: PyTree,
+) -> Aux:
+    """Returns zeros in the place of every sum that some layer of a period has."""
+    total = Aux()
+    # Layers of one stack return the same sums, whatever their kinds.
+    turn_of_stack = {turn.stack: turn for turn in reversed(turns)}
+    for turn in turn_of_stack.values():
+        first_layer = jax.tree.map(lambda a: a[0], params[turn.stack])
+
+        def run(layer_params: Params, turn: BlockTurn = turn) -> Aux:
+            block = bind(blocks[turn.stack], layer_params)
+            _, aux = turn.body(block, x, context, shared)
+            return aux
+
+        shapes = jax.eval_shape(run, first_layer)
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), shapes
+        )
+        total = Aux(jnp.add(total.loss, zeros.loss), {**total.sums, **zeros.sums})
+    return total
 
 
 def _declare_step_values(spec: StoredParam, param: StoredParam) -> StoredParam:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures import ModelConfig
+from maxlm.models.architectures.pattern import LayerKind
 from maxlm.models.layers.rope import LinearScaling, NtkScaling, Scaling, YarnScaling
 
 
@@ -61,17 +62,24 @@ def extend_context(model: ModelConfig, tune: ContextExtensionConfig) -> ModelCon
         )
 
     scaling = _make_scaling(model, original, tune)
-    pattern = []
-    for layer in model.pattern:
-        positions = layer.positions
-        sees_further = layer.window is None or layer.window > original
-        if positions is not None and sees_further:
+
+    def extend_kind(kind: LayerKind) -> LayerKind:
+        positions = kind.positions
+        sees_further = kind.window is None or kind.window > original
+        has_rope = positions is not None and positions.kind == "rope"
+        if positions is not None and has_rope and sees_further:
             positions = positions.model_copy(update={"scaling": scaling})
-        pattern.append(layer.model_copy(update={"positions": positions}))
+        return kind.model_copy(update={"positions": positions})
+
+    pattern = tuple(
+        entry if isinstance(entry, str) else extend_kind(entry)
+        for entry in model.pattern
+    )
     changes = {
         "max_seq_len": length,
         "positions": model.positions.model_copy(update={"scaling": scaling}),
-        "pattern": tuple(pattern),
+        "kinds": {name: extend_kind(kind) for name, kind in model.kinds.items()},
+        "pattern": pattern,
     }
     return type(model).model_validate({**dict(model), **changes})
 
@@ -85,7 +93,7 @@ def _make_scaling(
         return LinearScaling(factor=factor)
     if tune.extend_by == "ntk":
         return NtkScaling(factor=factor)
-    is_latent = model.attention is not None and model.attention.latent is not None
+    is_latent = any(attention.latent for attention in model.list_attention())
     # Latent attention has dimensions that do not turn: all of a score is sharpened, as
     # DeepSeek's.
     mscale = 1.0 if is_latent else None

@@ -68,6 +68,10 @@ class ExpertRouting:
     """Room of an expert over its equal share; None: it takes all that come."""
     has_shared: bool
     """Whether a dense layer beside them reads the same input."""
+    gates_shared: bool = False
+    """Whether that layer's output is multiplied by a gate."""
+    input_dim: int | None = None
+    """Width of the rows that experts read and write; None: d_model."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
             features = "heads"
         elif "mlp" in input_axes:
             features = "mlp"
+        elif "latent" in input_axes:
+            features = "latent"
         submodule = name.removesuffix(".kernel").rpartition(".")[0]
         groups.setdefault((submodule, features), []).append(name)
     return tuple(

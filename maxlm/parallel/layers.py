@@ -5,13 +5,16 @@ layer to layer out of programs on shards, which fails inside a pipeline stage (s
 ``local.py``). Here each layer is differentiated by itself, inside the scan, and what
 its backward pass needs becomes one stacked output of the forward scan.
 
-Letters: L layers, P layers of a period.
+Layers need not be alike: those of a period may take their parameters from several
+stacks by turns, such as three layers with a recurrence and one with attention.
+
+Letters: L layers of a stack, P layers of a period, C of them from one stack.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,110 +24,159 @@ PyTree = Any
 """A tree of arrays."""
 LayerFn = Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
 """(parameters, carry, context, what is shared) -> carry."""
+CastFn = Callable[[PyTree], PyTree]
+"""One layer's parameters -> the same in the dtypes that it computes in."""
+
+
+class LayerTurn(NamedTuple):
+    """One of the layers that a period runs, in their order."""
+
+    stack: int
+    """Index of the stack that its parameters come from."""
+    run: LayerFn
+    cast: CastFn
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Residuals:
-    """Places of the pieces of a period's backward pass."""
+class Residuals:
+    """Places of the pieces of a backward pass, as ``jax.vjp`` returns it: a tree of
+    arrays."""
 
     tree: Any  # a PyTreeDef, which is no type to a checker
     places: tuple[int, ...]
     """Place of each leaf: i ≥ 0, among what is known without being kept; −1 − i, among
-    what was stacked."""
+    what was kept."""
+
+    def join(self, known: PyTree, kept: Sequence[jax.Array]) -> PyTree:
+        """Returns the backward pass; inverts :func:`split_residuals`."""
+        arrays = jax.tree.leaves(known)
+        leaves = [
+            arrays[place] if place >= 0 else kept[-1 - place] for place in self.places
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 def scan_layers(
-    layers: Sequence[LayerFn],
-    params: PyTree,
+    turns: Sequence[LayerTurn],
+    params: Sequence[PyTree],
     carry: PyTree,
     context: PyTree,
     *,
     shared: PyTree = None,
-    cast: Callable[[PyTree], PyTree] = lambda layer_params: layer_params,
 ) -> PyTree:
-    """Returns ``carry`` after ``layers[l % P](cast(params[l]), carry, context, shared)`` for
-    every l, P being their number; reverse-mode differentiable in ``params``, ``carry``
-    and ``shared``.
+    """Returns ``carry`` after all layers, each ``turn.run(turn.cast(parameters), carry,
+    context, shared)``; reverse-mode differentiable in ``params``, ``carry`` and
+    ``shared``. A turn takes the next layer of its stack; the turns are repeated until
+    the stacks are through.
 
     Compile time does not grow with depth. The backward pass keeps what ``jax.vjp`` of
     one layer keeps (under ``jax.checkpoint``: what its policy names, and the carry),
     once a layer; parameters, context and what is shared are not kept again.
 
     Args:
-        layers: what layers do, by turns: one function where all are alike.
-        params: arrays with a leading layer axis, a multiple of P.
+        turns: the layers of a period: one where all are alike. A turn's ``cast`` only
+            changes dtypes; until all layers are through, gradients are held in these
+            too.
+        params: of each stack, arrays with a leading layer axis, as many times C as
+            the turns are repeated.
         carry: arrays; a layer returns the same shapes, dtypes and layouts.
         context: arrays every layer reads, without gradient (positions, segment ids).
         shared: arrays every layer reads, with a gradient, which is summed over layers.
-        cast: one layer's parameters to the dtypes it computes in, and nothing else.
-            Until all layers are through, gradients are held in these too.
     """
-    return _scan(tuple(layers), cast, params, carry, context, shared)
+    return _scan(tuple(turns), tuple(params), carry, context, shared)
 
 
-def split_periods(tree: PyTree, period_length: int) -> PyTree:
-    """Reshapes [L, ...] → [L / length, length, ...]; no copy."""
-    if period_length == 1:
-        return tree
-    return jax.tree.map(lambda x: x.reshape(-1, period_length, *x.shape[1:]), tree)
+def count_turns(turns: Sequence[LayerTurn], num_stacks: int) -> list[int]:
+    """Counts the layers of a period that come from each stack."""
+    counts = [0] * num_stacks
+    for turn in turns:
+        counts[turn.stack] += 1
+    return counts
 
 
-def take_layer(tree: PyTree, layer_index: int, period_length: int) -> PyTree:
-    """Returns one layer of a period [length, ...]; a period of one has no such axis."""
-    if period_length == 1:
-        return tree
-    return jax.tree.map(lambda x: x[layer_index], tree)
+def split_periods(
+    params: tuple[PyTree, ...], turns: Sequence[LayerTurn]
+) -> tuple[PyTree, ...]:
+    """Reshapes each stack's [L, ...] → [L / C, C, ...], where C is above 1; no copy."""
+
+    def split_stack(tree: PyTree, count: int) -> PyTree:
+        if count == 1:
+            return tree
+        return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), tree)
+
+    counts = count_turns(turns, len(params))
+    return tuple(
+        split_stack(tree, count) for tree, count in zip(params, counts, strict=True)
+    )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def take_turns(
+    period_params: tuple[PyTree, ...], turns: Sequence[LayerTurn]
+) -> list[PyTree]:
+    """Returns the parameters of each layer of a period, of which every stack has
+    [C, ...], or [...] where C is 1."""
+    counts = count_turns(turns, len(period_params))
+    taken = [0] * len(period_params)
+    layers: list[PyTree] = []
+    for turn in turns:
+        tree = period_params[turn.stack]
+        index = taken[turn.stack]
+        taken[turn.stack] += 1
+        if counts[turn.stack] > 1:
+            tree = jax.tree.map(partial(_take_index, index), tree)
+        layers.append(tree)
+    return layers
+
+
+def _take_index(index: int, x: jax.Array) -> jax.Array:
+    return x[index]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(
-    layers: tuple[LayerFn, ...],
-    cast: Callable[[PyTree], PyTree],
-    params: PyTree,
+    turns: tuple[LayerTurn, ...],
+    params: tuple[PyTree, ...],
     carry: PyTree,
     context: PyTree,
     shared: PyTree,
 ) -> PyTree:
-    period_length = len(layers)
-
     def body(carry, period_params):
-        for index, layer in enumerate(layers):
-            layer_params = cast(take_layer(period_params, index, period_length))
-            carry = layer(layer_params, carry, context, shared)
+        layers = take_turns(period_params, turns)
+        for turn, layer_params in zip(turns, layers, strict=True):
+            carry = turn.run(turn.cast(layer_params), carry, context, shared)
         return carry, None
 
-    carry, _ = lax.scan(body, carry, split_periods(params, period_length))
+    carry, _ = lax.scan(body, carry, split_periods(params, turns))
     return carry
 
 
-def _forward(layers, cast, params, carry, context, shared):
-    period_length = len(layers)
+def _forward(turns, params, carry, context, shared):
     # A scan may trace its body more than once; the last trace is the one that runs.
-    traced: list[_Residuals] = []
+    traced: list[Residuals] = []
 
     def body(carry, period_params):
-        cast_params = _cast_period(cast, period_params, period_length)
+        cast_params = _cast_period(turns, period_params)
 
         def run_period(cast_params, carry, shared):
-            for layer, layer_params in zip(layers, cast_params, strict=True):
-                carry = layer(layer_params, carry, context, shared)
+            for turn, layer_params in zip(turns, cast_params, strict=True):
+                carry = turn.run(layer_params, carry, context, shared)
             return carry
 
         carry, backward = jax.vjp(run_period, cast_params, carry, shared)
-        residuals, stacked = _split_residuals(backward, (cast_params, context, shared))
+        residuals, stacked = split_residuals(backward, (cast_params, context, shared))
         traced.append(residuals)
         return carry, stacked
 
-    out, stacked = lax.scan(body, carry, split_periods(params, period_length))
+    out, stacked = lax.scan(body, carry, split_periods(params, turns))
     return out, (params, context, shared, stacked, traced[-1])
 
 
-def _split_residuals(
+def split_residuals(
     backward: PyTree, known: PyTree
-) -> tuple[_Residuals, tuple[jax.Array, ...]]:
-    """Splits a backward pass, a tree of arrays, into places and what is not known
-    anyway, each array once."""
+) -> tuple[Residuals, tuple[jax.Array, ...]]:
+    """Splits a backward pass, a tree of arrays, into places and what is to be kept: not
+    known anyway, each array once."""
     leaves, tree = jax.tree.flatten(backward)
     # By identity: an array that the pass reads as it is, is the same tracer.
     known_places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(known))}
@@ -136,47 +188,72 @@ def _split_residuals(
         else:
             stacked.setdefault(id(leaf), leaf)
             places.append(-1 - list(stacked).index(id(leaf)))
-    return _Residuals(tree, tuple(places)), tuple(stacked.values())
+    return Residuals(tree, tuple(places)), tuple(stacked.values())
 
 
 def _cast_period(
-    cast: Callable[[PyTree], PyTree], period_params: PyTree, period_length: int
+    turns: Sequence[LayerTurn], period_params: tuple[PyTree, ...]
 ) -> list[PyTree]:
     """Returns each layer's parameters, in the dtypes it computes in."""
+    layers = take_turns(period_params, turns)
     return [
-        cast(take_layer(period_params, index, period_length))
-        for index in range(period_length)
+        turn.cast(layer_params)
+        for turn, layer_params in zip(turns, layers, strict=True)
     ]
 
 
-def _backward(layers, cast, saved, d_carry):
+def _join_turns(
+    layers: Sequence[PyTree], turns: Sequence[LayerTurn], num_stacks: int
+) -> tuple[PyTree, ...]:
+    """Stacks what each layer of a period has by stack; the inverse of
+    :func:`take_turns`."""
+    by_stack: list[list[PyTree]] = [[] for _ in range(num_stacks)]
+    for turn, layer in zip(turns, layers, strict=True):
+        by_stack[turn.stack].append(layer)
+
+    def join_layers(trees: list[PyTree]) -> PyTree:
+        if len(trees) == 1:
+            return trees[0]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+
+    return tuple(join_layers(trees) for trees in by_stack)
+
+
+def _join_periods(
+    d_params: tuple[PyTree, ...], turns: Sequence[LayerTurn]
+) -> tuple[PyTree, ...]:
+    """Reshapes each stack's [L / C, C, ...] → [L, ...]; the inverse of
+    :func:`split_periods`."""
+
+    def join_stack(tree: PyTree, count: int) -> PyTree:
+        if count == 1:
+            return tree
+        return jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), tree)
+
+    counts = count_turns(turns, len(d_params))
+    return tuple(
+        join_stack(tree, count) for tree, count in zip(d_params, counts, strict=True)
+    )
+
+
+def _backward(turns, saved, d_carry):
     params, context, shared, stacked, residuals = saved
-    period_length = len(layers)
 
     def body(carry, inputs):
         d_carry, d_shared = carry
         period_params, period_stacked = inputs
-        cast_params = _cast_period(cast, period_params, period_length)
-        known = jax.tree.leaves((cast_params, context, shared))
-        leaves = [
-            known[place] if place >= 0 else period_stacked[-1 - place]
-            for place in residuals.places
-        ]
-        backward = jax.tree.unflatten(residuals.tree, leaves)
+        cast_params = _cast_period(turns, period_params)
+        backward = residuals.join((cast_params, context, shared), period_stacked)
         d_layers, d_carry, d_shared_terms = backward(d_carry)
         d_shared = jax.tree.map(jnp.add, d_shared, d_shared_terms)
-        if period_length == 1:
-            return (d_carry, d_shared), d_layers[0]
-        d_period = jax.tree.map(lambda *layers: jnp.stack(layers), *d_layers)
-        return (d_carry, d_shared), d_period
+        return (d_carry, d_shared), _join_turns(d_layers, turns, len(params))
 
     d_shared = jax.tree.map(jnp.zeros_like, shared)
-    inputs = (split_periods(params, period_length), stacked)
+    inputs = (split_periods(params, turns), stacked)
     (d_carry, d_shared), d_params = lax.scan(
         body, (d_carry, d_shared), inputs, reverse=True
     )
-    if period_length > 1:  # [L / P, P, ...] → [L, ...]
-        d_params = jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), d_params)
+    d_params = _join_periods(d_params, turns)
     d_params = jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params)
     return d_params, d_carry, None, d_shared
 

@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Count, Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import MIXERS
+from maxlm.models.blocks import MIXERS, get_kind
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.context import require_context, require_keys_beside_queries
@@ -61,8 +61,8 @@ def require_trainable(
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
-    if model.mixer is not None:
-        kind = getattr(model.mixer, "kind", "")
+    for mixer in model.list_mixers():
+        kind = get_kind(mixer)
         yield from require_declared_axes(
             MIXERS.get(kind).mesh_axes,
             compute,
@@ -70,11 +70,11 @@ def require_trainable(
             subject=f"model.mixer.kind={kind}",
             how_to_declare="register it in MIXERS with '{}' among mesh_axes",
         )
-    if model.attention is not None:
+    for attention in model.list_attention():
         yield from require_context(
             shape.seq_len,
-            model.attention.num_heads,
-            model.attention.num_kv_heads,
+            attention.num_heads,
+            attention.num_kv_heads,
             rules=compute,
             sizes=sizes,
             method=parallel.context,
@@ -118,8 +118,7 @@ def place_model(
     if training is None:
         check_requirements(require_experts(config, sharding.compute, sizes))
         check_requirements(require_whole_sequences(config, sharding.compute, sizes))
-        attention = config.attention
-        if attention is not None:
+        for attention in config.list_attention():
             requirements = require_keys_beside_queries(
                 attention.num_heads, attention.num_kv_heads, compute, sizes
             )
@@ -162,19 +161,19 @@ def _adapt_rules_to_generation(
     divide over the devices of query heads (by the rules ``compute``)."""
     whole_axes = ["seq", "residual", "layers"]
     head_shards = prod(sizes[axis] for axis in compute.heads)
-    attention = config.attention
-    if attention is not None and attention.num_kv_heads % head_shards:
+    divides = [
+        attention.num_kv_heads % head_shards == 0
+        for attention in config.list_attention()
+    ]
+    if not all(divides):
         whole_axes.append("kv_heads")
     return rules.model_copy(update=dict.fromkeys(whole_axes, ()))
 
 
 def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
     """Refuses compute rules that split the narrow vectors of latent attention."""
-    if (
-        model.attention is not None
-        and model.attention.latent is not None
-        and compute.latent
-    ):
+    has_latent = any(attention.latent for attention in model.list_attention())
+    if has_latent and compute.latent:
         message = "latent attention needs its narrow vectors whole"
         fix = "set it to null (sharding.storage.latent splits stored weights)"
         raise MaxlmError(message, where="sharding.compute.latent", fix=fix)
@@ -224,7 +223,8 @@ def require_pipeline(
     yield Requirement(has_one_stage | (obstacle is None), make_error)
 
     # Stages, and the groups of layers of each, have whole repeats of the layers' kinds.
-    period = len(model.layer_kinds)
+    main_run = next(run for run in model.layer_runs if run.name == "layers")
+    period = len(main_run.kinds)
     layers_divisor = stages * groups * period
 
     def make_layers_error() -> MaxlmError:
@@ -254,6 +254,8 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
         return (
             f"the first model.dense_layers={model.dense_layers} are unlike the others"
         )
+    if model.layer_runs[0].name != "layers":
+        return "model.pattern does not repeat from the first layer on"
     if model.positions.kind == "relative":
         return "all of these share the table of model.positions.kind=relative"
     return None

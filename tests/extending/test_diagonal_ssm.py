@@ -19,7 +19,7 @@ from maxlm.inference.requests import GenerationRequest
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import MIXERS, RegisteredMixer
 from maxlm.models.build_context import BuildContext
-from maxlm.models.caches import CacheArraySpec, RecurrentCache
+from maxlm.models.caches import CacheArraySpec, RecurrentCache, SplitArray
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.norm import NormConfig
@@ -61,10 +61,11 @@ def find_starts(segment_ids):
     return segment_ids != before
 
 
-def advance(state, values, live, decay, starts=None):
-    """Runs the recurrence over T tokens: state [n, F], values [n, T, F], live and
+def advance(state, tokens, live, decay, starts=None):
+    """Runs the recurrence over T tokens: state [n, F], their values [n, T, F], live and
     starts bool [n, T]. A token that is not live leaves the state as it is; a start sets
     it to zero first, so that nothing of the document before it is left."""
+    (values,) = tokens
     if starts is None:
         starts = jnp.zeros_like(live)
 
@@ -107,9 +108,17 @@ class DiagonalSsm(nnx.Module):
         if cache is None:
             state = jnp.zeros_like(up[:, 0], jnp.float32)
             live = jnp.ones(up.shape[:2], bool)
-            _, y = advance(state, up, live, decay, find_starts(inputs.segment_ids))
+            starts = find_starts(inputs.segment_ids)
+            _, y = advance(state, (up,), live, decay, starts)
         else:
-            y, cache = cache.run(advance, up, inputs.batch, self.rules, "mlp", decay)
+            y, cache = cache.run(
+                advance,
+                [SplitArray(up, ("mlp",))],
+                inputs.batch,
+                self.rules,
+                params=[SplitArray(decay, ("mlp",))],
+                output_axes=("mlp",),
+            )
         return self.out(y * jax.nn.silu(gate), seq_axis="residual"), cache
 
     def cache_spec(self, layout, window):

@@ -30,19 +30,28 @@ def activation(kind, x):
         return x / (1 + np.exp(-x))
     if kind == "relu":
         return np.where(x > 0, x, 0)
+    if kind == "relu2":
+        return np.where(x > 0, x, 0) ** 2
     if kind == "gelu":  # Hendrycks & Gimpel 2016
         return x * 0.5 * (1 + np.vectorize(erf)(x / sqrt(2)))
     assert kind == "gelu_tanh"
     return 0.5 * x * (1 + np.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
 
 
+def hidden_unit(kind, up, gate):
+    """up and maybe gate [F] → [F]; Shazeer 2020, eq. 5 and 6, or gpt-oss's unit."""
+    if isinstance(kind, str):
+        return activation(kind, up) if gate is None else activation(kind, gate) * up
+    gate = np.where(gate > kind["limit"], kind["limit"], gate)
+    up = np.clip(up, -kind["limit"], kind["limit"])
+    swish = gate / (1 + np.exp(-kind["alpha"] * gate))
+    return (up + kind["up_offset"]) * swish
+
+
 def mlp(x, params, config):
-    """x [D] → [D]; Shazeer 2020, eq. 5 and 6."""
-    up = linear(x, params["up"])
-    if config["gated"]:
-        hidden = activation(config["activation"], linear(x, params["gate"])) * up
-    else:
-        hidden = activation(config["activation"], up)
+    """x [D] → [D]."""
+    gate = linear(x, params["gate"]) if config["gated"] else None
+    hidden = hidden_unit(config["activation"], linear(x, params["up"]), gate)
     return linear(hidden, params["down"])
 
 

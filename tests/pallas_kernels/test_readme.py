@@ -17,6 +17,8 @@ import sys
 assert jnp.isfinite(value) and [x.shape for x in gradients] == list(shapes)
 assert all(jnp.abs(x.astype("float32")).max() > 0 for x in gradients)
 assert o.shape == (31, 8, 64) and jnp.all(o[1:] > 0) and lse.shape == (31, 8)
+assert y.shape == (1, 100, 32) and jnp.abs(y).min() > 0
+assert inputs.shape == (1, 3, 32) and state.shape == (1, 32, 16)
 print(sorted(name for name in sys.modules if name.split(".")[0] == "maxlm"))
 """
 

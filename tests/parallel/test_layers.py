@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.parallel.layers import scan_layers
+from maxlm.parallel.layers import LayerTurn, scan_layers
 
 L, B, D = 6, 3, 7
 
@@ -41,7 +41,8 @@ def inputs():
 
 def by_scan(layers, params, x, shared, context, cast=lambda layer: layer):
     carry = x, jnp.zeros(())
-    out, total = scan_layers(layers, params, carry, context, shared=shared, cast=cast)
+    turns = [LayerTurn(0, layer, cast) for layer in layers]
+    out, total = scan_layers(turns, [params], carry, context, shared=shared)
     return jnp.sum(jnp.sin(out)) + 0.5 * total
 
 
@@ -68,6 +69,48 @@ def test_gradients_are_those_of_layers_written_out(kinds):
     want = grads(partial(unrolled, KINDS[kinds]))(*inputs())
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
     assert np.abs(got[1][2]).max() > 0.1
+
+
+def narrow(layer_params, carry, context, shared):
+    """A layer with parameters of its own shape."""
+    x, total = carry
+    gate = jax.nn.sigmoid(x @ layer_params["gate"])
+    return x + gate * jnp.cos(x + shared) * context[1], total - jnp.sum(gate)
+
+
+@pytest.mark.heavy
+def test_unlike_layers_by_turns_are_those_written_out():
+    """Periods of two layers of one stack, one of another, and one of the first again:
+    six and two layers."""
+    params, x, shared, context = inputs()
+    draw = np.random.default_rng(1).standard_normal
+    others = {"gate": jnp.asarray(draw((2, D, 1)), jnp.float32)}
+    order = [(0, layer), (0, jax.checkpoint(layer)), (1, narrow), (0, other)]
+    turns = [LayerTurn(stack, run, lambda params: params) for stack, run in order]
+
+    def by_scan(params, others, x, shared):
+        carry = x, jnp.zeros(())
+        stacks = [params, others]
+        out, total = scan_layers(turns, stacks, carry, context, shared=shared)
+        return jnp.sum(jnp.sin(out)) + 0.5 * total
+
+    def written_out(params, others, x, shared):
+        carry = x, jnp.zeros(())
+        taken = [0, 0]
+        for stack, run in order * 2:
+            index = taken[stack]
+            taken[stack] += 1
+            tree = (params, others)[stack]
+            layer_params = {name: array[index] for name, array in tree.items()}
+            carry = run(layer_params, carry, context, shared)
+        return jnp.sum(jnp.sin(carry[0])) + 0.5 * carry[1]
+
+    arguments = (params, others, x, shared)
+    grads = partial(jax.value_and_grad, argnums=(0, 1, 2, 3))
+    got = jax.jit(grads(by_scan))(*arguments)
+    want = grads(written_out)(*arguments)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+    assert np.abs(got[1][1]["gate"]).max() > 0.1
 
 
 @pytest.mark.parametrize("remat", [False, True])

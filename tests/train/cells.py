@@ -32,6 +32,7 @@ RATE = 1e-2
 
 DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
+KINDS = "kinds"
 GATED = "gated, chunks"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
@@ -89,6 +90,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp": {"d_ff": 48},
         "moe": _EXPERTS,
         "dense_layers": 1,
+    },
+    # Layers of other modules by turns, each with parameters of its own shapes.
+    KINDS: _BASE
+    | {
+        "num_layers": 8,
+        "attention": _HEADS,
+        "mlp": {"d_ff": 48},
+        "kinds": {
+            "wide": {},
+            "narrow": {
+                "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 10},
+                "window": 7,
+                "ffn": "none",
+                "positions": {"kind": "none"},
+            },
+        },
+        "pattern": ["narrow", "wide"],
     },
 }
 MODELS[CAPACITY] = MODELS["moe"] | {
@@ -163,7 +181,7 @@ CELLS: dict[str, Cell] = {
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
-    "pp circular": _cell(_pipe("circular", 2), stage=2),
+    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
     "tp, 8 ways": _cell(tensor=8),
     "tp, 8 ways, kv heads whole": _cell(
@@ -184,7 +202,7 @@ CELLS: dict[str, Cell] = {
         {"sharding": {**ZERO2, **SEQUENCE_PARALLEL}}, ("gqa_window",), fsdp=4, tensor=2
     ),
     "fsdp × cp ring × tp+sp": _cell(
-        _context("ring") | SP, (*ALL, GATED), fsdp=2, context=2, tensor=2
+        _context("ring") | SP, (*ALL, KINDS, GATED), fsdp=2, context=2, tensor=2
     ),
     "cp ulysses × tp": _cell(
         _context("ulysses"), (*ALL, GATED), data=2, context=2, tensor=2
@@ -208,7 +226,7 @@ CELLS: dict[str, Cell] = {
         _pipe("1f1b", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
-        _pipe("1f1b", **SP), (*ALL, GATED), stage=2, fsdp=2, tensor=2
+        _pipe("1f1b", **SP), (*ALL, KINDS, GATED), stage=2, fsdp=2, tensor=2
     ),
     "fsdp × tp+sp × pp circular": _cell(
         _pipe("circular", 2, **SP), stage=2, fsdp=2, tensor=2

@@ -27,6 +27,7 @@ COLUMNS = {
     cells.CAPACITY: "MoE, capacity",
     cells.PATTERN: "alternating windows",
     cells.LATENT: "MLA, MoE",
+    cells.KINDS: "kinds by turns",
     cells.GATED: "gates, chunks",
 }
 DEVICES = 64

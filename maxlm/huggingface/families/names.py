@@ -213,9 +213,11 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
     return TensorRule((ours,), make_conversion, aliases)
 
 
-def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
-    """Returns the rule with the last ``rotary_dim`` rows of each head, or of all,
-    reordered: theirs pair neighbours, ours halves."""
+def permute_rotary(
+    rule: TensorRule, rotary_dim: int, *, each_head: bool, first: bool = False
+) -> TensorRule:
+    """Returns the rule with the last (or the ``first``) ``rotary_dim`` rows of each
+    head, or of all, reordered: theirs pair neighbours, ours halves."""
 
     def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         plain = rule.make_conversion(pieces)
@@ -223,8 +225,9 @@ def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> Ten
         rows_per_head = head_dim if each_head else plain.shape[0]
         # Ours in terms of theirs: the first of each pair, then the second of each.
         order = np.arange(rows_per_head)
-        pairs = order[-rotary_dim:].reshape(-1, 2)
-        order[-rotary_dim:] = pairs.T.ravel()
+        rotary_rows = slice(rotary_dim) if first else slice(-rotary_dim, None)
+        pairs = order[rotary_rows].reshape(-1, 2)
+        order[rotary_rows] = pairs.T.ravel()
         inverse_order = np.argsort(order)
 
         def reorder(rows: Array, order: Array) -> Array:
@@ -258,6 +261,22 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     return TensorRule((ours,), make_conversion)
 
 
+def take_turns(*ours: str) -> TensorRule:
+    """Returns the rule of arrays [..., F] whose last dimensions take turns in one
+    [..., n · F]: the first number of each, then the second of each."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        *lead, width = pieces[0].shape
+        shape = (*lead, len(pieces) * width)
+        return TensorConversion(
+            shape,
+            lambda whole: [whole[..., i :: len(pieces)] for i in range(len(pieces))],
+            lambda parts: np.stack(parts, axis=-1).reshape(shape),
+        )
+
+    return TensorRule(ours, make_conversion)
+
+
 def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
     model = config.build(rules=AxisRules(), dtype=np.float32)
@@ -268,9 +287,9 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
     )
     # Where each layer's parameters lie: the stack, and the index in it.
     places = [
-        (stack.name, index)
-        for stack in config.layer_stacks
-        for index in range(stack.num_layers)
+        (place.stack.name, place.index)
+        for run in config.layer_runs
+        for place in run.iterate_places()
     ]
     entries: list[TensorEntry] = []
     for name, rule in table.items():

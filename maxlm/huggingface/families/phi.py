@@ -25,13 +25,16 @@ PHI_TABLE = {
     "lm_head.weight": linear("head.kernel"),
     "lm_head.bias": copy("head_bias"),
 }
+FUSED_MLP = {
+    f"{L}.mlp.gate_up_proj.weight": linear("mlp.gate.kernel", "mlp.up.kernel"),
+    f"{L}.mlp.down_proj.weight": linear("mlp.down.kernel"),
+}
 PHI3_TABLE = {
     **llama.OUTER,
     **llama.NORMS,
     f"{L}.self_attn.qkv_proj.weight": linear(*QKV_KERNELS),
     f"{L}.self_attn.o_proj.weight": linear("attention.out.kernel"),
-    f"{L}.mlp.gate_up_proj.weight": linear("mlp.gate.kernel", "mlp.up.kernel"),
-    f"{L}.mlp.down_proj.weight": linear("mlp.down.kernel"),
+    **FUSED_MLP,
 }
 
 PHI = ModelFamily(

@@ -37,8 +37,9 @@ _INERT = """
 # Matters in training alone, where maxlm has none.
 _DROPOUT = """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
-    classif_dropout decoder_layerdrop dropout dropout_rate embd_pdrop emb_pdrop encoder_layerdrop
-    ffn_pdrop hidden_dropout hidden_dropout_prob resid_pdrop summary_first_dropout
+    classif_dropout decoder_layerdrop dropout dropout_rate embd_pdrop embedding_dropout emb_pdrop
+    encoder_layerdrop ffn_pdrop hidden_dropout hidden_dropout_prob layerdrop resid_pdrop
+    residual_dropout summary_first_dropout
 """
 INERT, DROPOUT = frozenset(_INERT.split()), frozenset(_DROPOUT.split())
 

@@ -12,7 +12,6 @@ from typing import (
     NamedTuple,
     Self,
     TypeAlias,
-    TypeVar,
 )
 
 from jax.typing import DTypeLike
@@ -23,7 +22,21 @@ from pydantic import (
 )
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.blocks import FeedForwardConfig, MixerConfig, Placement
+from maxlm.models.architectures.pattern import (
+    FeedForwardChoice,
+    KindName,
+    LayerKind,
+    LayerRun,
+    LayerStack,
+    MixerChoice,
+    PatternEntry,
+    PatternLayer,
+    find_repeats,
+    make_run,
+    suggest_kind,
+)
+from maxlm.models.architectures.shrink import PartShrinker
+from maxlm.models.blocks import BlockConfig, Placement, find_attention
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -54,44 +67,26 @@ over them, so a mistyped number must end here. The deepest published transformer
 
 LayerCount = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 
-FfnT = TypeVar("FfnT", MlpConfig, MoeConfig)
 HeadName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
-class LayerKind(Config):
-    """Settings in which one layer of a pattern differs from the others."""
-
-    window: int | None = Field(default=None, gt=0)
-    """Keys that its attention sees; null: all before it."""
-    positions: PositionsConfig | None = None
-    """Positions in place of the model's."""
-
-
-class LayerStack(NamedTuple):
-    """A run of layers whose parameters lie in one stack."""
-
-    name: str
-    num_layers: int
-    kinds: tuple[LayerKind, ...]
-    """Kinds of its layers, by turns; ``num_layers`` is a multiple of their number."""
-    dense: bool
-    """Whether layers have ``mlp``, not ``moe``."""
-
-
 STACKS = ("first_layers", "layers", "last_layers")
-"""Names that stacks may have."""
+"""Names that runs of layers may have, and the stacks of those with one."""
 
 
-def strip_stack_name(name: str) -> str:
-    """Returns a parameter's name without its stack's: ``first_layers.mlp.up`` →
+def strip_stack_name(name: str, stack: str = "") -> str:
+    """Returns a parameter's name without its stack's: ``layers.full.mlp.up`` →
+    ``mlp.up``; of any stack with a run of its own: ``first_layers.mlp.up`` →
     ``mlp.up``."""
+    if stack:
+        return name.removeprefix(f"{stack}.")
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
 class TrunkSpec(NamedTuple):
     """A trunk's layers, and the tokens that their attention sees."""
 
-    stacks: tuple[LayerStack, ...]
+    runs: tuple[LayerRun, ...]
     prefix: str = ""
     """Prefix of its parameters' names."""
     causal: bool = True
@@ -102,8 +97,12 @@ class TrunkSpec(NamedTuple):
     """Whether layers look at an encoder's output as well."""
 
     @property
+    def stacks(self) -> tuple[LayerStack, ...]:
+        return tuple(stack for run in self.runs for stack in run.stacks)
+
+    @property
     def num_layers(self) -> int:
-        return sum(stack.num_layers for stack in self.stacks)
+        return sum(run.num_layers for run in self.runs)
 
 
 class TransformerConfig(Config):
@@ -124,24 +123,32 @@ class TransformerConfig(Config):
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
     attention: OptionalAttention = None
-    mixer: MixerConfig | None = None
-    """Another mixer in place of ``attention``, by the kind it is registered with."""
+    mixer: MixerChoice | None = None
+    """Another mixer in place of ``attention``, by the kind it is registered with, or
+    none."""
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
-    ffn: FeedForwardConfig | None = None
+    ffn: FeedForwardChoice | None = None
     """Another feed-forward in place of ``mlp`` and ``moe``, by the kind it is
-    registered with."""
+    registered with; or none: layers are mixers alone (Mamba)."""
     dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """Number of first layers that have ``mlp`` all the same (DeepSeek-V2 has one)."""
-    pattern: tuple[LayerKind, ...] = ()
-    """Kinds of layers by turns, such as five with a window and one without (Gemma 3);
-    none: all alike."""
+    kinds: Mapping[KindName, LayerKind] = {}
+    """Kinds of layers by name, for ``pattern``: those that differ in more than window
+    and positions need names, which their parameters have too."""
+    pattern: tuple[PatternEntry, ...] = ()
+    """Kinds of layers by turns, each by its name or its settings, such as five with a
+    window and one without (Gemma 3), or three with a recurrence and one with attention
+    (Qwen3-Next); none: all alike. A pattern as long as the model names every layer."""
     norm: NormConfig = NormConfig()
     placement: Placement = "pre"
     """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
-    (x + norm(f(norm(x))): Gemma 2), parallel (attention and MLP side by side, a norm
-    each: Falcon-40B) or parallel_shared (with one norm for both: Falcon-7B, Phi-2)."""
+    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), parallel
+    (attention and MLP side by side, a norm each: Falcon-40B) or parallel_shared (with
+    one norm for both: Falcon-7B, Phi-2)."""
+    residual_scale: float = Field(default=1.0, gt=0)
+    """Factor on what a branch adds to the residual stream (Granite)."""
     final_norm: bool = True
     """Normalise the last layer's output."""
     positions: PositionsConfig = PositionsConfig()
@@ -170,17 +177,14 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.attention is None and self.mixer is None:
-            raise MaxlmError("neither attention nor mixer", fix="give one of them")
         if self.attention is not None and self.mixer is not None:
             raise MaxlmError("both attention and mixer", fix="give one of them")
-        if not (self.mlp or self.moe or self.ffn):
-            raise MaxlmError("neither mlp nor moe", fix="give one of them")
         if self.ffn and (self.mlp or self.moe):
             raise MaxlmError("ffn beside mlp or moe", fix="leave the others out")
         num_dense = self.dense_layers
         has_both = self.mlp is not None and self.moe is not None
-        if has_both and not num_dense:
+        names_dense_kind = any(kind.ffn == "mlp" for kind in self.layer_kinds)
+        if has_both and not num_dense and not names_dense_kind:
             raise MaxlmError(
                 "both mlp and moe",
                 fix="set one of them to null, or dense_layers above 0",
@@ -195,8 +199,6 @@ class TransformerConfig(Config):
                 f"dense_layers={num_dense} of num_layers={self.num_layers}",
                 fix="leave some layers for the experts, or set moe to null",
             )
-        if num_dense and self.pattern:
-            raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
         if self.pattern and self.attention and self.attention.window is not None:
             raise MaxlmError(
                 f"attention.window={self.attention.window} with a pattern",
@@ -206,18 +208,52 @@ class TransformerConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _kinds_fit(self) -> Self:
+        unused = self.kinds.keys() - set(self.pattern)
+        if unused:
+            raise MaxlmError(
+                f"kinds.{min(unused)} is not in the pattern",
+                where="pattern",
+                fix="name it there, or leave it out",
+            )
+        blocks_without_name = {
+            layer.block
+            for layer in self._list_period(is_dense=False)
+            if not layer.kind_name
+        }
+        is_named = any(isinstance(entry, str) for entry in self.pattern)
+        if len(blocks_without_name) + is_named > 1:
+            raise MaxlmError(
+                "kinds of layers of different modules without names",
+                where="pattern",
+                fix="give them names in model.kinds, and list these",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _positions_fit(self) -> Self:
         for kind in self.layer_kinds:
-            self._check_positions(kind.positions or self.positions)
+            self._check_positions(self.get_positions(kind), self.get_attention(kind))
         scheme = self.positions.kind
         pattern_positions = [
-            kind.positions for kind in self.pattern if kind.positions is not None
+            kind.positions
+            for kind in self.layer_kinds
+            if kind.positions is not None and kind.positions.kind != "none"
         ]
-        if any(positions.kind != scheme for positions in pattern_positions):
+        others = [
+            positions.kind
+            for positions in pattern_positions
+            if positions.kind != scheme
+        ]
+        # Layers without positions may stand beside others, whichever the model says.
+        if scheme == "none" and len(set(others)) < 2:
+            others = []
+            scheme = pattern_positions[0].kind if pattern_positions else scheme
+        if others:
             raise MaxlmError(
                 f"a pattern of other positions than {scheme}",
                 where="pattern",
-                fix="let all layers have one kind",
+                fix="let all layers have one kind, or none",
             )
         if pattern_positions and scheme not in ("rope", "alibi"):
             raise MaxlmError(
@@ -227,19 +263,24 @@ class TransformerConfig(Config):
             )
         return self
 
-    def _check_positions(self, positions: PositionsConfig) -> None:
-        if self.attention is None:
+    def _check_positions(
+        self, positions: PositionsConfig, attention: AttentionConfig | None
+    ) -> None:
+        if attention is None:
+            # A kind without attention beside others has no use for them.
+            if self.pattern:
+                return
             if positions.kind not in ("learned", "sinusoidal", "none"):
                 raise MaxlmError(
                     f"positions.kind={positions.kind} without attention",
                     fix="use learned, sinusoidal or none",
                 )
             return
-        latent = self.attention.latent
-        head_dim = self.attention.head_dim
-        if latent is not None and positions.kind != "rope":
+        latent = attention.latent
+        head_dim = attention.head_dim
+        if latent is not None and positions.kind not in ("rope", "none"):
             raise MaxlmError(
-                "latent attention turns queries", fix="use positions.kind=rope"
+                "latent attention turns queries", fix="use positions.kind=rope or none"
             )
         if latent is not None and positions.rotary_dim is not None:
             raise MaxlmError(
@@ -280,36 +321,174 @@ class TransformerConfig(Config):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kinds of layers, by turns; at least one."""
-        window = self.attention.window if self.attention else None
-        return self.pattern or (LayerKind(window=window),)
+        if not self.pattern:
+            window = self.attention.window if self.attention else None
+            return (LayerKind(window=window),)
+        return tuple(self._find_kind(entry) for entry in self.pattern)
+
+    def _find_kind(self, entry: KindName | LayerKind) -> LayerKind:
+        if isinstance(entry, LayerKind):
+            return entry
+        kind = self.kinds.get(entry)
+        if kind is None:
+            raise MaxlmError(
+                f"pattern names {entry}, which is not among kinds",
+                where="pattern",
+                fix=suggest_kind(entry, self.kinds),
+            )
+        return kind
+
+    def get_positions(self, kind: LayerKind) -> PositionsConfig:
+        """Returns the positions of layers of a kind."""
+        return kind.positions or self.positions
+
+    def get_attention(self, kind: LayerKind) -> AttentionConfig | None:
+        """Returns the attention of layers of a kind, by itself or within another mixer;
+        None: they have none."""
+        return find_attention(self._resolve_mixer(kind))
+
+    def list_blocks(self) -> tuple[BlockConfig, ...]:
+        """Lists what layers are built of, each once."""
+        blocks = [stack.block for stack in self.layer_stacks]
+        return tuple(dict.fromkeys(blocks))
+
+    def list_mixers(self) -> tuple[Config, ...]:
+        """Lists the mixers of layers, each once."""
+        mixers = [block.mixer for block in self.list_blocks()]
+        return tuple(dict.fromkeys(mixer for mixer in mixers if mixer is not None))
+
+    def list_attention(self) -> tuple[AttentionConfig, ...]:
+        """Lists the attention of layers, each once."""
+        configs = [find_attention(mixer) for mixer in self.list_mixers()]
+        return tuple(dict.fromkeys(config for config in configs if config is not None))
+
+    def _resolve_mixer(self, kind: LayerKind) -> Config | None:
+        if kind.attention is not None:
+            if kind.mixer is not None:
+                raise MaxlmError("both attention and mixer", fix="give one of them")
+            return kind.attention
+        mixer = kind.mixer or self.mixer
+        if mixer == "none":
+            return None
+        if mixer is None and self.attention is None:
+            raise MaxlmError("neither attention nor mixer", fix="give one of them")
+        return mixer or self.attention
+
+    def _resolve_ffn(self, kind: LayerKind, *, is_dense: bool) -> Config | None:
+        if kind.mlp is not None:
+            if kind.ffn is not None:
+                raise MaxlmError("ffn beside mlp or moe", fix="leave the others out")
+            return kind.mlp
+        if kind.ffn == "none":
+            return None
+        if kind.ffn not in (None, "mlp", "moe"):
+            return kind.ffn
+        if kind.ffn is None and self.ffn is not None:
+            return None if self.ffn == "none" else self.ffn
+        # The first layers have the dense one in place of experts.
+        is_mlp = kind.ffn == "mlp" or is_dense
+        if kind.ffn is None and self.moe is None:
+            is_mlp = True
+        ffn = self.mlp if is_mlp else self.moe
+        if ffn is None:
+            name = kind.ffn if kind.ffn is not None else "mlp nor moe"
+            message = (
+                f"neither {name}" if kind.ffn is None else f"ffn={name}, but no {name}"
+            )
+            raise MaxlmError(message, fix="give one of them")
+        return ffn
+
+    def _resolve_layer(
+        self, entry: KindName | LayerKind | None, *, is_dense: bool
+    ) -> PatternLayer:
+        """Returns what layers of a pattern's entry are made of; None: there is no
+        pattern."""
+        kind = self.layer_kinds[0] if entry is None else self._find_kind(entry)
+        block = BlockConfig(
+            mixer=self._resolve_mixer(kind),
+            ffn=self._resolve_ffn(kind, is_dense=is_dense),
+            norm=kind.norm or self.norm,
+            placement=kind.placement or self.placement,
+            residual_scale=self.residual_scale,
+        )
+        if block.mixer is None and block.ffn is None:
+            raise MaxlmError(
+                "a layer of neither mixer nor ffn", where="pattern", fix="give it one"
+            )
+        return PatternLayer(kind, block, entry if isinstance(entry, str) else "")
+
+    def _list_period(self, *, is_dense: bool) -> list[PatternLayer]:
+        entries = self.pattern or (None,)
+        by_entry = {
+            entry: self._resolve_layer(entry, is_dense=is_dense)
+            for entry in dict.fromkeys(entries)
+        }
+        return [by_entry[entry] for entry in entries]
+
+    @property
+    def layer_runs(self) -> tuple[LayerRun, ...]:
+        """The runs of layers, first to last. The main one, ``layers``, repeats its
+        period as often as it goes; what stands before and after has its own, so that
+        each is whole periods."""
+        first_name, main_name, last_name = STACKS
+        num_dense = self.dense_layers
+        num_layers = self.num_layers
+        experts_period = self._list_period(is_dense=False)
+        length = len(experts_period)
+        if num_dense:
+            dense_period = self._list_period(is_dense=True)
+            first = [dense_period[i % length] for i in range(num_dense)]
+        else:
+            first = []
+        # The pattern goes on behind the dense layers; one longer than the model is cut.
+        start = num_dense % length
+        period = (experts_period[start:] + experts_period[:start])[
+            : num_layers - num_dense
+        ]
+        num_periods, num_left = divmod(num_layers - num_dense, len(period))
+        last = period[:num_left]
+
+        are_unlike = len({layer.block for layer in period}) > 1
+        if are_unlike and num_periods == 1:
+            # A list of all layers: some part of it may repeat all the same.
+            layers = first + period + last
+            repeats = find_repeats(layers)
+            first = layers[: repeats.start]
+            period = layers[repeats.start :][: repeats.period]
+            num_periods = repeats.num_periods
+            last = layers[repeats.stop :]
+
+        runs = []
+        if first:
+            # Layers alike are scanned one by one.
+            all_alike = len(set(first)) == 1
+            first_period = first[:1] if all_alike else first
+            runs.append(
+                make_run(first_name, first_period, len(first) // len(first_period))
+            )
+        runs.append(make_run(main_name, period, num_periods))
+        if last:
+            runs.append(make_run(last_name, last, 1))
+        return tuple(runs)
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
-        """The stacks of layers, first to last. What a pattern leaves over at the end
-        has its own, so that each is whole periods."""
-        first_name, main_name, last_name = STACKS
-        num_others = self.num_layers - self.dense_layers
-        first = LayerStack(first_name, self.dense_layers, self.layer_kinds, dense=True)
-        # A pattern longer than the model is cut.
-        kinds = self.layer_kinds[:num_others]
-        num_left_over = num_others % len(kinds)
-        is_dense = self.moe is None
-        main = LayerStack(main_name, num_others - num_left_over, kinds, is_dense)
-        last = LayerStack(last_name, num_left_over, kinds[:num_left_over], is_dense)
-        return tuple(stack for stack in (first, main, last) if stack.num_layers)
+        """The stacks of layers of all runs."""
+        return tuple(stack for run in self.layer_runs for stack in run.stacks)
 
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
-        return (TrunkSpec(self.layer_stacks),)
+        return (TrunkSpec(self.layer_runs),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
-        if self.attention is None:
+        attention = self.get_attention(kind)
+        if attention is None:
             return 1.0
-        scale = self.attention.scale or self.attention.head_dim**-0.5
-        scaling = (kind.positions or self.positions).scaling
-        if not self.attention.latent or not isinstance(scaling, YarnScaling):
+        scale = attention.scale or attention.head_dim**-0.5
+        scaling = self.get_positions(kind).scaling
+        if not attention.latent or not isinstance(scaling, YarnScaling):
             return scale
         if scaling.mscale_all_dim:
             scale *= compute_yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
@@ -337,38 +516,26 @@ class TransformerConfig(Config):
         once), ties, biases, norms, positions, gating and remat; experts are 8 at most,
         registered mixers and feed-forwards as they are; ``vocab_size`` and
         ``num_layers`` are upper bounds."""
-        attention = self.attention
-        small_attention = None
+        attention_configs = self.list_attention()
         d_model = 2 * head_dim
-        if attention is not None:
-            small_attention = attention.shrunk(head_dim, seq_len)
-            d_model = small_attention.num_heads * head_dim
-
-        def shrink_ffn(ffn: FfnT | None) -> FfnT | None:
-            if ffn is None:
-                return None
-            # The same ratio to d_model, in multiples of 8.
-            d_ff = max(1, round(ffn.d_ff / self.d_model * d_model / 8)) * 8
-            return ffn.model_copy(update={"d_ff": d_ff})
-
-        def shrink_positions(
-            positions: PositionsConfig | None,
-        ) -> PositionsConfig | None:
-            if positions is None or positions.rotary_dim is None:
-                return positions
-            old_head_dim = attention.head_dim if attention else head_dim
-            share = positions.rotary_dim / old_head_dim
-            rotary_dim = max(2, round(share * head_dim / 2) * 2)
-            return positions.model_copy(update={"rotary_dim": rotary_dim})
-
-        window = max(2, seq_len // 4)
-        pattern = tuple(
-            LayerKind(
-                window=None if kind.window is None else window,
-                positions=shrink_positions(kind.positions),
-            )
-            for kind in dict.fromkeys(self.pattern)
+        old_head_dim = head_dim
+        if attention_configs:
+            attention = self.attention or attention_configs[0]
+            old_head_dim = attention.head_dim
+            d_model = attention.shrunk(head_dim, seq_len).num_heads * head_dim
+        shrinker = PartShrinker(
+            head_dim,
+            seq_len,
+            d_model,
+            old_head_dim=old_head_dim,
+            old_d_model=self.d_model,
         )
+        # Each kind once, so that a model of few layers has them all.
+        pattern = tuple(
+            entry if isinstance(entry, str) else shrinker.shrink_kind(entry)
+            for entry in dict.fromkeys(self.pattern)
+        )
+        kinds = {name: shrinker.shrink_kind(kind) for name, kind in self.kinds.items()}
         # T5's, without which a narrow model's logits would hardly differ.
         scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
         moe = None if self.moe is None else self.moe.limit_experts(8)
@@ -378,12 +545,14 @@ class TransformerConfig(Config):
                 "num_layers": min(self.num_layers, num_layers),
                 "d_model": d_model,
                 "max_seq_len": seq_len,
-                "attention": small_attention,
-                "mlp": shrink_ffn(self.mlp),
-                "moe": shrink_ffn(moe),
+                "attention": shrinker.shrink_attention(self.attention),
+                "mixer": shrinker.shrink_mixer(self.mixer),
+                "mlp": shrinker.shrink_ffn(self.mlp),
+                "moe": shrinker.shrink_ffn(moe),
                 "dense_layers": min(self.dense_layers, 1),
+                "kinds": kinds,
                 "pattern": pattern,
-                "positions": shrink_positions(self.positions),
+                "positions": shrinker.shrink_positions(self.positions),
                 "logit_scale": d_model**-0.5 if scales_by_width else self.logit_scale,
             }
         )

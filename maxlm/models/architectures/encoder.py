@@ -41,7 +41,7 @@ class EncoderConfig(TransformerConfig):
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """See :attr:`TransformerConfig.trunks`."""
-        return (TrunkSpec(self.layer_stacks, causal=False),)
+        return (TrunkSpec(self.layer_runs, causal=False),)
 
     def build(
         self,

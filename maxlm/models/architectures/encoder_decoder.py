@@ -67,9 +67,9 @@ class EncoderDecoderConfig(TransformerConfig):
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """See :attr:`TransformerConfig.trunks`."""
-        stacks = self.encoder_config.layer_stacks
-        encoder = TrunkSpec(stacks, "encoder.", causal=False, is_encoder=True)
-        return encoder, TrunkSpec(self.layer_stacks, cross_attention=True)
+        runs = self.encoder_config.layer_runs
+        encoder = TrunkSpec(runs, "encoder.", causal=False, is_encoder=True)
+        return encoder, TrunkSpec(self.layer_runs, cross_attention=True)
 
     def build(
         self,

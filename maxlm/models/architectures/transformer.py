@@ -40,7 +40,7 @@ from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
 Caches = dict[str, tuple[LayerCache, ...]]
-"""Each layer's cache, by stack."""
+"""Each layer's cache, by stack; None: the layer keeps nothing."""
 
 
 class CrossAttentionCache(NamedTuple):
@@ -157,8 +157,12 @@ class Transformer(Trunk):
     def cache_specs(self, layout: CacheLayout) -> Caches:
         """Returns each layer's ``Mixer.cache_spec``."""
         specs: Caches = {}
+        stacks = self.stacks
         for stack in self.config.layer_stacks:
-            mixer = self.stacks[stack.name].mixer
+            mixer = stacks[stack.name].mixer
+            if mixer is None:
+                specs[stack.name] = (None,) * stack.num_layers
+                continue
             num_periods = stack.num_layers // len(stack.kinds)
             specs[stack.name] = tuple(
                 mixer.cache_spec(layout, kind.window)
@@ -178,27 +182,33 @@ class Transformer(Trunk):
         loop over them would copy each one's weights and cache out of their stacks, at
         every token."""
         x = self.embed(tokens, batch.positions)
-        new_caches: Caches = {}
-        for stack in self.config.layer_stacks:
-            block = self.stacks[stack.name]
-            inputs_by_kind = self.attention_inputs_by_kind(stack, batch)
-            stack_params = get_values(block)
-            stack_caches = []
-            for layer, cache in enumerate(caches[stack.name]):
+        stacks = self.stacks
+        new_caches: dict[str, list[LayerCache]] = {}
+        for run in self.config.layer_runs:
+            inputs_by_kind = self.attention_inputs_by_kind(run, batch)
+            params_by_stack = {
+                stack.name: get_values(stacks[stack.name]) for stack in run.stacks
+            }
+            for place in run.iterate_places():
+                name = place.stack.name
                 encoded = None
                 if cross_cache is not None:
-                    key, value = cross_cache.keys_values[stack.name][layer]
+                    key, value = cross_cache.keys_values[name][place.index]
                     encoded = CrossCache(key, value, cross_cache.segment_ids)
-                settings, arrays = split_static_inputs(
-                    inputs_by_kind[layer % len(inputs_by_kind)]
-                )
-                params = take_stacked_layer(stack_params, layer)
+                settings, arrays = split_static_inputs(inputs_by_kind[place.kind_index])
+                params = take_stacked_layer(params_by_stack[name], place.index)
                 x, cache = run_cached_block(
-                    block, settings, params, x, arrays, cache, encoded
+                    stacks[name],
+                    settings,
+                    params,
+                    x,
+                    arrays,
+                    caches[name][place.index],
+                    encoded,
                 )
-                stack_caches.append(cache)
-            new_caches[stack.name] = tuple(stack_caches)
-        return self.apply_final_norm(x), new_caches
+                new_caches.setdefault(name, []).append(cache)
+        caches = {name: tuple(layers) for name, layers in new_caches.items()}
+        return self.apply_final_norm(x), caches
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
         """Returns the maps from hidden states to logits; training fuses them with the

@@ -6,16 +6,17 @@ model, N query heads, R the largest distance with a learnt bias.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maxlm.models.architectures.config import LayerKind, LayerStack, TransformerConfig
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.pattern import LayerKind, LayerRun
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, scan_blocks
+from maxlm.models.blocks import Block, BlockTurn, scan_blocks
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
@@ -23,6 +24,7 @@ from maxlm.models.layers.attention import AttentionInputs, EncoderOutput
 from maxlm.models.layers.linear import Embedding
 from maxlm.models.layers.norm import Norm
 from maxlm.models.layers.positions import (
+    PositionsConfig,
     compute_alibi_slopes,
     compute_relative_biases,
     compute_sinusoids,
@@ -63,23 +65,52 @@ class KindContext(NamedTuple):
     rotary: Rotary | None
 
 
-class StackContext(NamedTuple):
-    """Arrays that all layers of a stack read, without gradient."""
+class RunContext(NamedTuple):
+    """Arrays that all layers of a run read, without gradient."""
 
     kinds: tuple[KindContext, ...]
-    """One for each of ``LayerStack.kinds``: layer i is of kind i modulo their
-    number."""
+    """One for each of ``LayerRun.kinds``: layer i is of kind i modulo their number."""
     encoder_segment_ids: jax.Array | None
     """int [B, T]."""
 
 
+class RotarySettings(NamedTuple):
+    """Settings that angles of positions follow from."""
+
+    positions: PositionsConfig
+    rotary_dim: int
+
+
 class SharedArrays(NamedTuple):
-    """Arrays that all layers of a stack read, with a gradient."""
+    """Arrays that all layers of a run read, with a gradient."""
 
     biases: jax.Array | None
     """fp32 [N, 2R + 1], for key − query from −R to R."""
     encoder_states: jax.Array | None
     """[B, T, D]."""
+
+
+def _get_name_in_run(run: LayerRun, stack_name: str) -> str:
+    """Returns ``full`` of the stack ``layers.full``."""
+    return stack_name.removeprefix(f"{run.name}.")
+
+
+def _join_stacks(run: LayerRun, stacks: dict[str, Block]) -> Block | nnx.Dict:
+    """Returns a run's stacks as one module: the only one as it is."""
+    if len(stacks) == 1:
+        return stacks[run.name]
+    return nnx.Dict(
+        {_get_name_in_run(run, name): block for name, block in stacks.items()}
+    )
+
+
+def _split_stacks(run: LayerRun, params: Params) -> dict[str, Params]:
+    """Returns a run's parameters by stack."""
+    if len(run.stacks) == 1:
+        return {run.name: params}
+    return {
+        stack.name: params[_get_name_in_run(run, stack.name)] for stack in run.stacks
+    }
 
 
 class Trunk(nnx.Module):
@@ -124,22 +155,14 @@ class Trunk(nnx.Module):
             else None
         )
         self.relative = self._declare_relative_biases()
-        mixer = config.mixer or config.attention
-        for stack in config.layer_stacks:
-            ffn = config.ffn or (config.mlp if stack.dense else config.moe)
-            assert ffn is not None
-            block = Block(
-                mixer,
-                ffn,
-                config.norm,
-                config.placement,
-                context,
-                cross_attention=cross_attention,
-            )
-            # A pipelined model has this stack alone.
-            num_groups = self.num_layer_groups if stack.name == "layers" else 1
-            layers = stack_layers(block, stack.num_layers, num_groups)
-            setattr(self, stack.name, layers)
+        for run in config.layer_runs:
+            # A pipelined model has this run alone.
+            num_groups = self.num_layer_groups if run.name == "layers" else 1
+            stacked: dict[str, Block] = {}
+            for stack in run.stacks:
+                block = Block(stack.block, context, cross_attention=cross_attention)
+                stacked[stack.name] = stack_layers(block, stack.num_layers, num_groups)
+            setattr(self, run.name, _join_stacks(run, stacked))
         self.final_norm = (
             Norm(config.norm, config.d_model, context) if config.final_norm else None
         )
@@ -173,8 +196,23 @@ class Trunk(nnx.Module):
     @property
     def stacks(self) -> dict[str, Block]:
         """The stacks of layers by name."""
+        stacks: dict[str, Block] = {}
+        for run in self.config.layer_runs:
+            stacks |= self._get_run_stacks(run)
+        return stacks
+
+    def _get_run_module(self, name: str) -> Any:
+        """Returns a run's stack, or the module that holds all of its stacks."""
+        return getattr(self, name)
+
+    def _get_run_stacks(self, run: LayerRun) -> dict[str, Block]:
+        """Returns the stacks of a run by name."""
+        module = self._get_run_module(run.name)
+        if len(run.stacks) == 1:
+            return {run.name: module}
         return {
-            stack.name: getattr(self, stack.name) for stack in self.config.layer_stacks
+            stack.name: module[_get_name_in_run(run, stack.name)]
+            for stack in run.stacks
         }
 
     def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -208,16 +246,16 @@ class Trunk(nnx.Module):
             indices = jnp.arange(micro_batches, dtype=jnp.uint32)
             return run_circular_pipeline(
                 self.run_stage,
-                get_values(self.stacks["layers"]),
+                get_values(self._get_run_module("layers")),
                 x,
                 (context, indices),
                 micro_batches=micro_batches,
                 groups=self.num_layer_groups,
             )
         total = Aux()
-        for stack in self.config.layer_stacks:
-            params = get_values(self.stacks[stack.name])
-            x, aux = self._run_stack(stack, params, x, context, encoder_output)
+        for run in self.config.layer_runs:
+            params = get_values(self._get_run_module(run.name))
+            x, aux = self._run_layers_of(run, params, x, context, encoder_output)
             total = total.plus(aux)
         return x, total
 
@@ -232,31 +270,30 @@ class Trunk(nnx.Module):
         number, uint32."""
         tokens, micro_batch = context
         layers = seed_micro_batch(layers, micro_batch)
-        stack = next(
-            stack for stack in self.config.layer_stacks if stack.name == "layers"
-        )
-        return self._run_stack(stack, layers, x, tokens, None)
+        run = next(run for run in self.config.layer_runs if run.name == "layers")
+        return self._run_layers_of(run, layers, x, tokens, None)
 
-    def _run_stack(
+    def _run_layers_of(
         self,
-        stack: LayerStack,
+        run: LayerRun,
         params: Params,
         x: jax.Array,
         tokens: PositionsAndSegments,
         encoder_output: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
-        """Runs the layers of a stack one after the other, in a scan where their
-        parameters are stacked."""
+        """Runs the layers of a run one after the other, in a scan where their
+        parameters are stacked. ``params``: the run's, or those of whole periods of
+        it."""
 
         def run_layer(
             kind_index: int,
             block: Block,
             x: jax.Array,
-            context: StackContext,
+            context: RunContext,
             shared: SharedArrays,
         ) -> tuple[jax.Array, Aux]:
             inputs = self._make_attention_inputs(
-                stack.kinds[kind_index], context.kinds[kind_index], shared.biases
+                run.kinds[kind_index], context.kinds[kind_index], shared.biases
             )
             encoded = None
             if shared.encoder_states is not None:
@@ -267,27 +304,35 @@ class Trunk(nnx.Module):
             return x, aux
 
         # A kind's window and scale are compiled in, so each kind has a body of its own.
-        bodies = [partial(run_layer, index) for index in range(len(stack.kinds))]
+        bodies = [partial(run_layer, index) for index in range(len(run.kinds))]
         encoder_states = None
         encoder_segment_ids = None
         if encoder_output is not None:
             encoder_states = encoder_output.states
             encoder_segment_ids = encoder_output.segment_ids
-        context = StackContext(self._list_contexts(stack, tokens), encoder_segment_ids)
+        context = RunContext(self._list_contexts(run, tokens), encoder_segment_ids)
         shared = SharedArrays(self.compute_biases(), encoder_states)
-        block = self.stacks[stack.name]
+        blocks = self._get_run_stacks(run)
+        params_by_stack = _split_stacks(run, params)
 
         if is_unstacked(params):  # as inference stores them
             total = Aux()
-            for layer in range(stack.num_layers):
-                bound = bind(block, take_stacked_layer(params, layer))
-                x, aux = bodies[layer % len(bodies)](bound, x, context, shared)
+            for place in run.iterate_places():
+                name = place.stack.name
+                layer_params = take_stacked_layer(params_by_stack[name], place.index)
+                bound = bind(blocks[name], layer_params)
+                x, aux = bodies[place.kind_index](bound, x, context, shared)
                 total = total.plus(aux)
             return x, total
+        turns = [
+            BlockTurn(stack, body)
+            for stack, body in zip(run.turns, bodies, strict=True)
+        ]
+        names = [stack.name for stack in run.stacks]
         return scan_blocks(
-            block,
-            params,
-            bodies,
+            [blocks[name] for name in names],
+            [params_by_stack[name] for name in names],
+            turns,
             x,
             context,
             shared,
@@ -296,13 +341,13 @@ class Trunk(nnx.Module):
         )
 
     def attention_inputs_by_kind(
-        self, stack: LayerStack, batch: RaggedBatch
+        self, run: LayerRun, batch: RaggedBatch
     ) -> list[AttentionInputs]:
         """Returns each kind of layer's inputs for a step of inference."""
         biases = self.compute_biases()
-        contexts = self._list_contexts(stack, (batch.positions, None), batch.lengths)
+        contexts = self._list_contexts(run, (batch.positions, None), batch.lengths)
         inputs = []
-        for kind, context in zip(stack.kinds, contexts, strict=True):
+        for kind, context in zip(run.kinds, contexts, strict=True):
             if context.rotary is not None and get_platform() == "cpu":
                 # Inference's layers are not in a loop: each would compute the cosines
                 # anew.
@@ -313,31 +358,36 @@ class Trunk(nnx.Module):
 
     def _list_contexts(
         self,
-        stack: LayerStack,
+        run: LayerRun,
         tokens: PositionsAndSegments,
         lengths: jax.Array | None = None,
     ) -> tuple[KindContext, ...]:
         """Returns positions, segment ids and angles for each kind of layer."""
         positions, segment_ids = tokens
-        # Kinds of equal positions share their angles, which are computed once.
-        rotary_by_positions = {
-            kind.positions: self._compute_rotary(kind, positions, lengths)
-            for kind in stack.kinds
-        }
-        return tuple(
-            KindContext(positions, segment_ids, rotary_by_positions[kind.positions])
-            for kind in stack.kinds
-        )
+        # Kinds of equal positions and heads share their angles, which are computed once.
+        rotary_by_settings: dict[RotarySettings, Rotary] = {}
+        contexts = []
+        for kind in run.kinds:
+            settings = self._get_rotary_settings(kind)
+            rotary = None
+            if settings is not None:
+                rotary = rotary_by_settings.get(settings)
+                if rotary is None:
+                    rotary = self._compute_rotary(settings, positions, lengths)
+                    rotary_by_settings[settings] = rotary
+            contexts.append(KindContext(positions, segment_ids, rotary))
+        return tuple(contexts)
 
     def _make_attention_inputs(
         self, kind: LayerKind, context: KindContext, biases: jax.Array | None
     ) -> AttentionInputs:
         config = self.config
         slopes = None
-        if config.positions.kind == "alibi":
-            positions = kind.positions or config.positions
+        positions = config.get_positions(kind)
+        attention = config.get_attention(kind)
+        if positions.kind == "alibi" and attention is not None:
             slopes = jnp.asarray(
-                compute_alibi_slopes(config.attention.num_heads, positions.max_bias)
+                compute_alibi_slopes(attention.num_heads, positions.max_bias)
             )
         return AttentionInputs(
             positions=context.positions,
@@ -350,24 +400,30 @@ class Trunk(nnx.Module):
             causal=self.causal,
         )
 
-    def _compute_rotary(
-        self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
-    ) -> Rotary | None:
-        """Computes the angles of positions [B, S], where the model turns queries and
-        keys."""
-        settings = kind.positions or self.config.positions
-        if settings.kind != "rope":
+    def _get_rotary_settings(self, kind: LayerKind) -> RotarySettings | None:
+        """Returns how layers of a kind turn queries and keys; None: they do not."""
+        positions = self.config.get_positions(kind)
+        attention = self.config.get_attention(kind)
+        if positions.kind != "rope" or attention is None:
             return None
-        attention = self.config.attention
         if attention.latent:
             rotary_dim = attention.latent.rotary_dim
         else:
-            rotary_dim = settings.rotary_dim or attention.head_dim
+            rotary_dim = positions.rotary_dim or attention.head_dim
+        return RotarySettings(positions, rotary_dim)
+
+    def _compute_rotary(
+        self,
+        settings: RotarySettings,
+        positions: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> Rotary:
+        """Computes the angles of positions [B, S]."""
         return compute_rotary(
             positions,
-            rotary_dim,
-            settings.theta,
-            settings.scaling,
+            settings.rotary_dim,
+            settings.positions.theta,
+            settings.positions.scaling,
             accumulation_dtype(self.dtype),
             lengths=lengths,
         )

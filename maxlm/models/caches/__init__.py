@@ -11,7 +11,7 @@ tokens. A mixer with a state instead of keys keeps a :class:`RecurrentCache`.
 """
 
 from maxlm.models.caches.layout import CacheArraySpec, CacheLayout, LayerCache
-from maxlm.models.caches.ragged import RaggedBatch, RecurrentCache
+from maxlm.models.caches.ragged import RaggedBatch, RecurrentCache, SplitArray
 
 __all__ = [
     "CacheArraySpec",
@@ -19,4 +19,5 @@ __all__ = [
     "LayerCache",
     "RaggedBatch",
     "RecurrentCache",
+    "SplitArray",
 ]

@@ -117,10 +117,15 @@ def has_unit(specs: PyTree, unit: Literal["row", "page"]) -> bool:
 
 def has_row_caches(caches: Mapping[str, Sequence[LayerCache]]) -> bool:
     """Returns whether a model's :class:`CacheArraySpec` trees, by stack and layer, have
-    a layer that keeps all it has by row, so that no token can be taken back."""
-    # A layer that reads another's cache has no arrays.
-    return any(
-        bool(jax.tree.leaves(layer)) and not has_unit(layer, "page")
-        for stack in caches.values()
-        for layer in stack
-    )
+    a layer with a cache that keeps all it has by row, so that no token can be taken
+    back: a state, or keys of which some are dropped. A layer of several mixers has a
+    tuple of caches; one without a mixer has none."""
+    layers = [layer for stack in caches.values() for layer in stack]
+    return any(_keeps_rows_alone(layer) for layer in layers)
+
+
+def _keeps_rows_alone(cache: LayerCache) -> bool:
+    # A tuple proper: a cache that is a NamedTuple is one cache.
+    if type(cache) is tuple:
+        return any(_keeps_rows_alone(part) for part in cache)
+    return has_unit(cache, "row") and not has_unit(cache, "page")

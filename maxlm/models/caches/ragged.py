@@ -4,7 +4,7 @@ Shapes: D shards of the batch, S tokens of a step, b uniform rows of G tokens, F
 R rows; n rows side by side, T tokens of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -156,44 +156,57 @@ def run_rows(
     return states, jnp.concatenate([uniform_output, chunk_output])
 
 
+class SplitArray(NamedTuple):
+    """An array, and how its dimensions are split over devices."""
+
+    value: jax.Array
+    axes: tuple[str | None, ...]
+    """Logical axes: of all dimensions of a parameter; of those behind [D, S] of
+    tokens."""
+
+
 class RecurrentCache(NamedTuple):
-    """A state passed from token to token, for every row [D, R, ...]; zeros before the
-    first."""
+    """States passed from token to token, arrays [D, R, ...] for every row; zeros before
+    the first."""
 
     state: PyTree
 
     def run(
         self,
         advance: Callable[..., tuple[PyTree, jax.Array]],
-        x: jax.Array,
+        tokens: Sequence[SplitArray],
         batch: RaggedBatch,
         rules: AxisRules,
-        feature_axis: str,
-        *params: jax.Array,
+        *,
+        params: Sequence[SplitArray] = (),
+        output_axes: tuple[str | None, ...],
     ) -> tuple[jax.Array, "RecurrentCache"]:
-        """Runs tokens through the recurrence; returns its outputs, and the cache after
-        them.
+        """Runs tokens through the recurrence; returns its outputs [D, S, ...], and the
+        cache after them.
 
         Args:
-            advance: ``(states [n, ...], x [n, T, F], live bool [n, T], *params) ->
-                (states, y [n, T, F])`` for rows side by side, on each device with its
-                own features; tokens that are not ``live`` leave a state as it was.
-            x: [D, S, F].
-            feature_axis: the logical axis of F, of the states' last dimension and the
-                params'.
+            advance: ``(states [n, ...], tokens [n, T, ...], live bool [n, T], *params)
+                -> (states, y [n, T, ...])`` for rows side by side, on each device with
+                its own share of the axes that are split; ``tokens`` is a tuple of
+                arrays. Tokens that are not ``live`` leave a state as it was.
+            tokens: arrays [D, S, ...].
+            params: arrays that all tokens read.
+            output_axes: logical axes of y's dimensions behind [D, S].
         """
 
         def advance_shard(
             states: PyTree,
-            x: jax.Array,
+            tokens: tuple[jax.Array, ...],
             batch: RaggedBatch,
             params: tuple[jax.Array, ...],
         ) -> tuple[PyTree, jax.Array]:
             # A shard's part of D is 1.
-            states, x, batch = jax.tree.map(lambda a: a[0], (states, x, batch))
+            states, tokens, batch = jax.tree.map(
+                lambda a: a[0], (states, tokens, batch)
+            )
 
             def advance_rows(
-                states: PyTree, x: jax.Array, rows: RowTokens
+                states: PyTree, tokens: tuple[jax.Array, ...], rows: RowTokens
             ) -> tuple[PyTree, jax.Array]:
                 def reset(state: jax.Array) -> jax.Array:
                     """Zeros the state [n, ...] of sequences that begin."""
@@ -202,18 +215,21 @@ class RecurrentCache(NamedTuple):
                     return jnp.where(begins, 0, state)
 
                 fresh_states = jax.tree.map(reset, states)
-                return advance(fresh_states, x, rows.live, *params)
+                return advance(fresh_states, tokens, rows.live, *params)
 
-            states_and_y = run_rows(advance_rows, states, x, batch)
+            states_and_y = run_rows(advance_rows, states, tokens, batch)
             return jax.tree.map(lambda a: a[None], states_and_y)
 
-        x_spec = rules.spec("batch", None, feature_axis)
+        token_specs = tuple(rules.spec("batch", None, *array.axes) for array in tokens)
+        param_specs = tuple(rules.spec(*array.axes) for array in params)
+        output_spec = rules.spec("batch", None, *output_axes)
         state_specs = jax.tree.map(lambda s: jax.typeof(s).sharding.spec, self.state)
-        # Params are split along their last dimension alone.
-        param_specs = tuple(
-            rules.spec(*(None,) * (param.ndim - 1), feature_axis) for param in params
+        in_specs = state_specs, token_specs, rules.spec("batch"), param_specs
+        run_shards = map_shards(advance_shard, in_specs, (state_specs, output_spec))
+        states, y = run_shards(
+            self.state,
+            tuple(array.value for array in tokens),
+            batch,
+            tuple(array.value for array in params),
         )
-        in_specs = state_specs, x_spec, rules.spec("batch"), param_specs
-        run_shards = map_shards(advance_shard, in_specs, (state_specs, x_spec))
-        states, y = run_shards(self.state, x, batch, params)
         return y, RecurrentCache(states)

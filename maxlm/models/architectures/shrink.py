@@ -1,0 +1,86 @@
+"""Parts of small models with the structure of large ones, for smoke tests."""
+
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar, runtime_checkable
+
+from maxlm.config import Config
+from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.layers.attention import AttentionConfig
+from maxlm.models.layers.mlp import MlpConfig
+from maxlm.models.layers.moe import MoeConfig
+from maxlm.models.layers.positions import PositionsConfig
+
+FfnT = TypeVar("FfnT", MlpConfig, MoeConfig)
+MixerT = TypeVar("MixerT")
+
+
+@runtime_checkable
+class ShrinkableConfig(Protocol):
+    """A mixer's config that can be made small."""
+
+    def shrunk(self, head_dim: int, seq_len: int) -> Self:
+        """Returns the same kind with heads of ``head_dim``, for sequences of
+        ``seq_len``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PartShrinker:
+    """Makes the configs of a model's parts small."""
+
+    head_dim: int
+    seq_len: int
+    d_model: int
+    """Width of the small model."""
+    old_head_dim: int
+    old_d_model: int
+
+    def shrink_ffn(self, ffn: FfnT | None) -> FfnT | None:
+        """Returns a feed-forward of the same ratio to the width, in multiples of 8."""
+        if ffn is None:
+            return None
+        widths = {"d_ff": ffn.d_ff}
+        if isinstance(ffn, MoeConfig):
+            others = {"shared_d_ff": ffn.shared_d_ff, "latent_dim": ffn.latent_dim}
+            widths |= {name: width for name, width in others.items() if width}
+        changes = {
+            name: max(1, round(width / self.old_d_model * self.d_model / 8)) * 8
+            for name, width in widths.items()
+        }
+        return ffn.model_copy(update=changes)
+
+    def shrink_positions(
+        self, positions: PositionsConfig | None
+    ) -> PositionsConfig | None:
+        """Returns positions that turn the same share of a head."""
+        if positions is None or positions.rotary_dim is None:
+            return positions
+        share = positions.rotary_dim / self.old_head_dim
+        rotary_dim = max(2, round(share * self.head_dim / 2) * 2)
+        return positions.model_copy(update={"rotary_dim": rotary_dim})
+
+    def shrink_attention(
+        self, attention: AttentionConfig | None
+    ) -> AttentionConfig | None:
+        """Returns attention with small heads."""
+        if attention is None:
+            return None
+        return attention.shrunk(self.head_dim, self.seq_len)
+
+    def shrink_mixer(self, mixer: MixerT) -> MixerT:
+        """Returns a mixer that can be made small so, others as they are."""
+        if isinstance(mixer, ShrinkableConfig) and isinstance(mixer, Config):
+            return mixer.shrunk(self.head_dim, self.seq_len)
+        return mixer
+
+    def shrink_kind(self, kind: LayerKind) -> LayerKind:
+        """Returns a kind of layers with all its parts small."""
+        window = None if kind.window is None else max(2, self.seq_len // 4)
+        changes = {
+            "window": window,
+            "positions": self.shrink_positions(kind.positions),
+            "attention": self.shrink_attention(kind.attention),
+            "mixer": self.shrink_mixer(kind.mixer),
+            "mlp": self.shrink_ffn(kind.mlp),
+        }
+        return kind.model_copy(update=changes)

@@ -1,0 +1,35 @@
+"""Linear recurrences over tokens in chunks: Mamba-2's state space, Gated DeltaNet, Kimi
+Delta Attention, lightning and gated linear attention.
+
+Shapes: q and k [B, T, H, K]; v [B, T, N, V], N a multiple of H; log decays [B, T, N] or
+[B, T, N, K]; states [B, N, K, V].
+
+:func:`linear_recurrence` is differentiable, resets states where packed documents start,
+and goes on from a state. :func:`linear_recurrence_step` is one token of it.
+:func:`summarize_run` and :func:`combine_runs` are for a sequence that is split over
+devices.
+"""
+
+from pallas_kernels.linear_recurrence.api import linear_recurrence
+from pallas_kernels.linear_recurrence.runs import (
+    RunSummary,
+    apply_run,
+    combine_runs,
+    find_segment_starts,
+    summarize_run,
+)
+from pallas_kernels.linear_recurrence.sequential import (
+    linear_recurrence_reference,
+    linear_recurrence_step,
+)
+
+__all__ = [
+    "RunSummary",
+    "apply_run",
+    "combine_runs",
+    "find_segment_starts",
+    "linear_recurrence",
+    "linear_recurrence_reference",
+    "linear_recurrence_step",
+    "summarize_run",
+]
