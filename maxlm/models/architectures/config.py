@@ -519,9 +519,11 @@ class TransformerConfig(Config):
         attention_configs = self.list_attention()
         d_model = 2 * head_dim
         old_head_dim = head_dim
+        is_latent = False
         if attention_configs:
             attention = self.attention or attention_configs[0]
             old_head_dim = attention.head_dim
+            is_latent = attention.latent is not None
             d_model = attention.shrunk(head_dim, seq_len).num_heads * head_dim
         shrinker = PartShrinker(
             head_dim,
@@ -529,6 +531,7 @@ class TransformerConfig(Config):
             d_model,
             old_head_dim=old_head_dim,
             old_d_model=self.d_model,
+            is_latent=is_latent,
         )
         # Each kind once, so that a model of few layers has them all.
         pattern = tuple(
