@@ -56,8 +56,18 @@ _STREAM_PASSES = {
     "pre": 2 * _NORM + 2 * _ADD_BRANCH,
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
+    "output": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
+}
+# Of a layer with one branch alone.
+_ONE_BRANCH_PASSES = {
+    "pre": _NORM + _ADD_BRANCH,
+    "post": _NORM + _ADD_BRANCH,
+    "sandwich": 2 * _NORM + _ADD_BRANCH,
+    "output": _NORM + _ADD_BRANCH,
+    "parallel": _NORM + _ADD_BRANCH,
+    "parallel_shared": _NORM + _ADD_BRANCH,
 }
 _CROSS_ATTENTION_PASSES = _NORM + _ADD_BRANCH
 # A map that changes each element alone reads and writes it.
@@ -196,9 +206,11 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
         if group.has_experts and work.experts is not None:
             active_share = shape.expert_rows_per_token / work.experts.num_experts
         # Tokens times layers: a stage holds its share of the layers.
-        tokens = (
-            shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
-        )
+        tokens = shape.per_stage(num_layers) * group.token_ratio
+        if work.is_in_stream_layout(group):
+            tokens *= shape.residual_tokens
+        else:
+            tokens *= shape.micro_batch_tokens
         # Without remat all else is kept, but experts' hidden activations never are.
         remakes_hidden = (
             group.has_experts
@@ -442,7 +454,9 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         hidden += tokens * rows_per_token * width
         narrow += _READ_AND_WRITE * group.latent_width
 
-    stream_passes = _STREAM_PASSES[model.placement]
+    has_one_branch = stack.num_branches == 1
+    passes_by_placement = _ONE_BRANCH_PASSES if has_one_branch else _STREAM_PASSES
+    stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
     attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)

@@ -166,13 +166,15 @@ class RunWorkload:
             StackCosts(
                 model,
                 trunk,
+                run,
                 part,
                 self.tokens_per_row.decoder,
                 self.tokens_per_row.encoder,
                 self.trained_base_names,
             )
             for trunk in self.config.model.trunks
-            for part in trunk.stacks
+            for run in trunk.runs
+            for part in run.stacks
         )
         """Layers, in the order in which they are run."""
         with_experts = [stack for stack in self.stacks if stack.experts]
@@ -216,17 +218,22 @@ class RunWorkload:
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the
-        last group, adds: for a norm behind it, or for the branch after it."""
-        placement = self.config.model.placement
-        if placement == "pre":
-            return group.branch != "ffn"
-        return placement in ("sandwich", "post")
+        last group, adds: for what stands behind it in the layer. Of experts that read
+        narrow vectors it needs the sum, for the map that widens it; a gate on shared
+        experts needs theirs."""
+        experts = self.experts
+        if experts is not None and group.branch == "ffn":
+            if group.has_experts and experts.input_dim is not None:
+                return True
+            if group.module == "moe.shared" and experts.gates_shared:
+                return True
+        return group.backward_needs_output
 
-    def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
-        """Whether a group's branch joins the stream with attention's, and has the same
-        gradient."""
-        placement = self.config.model.placement
-        return group.branch == "ffn" and placement in ("parallel", "parallel_shared")
+    def is_in_stream_layout(self, group: MatmulGroup) -> bool:
+        """Whether a group's tokens lie as those of the residual stream do: it maps
+        between the stream and the narrow vectors of experts."""
+        features = (group.input_features, group.output_features)
+        return group.branch == "ffn" and "latent" in features
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and

@@ -34,6 +34,7 @@ def selective_scan(
     C: jax.Array,
     D: jax.Array | None = None,
     *,
+    dt_bias: jax.Array | None = None,
     starts: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     live: jax.Array | None = None,
@@ -48,10 +49,12 @@ def selective_scan(
 
     Args:
         x: [R, T, F].
-        dt: [R, T, F], the step sizes, not negative; fp32 is advised.
+        dt: [R, T, F], the step sizes, not negative. With a ``dt_bias``: softplus(dt +
+            dt_bias) are the step sizes, in fp32, and never in memory.
         A: [F, N], not positive.
         B, C: [R, T, N].
         D: [F]. None: zeros.
+        dt_bias: [F].
         starts: bool [R, T], whether a document begins with the token: h is zero before
             it. None: no token does.
         initial_state: fp32 [R, F, N], h before the first token. None: zeros.
@@ -67,7 +70,7 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not belong together, or chunk_tokens < 1.
     """
-    _check(x, dt, A, B, C, D, starts, initial_state, live)
+    _check(x, dt, A, B, C, D, dt_bias, starts, initial_state, live)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is at least 1; got {chunk_tokens}")
     num_rows, num_tokens, channels = x.shape
@@ -80,7 +83,7 @@ def selective_scan(
         D = jnp.zeros_like(A[:, 0])
     if live is not None:
         # A step of size 0 keeps the state and adds nothing.
-        dt = jnp.where(live[:, :, None], dt, 0)
+        dt = jnp.where(live[:, :, None], dt, xla.find_still_step(dt_bias))
         x = jnp.where(live[:, :, None], x, 0)
         B = jnp.where(live[:, :, None], B, 0)
         starts = None if starts is None else starts & live
@@ -88,9 +91,10 @@ def selective_scan(
         if starts is not None:
             initial_state = jnp.where(starts[:, :, None], 0, initial_state)
         token = (array[:, 0] for array in (x, dt, B, C))
-        y, state = _step(initial_state, *token, A, D)
+        y, state = _step(initial_state, *token, A, D, dt_bias)
         return y[:, None], state
-    params = ScanParams(x, dt, A, B, C, D, starts, initial_state.astype(state_dtype))
+    state = initial_state.astype(state_dtype)
+    params = ScanParams(x, dt, A, B, C, D, dt_bias, starts, state)
     return _scan(params, chunk_tokens)
 
 
@@ -102,6 +106,7 @@ def selective_scan_step(
     B: jax.Array,
     C: jax.Array,
     D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Advances each row by one token: :func:`selective_scan` of T = 1 without T.
 
@@ -110,14 +115,14 @@ def selective_scan_step(
         x, dt: [R, F].
         A: [F, N].
         B, C: [R, N].
-        D: [F]. None: zeros.
+        D, dt_bias: [F].
 
     Returns:
         y [R, F] in x's dtype, and the state after the token.
     """
     if D is None:
         D = jnp.zeros_like(A[:, 0])
-    return _step(state, x, dt, B, C, A, D)
+    return _step(state, x, dt, B, C, A, D, dt_bias)
 
 
 def _step(
@@ -128,12 +133,13 @@ def _step(
     C: jax.Array,
     A: jax.Array,
     D: jax.Array,
+    dt_bias: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    inputs = xla.ChunkTokens(x, dt, B, C, None)
-    inputs = jax.tree.map(lambda array: array.astype(state.dtype), inputs)
+    narrow = xla.ChunkTokens(x, dt, B, C, None)
+    token = xla.widen_token(narrow, dt_bias, state.dtype)
     rates = A.T.astype(state.dtype)
-    after = xla.advance_state(state.swapaxes(1, 2), inputs, rates)
-    y = xla.read_state(after, inputs, D.astype(state.dtype))
+    after = xla.advance_state(state.swapaxes(1, 2), token, rates)
+    y = xla.read_state(after, token, D.astype(state.dtype))
     return y.astype(x.dtype), after.swapaxes(1, 2)
 
 
@@ -157,6 +163,7 @@ def summarize_scan(
     A: jax.Array,
     B: jax.Array,
     *,
+    dt_bias: jax.Array | None = None,
     starts: jax.Array | None = None,
     live: jax.Array | None = None,
     chunk_tokens: int = 64,
@@ -167,12 +174,11 @@ def summarize_scan(
 
     Args: as for :func:`selective_scan`.
     """
-    dt_sum = jnp.sum(
-        dt if live is None else jnp.where(live[:, :, None], dt, 0),
-        axis=1,
-        dtype=jnp.promote_types(x.dtype, jnp.float32),
-    )
-    decay = jnp.exp(dt_sum[:, :, None] * A)
+    state_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    step_sizes = xla.compute_step_sizes(dt, dt_bias, state_dtype)
+    if live is not None:
+        step_sizes = jnp.where(live[:, :, None], step_sizes, 0)
+    decay = jnp.exp(jnp.sum(step_sizes, axis=1)[:, :, None] * A)
     if starts is not None:
         has_start = jnp.any(starts if live is None else starts & live, axis=1)
         decay = jnp.where(has_start[:, None, None], 0, decay)
@@ -182,6 +188,7 @@ def summarize_scan(
         A,
         B,
         jnp.zeros_like(B),
+        dt_bias=dt_bias,
         starts=starts,
         live=live,
         chunk_tokens=chunk_tokens,
@@ -235,6 +242,7 @@ def _check(
     B: jax.Array,
     C: jax.Array,
     D: jax.Array | None,
+    dt_bias: jax.Array | None,
     starts: jax.Array | None,
     initial_state: jax.Array | None,
     live: jax.Array | None,
@@ -251,6 +259,7 @@ def _check(
         "B": (B, (*by_token, num_states)),
         "C": (C, (*by_token, num_states)),
         "D": (D, (channels,)),
+        "dt_bias": (dt_bias, (channels,)),
         "starts": (starts, by_token),
         "initial_state": (initial_state, (num_rows, channels, num_states)),
         "live": (live, by_token),

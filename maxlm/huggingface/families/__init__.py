@@ -35,6 +35,7 @@ FAMILIES = Registry[ModelFamily](
         "grok1": f"{_FOLDER}.grok:GROK1",
         "dbrx": f"{_FOLDER}.mosaic:DBRX",
         "deepseek_v2": f"{_FOLDER}.deepseek:DEEPSEEK_V2",
+        "gpt_oss": f"{_FOLDER}.gpt_oss:GPT_OSS",
         "ministral": f"{_FOLDER}.ministral:MINISTRAL",
         "stablelm": f"{_FOLDER}.stablelm:STABLELM",
         "starcoder2": f"{_FOLDER}.starcoder2:STARCODER2",

@@ -235,8 +235,15 @@ def read_activation(reader: ConfigReader, key: str, default: str) -> str:
 
 
 def to_hf_activation(name: str) -> str:
-    """Returns the inverse of :func:`read_activation`."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+    """Returns the inverse of :func:`read_activation`. Raises MaxlmError: a unit of its
+    own, which has no name."""
+    for theirs, ours in ACTIVATIONS.items():
+        if ours == name:
+            return theirs
+    raise MaxlmError(
+        f"activation={name} has no name in config.json",
+        fix="write it under a family that has it, such as gpt_oss",
+    )
 
 
 def read_fields(

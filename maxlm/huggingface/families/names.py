@@ -294,6 +294,22 @@ def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     return TensorRule((ours,), make_conversion)
 
 
+def take_turns(*ours: str) -> TensorRule:
+    """Returns the rule of arrays [..., F] whose last dimensions take turns in one
+    [..., n · F]: the first number of each, then the second of each."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        *lead, width = pieces[0].shape
+        shape = (*lead, len(pieces) * width)
+        return TensorConversion(
+            shape,
+            lambda whole: [whole[..., i :: len(pieces)] for i in range(len(pieces))],
+            lambda parts: np.stack(parts, axis=-1).reshape(shape),
+        )
+
+    return TensorRule(ours, make_conversion)
+
+
 def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
     model = config.build(rules=AxisRules(), dtype=np.float32)

@@ -2,6 +2,7 @@
 common."""
 
 from collections.abc import Mapping
+from math import isclose
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -24,16 +25,17 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures.pattern import (
     FeedForwardChoice,
     KindName,
-    Layer,
     LayerKind,
     LayerRun,
     LayerStack,
     MixerChoice,
     PatternEntry,
+    PatternLayer,
     find_repeats,
     make_run,
     suggest_kind,
 )
+from maxlm.models.architectures.shrink import PartShrinker
 from maxlm.models.blocks import BlockConfig, Placement, find_attention
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
@@ -72,9 +74,12 @@ STACKS = ("first_layers", "layers", "last_layers")
 """Names that runs of layers may have, and the stacks of those with one."""
 
 
-def strip_stack_name(name: str) -> str:
-    """Returns a parameter's name without its run's: ``first_layers.mlp.up`` →
+def strip_stack_name(name: str, stack: str = "") -> str:
+    """Returns a parameter's name without its stack's: ``layers.full.mlp.up`` →
+    ``mlp.up``; of any stack with a run of its own: ``first_layers.mlp.up`` →
     ``mlp.up``."""
+    if stack:
+        return name.removeprefix(f"{stack}.")
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
@@ -395,7 +400,7 @@ class TransformerConfig(Config):
 
     def _resolve_layer(
         self, entry: KindName | LayerKind | None, *, is_dense: bool
-    ) -> Layer:
+    ) -> PatternLayer:
         """Returns what layers of a pattern's entry are made of; None: there is no
         pattern."""
         kind = self.layer_kinds[0] if entry is None else self._find_kind(entry)
@@ -410,9 +415,9 @@ class TransformerConfig(Config):
             raise MaxlmError(
                 "a layer of neither mixer nor ffn", where="pattern", fix="give it one"
             )
-        return Layer(kind, block, entry if isinstance(entry, str) else "")
+        return PatternLayer(kind, block, entry if isinstance(entry, str) else "")
 
-    def _list_period(self, *, is_dense: bool) -> list[Layer]:
+    def _list_period(self, *, is_dense: bool) -> list[PatternLayer]:
         entries = self.pattern or (None,)
         by_entry = {
             entry: self._resolve_layer(entry, is_dense=is_dense)
@@ -511,8 +516,43 @@ class TransformerConfig(Config):
         once), ties, biases, norms, positions, gating and remat; experts are 8 at most,
         registered mixers and feed-forwards as they are; ``vocab_size`` and
         ``num_layers`` are upper bounds."""
-        # Here, as it needs this module's classes.
-        from maxlm.models.architectures.shrink import SmallSizes, shrink_settings
-
-        sizes = SmallSizes(vocab_size, num_layers, head_dim, seq_len)
-        return self.model_copy(update=shrink_settings(self, sizes))
+        attention_configs = self.list_attention()
+        d_model = 2 * head_dim
+        old_head_dim = head_dim
+        if attention_configs:
+            attention = self.attention or attention_configs[0]
+            old_head_dim = attention.head_dim
+            d_model = attention.shrunk(head_dim, seq_len).num_heads * head_dim
+        shrinker = PartShrinker(
+            head_dim,
+            seq_len,
+            d_model,
+            old_head_dim=old_head_dim,
+            old_d_model=self.d_model,
+        )
+        # Each kind once, so that a model of few layers has them all.
+        pattern = tuple(
+            entry if isinstance(entry, str) else shrinker.shrink_kind(entry)
+            for entry in dict.fromkeys(self.pattern)
+        )
+        kinds = {name: shrinker.shrink_kind(kind) for name, kind in self.kinds.items()}
+        # T5's, without which a narrow model's logits would hardly differ.
+        scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
+        moe = None if self.moe is None else self.moe.limit_experts(8)
+        return self.model_copy(
+            update={
+                "vocab_size": min(self.vocab_size, vocab_size),
+                "num_layers": min(self.num_layers, num_layers),
+                "d_model": d_model,
+                "max_seq_len": seq_len,
+                "attention": shrinker.shrink_attention(self.attention),
+                "mixer": shrinker.shrink_mixer(self.mixer),
+                "mlp": shrinker.shrink_ffn(self.mlp),
+                "moe": shrinker.shrink_ffn(moe),
+                "dense_layers": min(self.dense_layers, 1),
+                "kinds": kinds,
+                "pattern": pattern,
+                "positions": shrinker.shrink_positions(self.positions),
+                "logit_scale": d_model**-0.5 if scales_by_width else self.logit_scale,
+            }
+        )

@@ -337,14 +337,13 @@ class Moe(nnx.Module):
             num_experts=config.num_experts,
             capacity_factor=config.capacity_factor if is_bounded else None,
             has_shared=self.shared is not None,
+            gates_shared=config.shared_gate,
             input_dim=config.latent_dim,
         )
         gate_flops = 0
         if self.shared_gate is not None:
             gate_flops = 2 * self.shared_gate.get_value().shape[-2]
-        return LayerCosts(
-            group_matrices(self), experts=experts, extra_flops=gate_flops
-        )
+        return LayerCosts(group_matrices(self), experts=experts, extra_flops=gate_flops)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None
