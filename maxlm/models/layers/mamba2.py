@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from pydantic import Field, model_validator
 
@@ -30,15 +30,23 @@ from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mamba import spread_step_sizes, uniform
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
-from pallas_kernels.causal_conv import causal_conv
+from maxlm.parallel.recurrence_kinds import (
+    convolve_features,
+    sharded_causal_conv,
+    sharded_linear_recurrence,
+    spread_groups,
+)
 from pallas_kernels.linear_recurrence import (
     linear_recurrence,
     linear_recurrence_step,
 )
 
+BLOCK_TOKENS = 512
+"""Tokens between states that the backward pass keeps."""
 CHUNK = 64
 """Tokens of a chunk, whose scores are one product."""
 
@@ -136,11 +144,11 @@ class TokenStates(NamedTuple):
     """What earlier tokens of n rows leave behind."""
 
     value_inputs: jax.Array
-    """[n, W − 1, N, P], the last inputs of the values' convolution."""
+    """[n, W − 1, N·P], the last inputs of the values' convolution."""
     key_inputs: jax.Array
-    """[n, W − 1, G, K]."""
+    """[n, W − 1, G·K]."""
     query_inputs: jax.Array
-    """[n, W − 1, G, K]."""
+    """[n, W − 1, G·K]."""
     state: jax.Array
     """fp32 [n, N, K, P]."""
 
@@ -173,123 +181,89 @@ class RecurrenceParams(NamedTuple):
     """[G, K]."""
     query_offset: jax.Array
     """[G, K]."""
-    step_offset: jax.Array
-    """[N]; dt_bias in the published code."""
-    log_rate: jax.Array
-    """[N]: logarithms of decay rates; A_log in the published code."""
-    skip: jax.Array
-    """[N]; D in the paper."""
+    dt_bias: jax.Array
+    """[N], of time steps."""
+    A_log: jax.Array
+    """[N]: logarithms of decay rates."""
+    D: jax.Array
+    """[N]: shares of values that are added to outputs."""
 
 
-def mix_tokens(
-    states: TokenStates | None,
+def discretize(
+    value: jax.Array,
+    dt: jax.Array,
+    dt_bias: jax.Array,
+    A_log: jax.Array,
+    step_limits: tuple[float, float | None],
+) -> tuple[jax.Array, jax.Array]:
+    """Computes Δ = softplus(dt + dt_bias), cut off at the limits, in fp32: returns what
+    is written, Δ·value [..., N, P] in value's dtype, and log decays −Δ·exp(A_log) [...,
+    N], fp32."""
+    step = jax.nn.softplus(dt.astype(dt_bias.dtype) + dt_bias)
+    step = jnp.clip(step, *step_limits)
+    written = (value.astype(step.dtype) * step[..., None]).astype(value.dtype)
+    return written, -step * jnp.exp(A_log)
+
+
+def add_skip(y: jax.Array, value: jax.Array, D: jax.Array) -> jax.Array:
+    """Returns y + D·value, [..., N, P] in value's dtype."""
+    skipped = D[:, None] * value.astype(D.dtype)
+    return (y.astype(D.dtype) + skipped).astype(value.dtype)
+
+
+def advance_tokens(
+    states: TokenStates,
     inputs: RecurrenceInputs,
     params: RecurrenceParams,
-    *,
-    starts: jax.Array | None = None,
-    live: jax.Array | None = None,
+    live: jax.Array,
     step_limits: tuple[float, float | None],
 ) -> tuple[TokenStates, jax.Array]:
-    """Convolves tokens and runs them through the state space, one device's heads:
-    ``S ← exp(−rate·Δ)·S + Δ·key·valueᵀ``, ``y = Sᵀ·query + skip·value``.
+    """Runs tokens of n rows from what those before left, on one device: ``S ←
+    exp(−Δ·exp(A_log))·S + Δ·key·valueᵀ``, ``y = Sᵀ·query + D·value``.
 
     Args:
-        states: of the tokens before; None: there are none.
-        starts: bool [n, T], tokens that begin a document.
         live: bool [n, T]; tokens that are not live are the last of a row, and leave
             states as they are.
-        step_limits: the smallest and largest time step; None: there is none.
+        step_limits: the smallest and largest Δ; None: there is none.
 
     Returns:
         The states after the tokens, and y [n, T, N, P] in the dtype of values.
     """
-    dtype = jnp.promote_types(inputs.value.dtype, jnp.float32)
-    convolve = partial(_convolve, starts=starts, live=live)
+    convolve = partial(convolve_features, live=live, activation="silu")
     value, value_inputs = convolve(
-        inputs.value,
-        params.value_conv,
-        params.value_offset,
-        None if states is None else states.value_inputs,
+        inputs.value, params.value_conv, params.value_offset, states.value_inputs
     )
     key, key_inputs = convolve(
-        inputs.key,
-        params.key_conv,
-        params.key_offset,
-        None if states is None else states.key_inputs,
+        inputs.key, params.key_conv, params.key_offset, states.key_inputs
     )
     query, query_inputs = convolve(
-        inputs.query,
-        params.query_conv,
-        params.query_offset,
-        None if states is None else states.query_inputs,
+        inputs.query, params.query_conv, params.query_offset, states.query_inputs
     )
-    step = jax.nn.softplus(inputs.step.astype(dtype) + params.step_offset)
-    step = jnp.clip(step, *step_limits)
-    log_decay = -step * jnp.exp(params.log_rate)
-    written = (value.astype(dtype) * step[..., None]).astype(value.dtype)
-    if states is not None and written.shape[1] == 1:
-        y, state = _advance_one(query, key, written, log_decay, states.state, live)
+    written, log_decay = discretize(
+        value, inputs.step, params.dt_bias, params.A_log, step_limits
+    )
+    if written.shape[1] == 1:
+        y, state = linear_recurrence_step(
+            query[:, 0],
+            key[:, 0],
+            written[:, 0],
+            log_decay[:, 0],
+            state=states.state,
+            token_mask=live[:, 0],
+        )
+        y = y[:, None]
     else:
         y, state = linear_recurrence(
             query,
             key,
             written,
             log_decay,
-            initial_state=None if states is None else states.state,
-            starts=starts,
+            initial_state=states.state,
             token_mask=live,
             chunk_size=CHUNK,
         )
-    y = y.astype(dtype) + params.skip[:, None] * value.astype(dtype)
     new_states = TokenStates(value_inputs, key_inputs, query_inputs, state)
-    return new_states, y.astype(value.dtype)
-
-
-def _advance_one(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array,
-    state: jax.Array,
-    live: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs one token of each row, arrays [n, 1, ...]: outputs [n, 1, N, P] and states
-    [n, N, K, P]."""
-    y, state = linear_recurrence_step(
-        query[:, 0],
-        key[:, 0],
-        value[:, 0],
-        log_decay[:, 0],
-        state=state,
-        token_mask=None if live is None else live[:, 0],
-    )
-    return y[:, None], state
-
-
-def _convolve(
-    x: jax.Array,
-    weight: jax.Array,
-    offset: jax.Array,
-    last_inputs: jax.Array | None,
-    *,
-    starts: jax.Array | None,
-    live: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Convolves x [n, T, heads, channels]; returns also its last inputs."""
-    n, _, *channels = x.shape
-    width = weight.shape[-1]
-    if last_inputs is not None:
-        last_inputs = last_inputs.reshape(n, width - 1, -1)
-    y, last_inputs = causal_conv(
-        x.reshape(*x.shape[:2], -1),
-        weight.reshape(-1, width),
-        offset.reshape(-1),
-        starts=starts,
-        initial_state=last_inputs,
-        live=live,
-        activation="silu",
-    )
-    return y.reshape(x.shape), last_inputs.reshape(n, width - 1, *channels)
+    return new_states, add_skip(y, value, params.D)
 
 
 class Mamba2(nnx.Module):
@@ -299,7 +273,7 @@ class Mamba2(nnx.Module):
     Parameters: maps of the input to ``gate`` and ``value`` [D, N, P], ``key`` and
     ``query`` [D, G, K], ``step`` [D, N], and ``out`` [N, P, D]; convolutions
     ``value_conv`` [N, P, W], ``key_conv`` and ``query_conv`` [G, K, W] with offsets
-    ``value_conv_bias`` and so on; ``step_bias``, ``log_rate`` and ``skip`` [N];
+    ``value_conv_bias`` and so on; ``dt_bias``, ``A_log`` and ``D`` [N];
     ``norm_scale`` [N, P].
     """
 
@@ -311,6 +285,7 @@ class Mamba2(nnx.Module):
         self.config = config
         self.rules = context.rules
         self.dtype = context.dtype
+        self.balance_sequence = context.parallel.balance_sequence
         self.norm_eps = config.norm_eps or norm.eps
         num_heads = config.num_heads
         # Groups lie with their heads; one alone is whole wherever there are heads.
@@ -338,14 +313,14 @@ class Mamba2(nnx.Module):
         self.value_conv_bias = _declare_conv_bias(value_shape, _VALUE_AXES, config)
         self.key_conv_bias = _declare_conv_bias(group_shape, group_axes, config)
         self.query_conv_bias = _declare_conv_bias(group_shape, group_axes, config)
-        self.step_bias = declare(
-            (num_heads,), ("heads",), _draw_step_bias(config.initial_steps), "vector"
+        self.dt_bias = declare(
+            (num_heads,), ("heads",), spread_step_sizes(*config.initial_steps), "vector"
         )
-        self.log_rate = declare(
+        self.A_log = declare(
             (num_heads,), ("heads",), _draw_log_uniform(config.initial_decay), "vector"
         )
         ones = jax.nn.initializers.ones
-        self.skip = declare((num_heads,), ("heads",), ones, "vector")
+        self.D = declare((num_heads,), ("heads",), ones, "vector")
         has_norm = config.gated_norm != "none"
         self.norm_scale = (
             declare(value_shape, _VALUE_AXES, ones, "vector") if has_norm else None
@@ -357,9 +332,10 @@ class Mamba2(nnx.Module):
         """See :class:`~maxlm.models.blocks.Mixer`."""
         if self.config.input_scale != 1:
             x = x * jnp.asarray(self.config.input_scale, x.dtype)
-        gate, *mapped = self._scale(
-            project(x, self.gate, self.value, self.key, self.query, self.step)
-        )
+        products = project(x, self.gate, self.value, self.key, self.query, self.step)
+        # A name that remat policies keep (models/remat.py).
+        products = [checkpoint_name(product, "qkv") for product in products]
+        gate, *mapped = self._scale(products)
         y, cache = self._mix(RecurrenceInputs(*mapped), inputs, cache)
         scale = None
         if self.norm_scale is not None:
@@ -386,13 +362,13 @@ class Mamba2(nnx.Module):
     ) -> tuple[jax.Array, RecurrentCache | None]:
         limits = (self.config.min_step, self.config.max_step)
         params = self._read_params()
+        group_axes = (self.group_axis, "head_dim")
+        token_axes = (_VALUE_AXES, group_axes, group_axes, ("heads",))
+        tokens = [
+            SplitArray(x, axes) for x, axes in zip(mapped, token_axes, strict=True)
+        ]
         if cache is None:
-            starts = None
-            if inputs.segment_ids is not None:
-                before = jnp.pad(inputs.segment_ids[:, :-1], ((0, 0), (1, 0)))
-                starts = inputs.segment_ids != before
-            _, y = mix_tokens(None, mapped, params, starts=starts, step_limits=limits)
-            return y, None
+            return self._run(tokens, params, inputs, limits), None
 
         def advance(
             states: TokenStates,
@@ -400,22 +376,16 @@ class Mamba2(nnx.Module):
             live: jax.Array,
             *params: jax.Array,
         ) -> tuple[TokenStates, jax.Array]:
-            return mix_tokens(
-                states,
-                RecurrenceInputs(*tokens),
-                RecurrenceParams(*params),
-                live=live,
-                step_limits=limits,
-            )
+            mapped = RecurrenceInputs(*tokens)
+            recurrence = RecurrenceParams(*params)
+            return advance_tokens(states, mapped, recurrence, live, limits)
 
         assert inputs.batch is not None
-        group_axes = (self.group_axis, "head_dim")
-        token_axes = (_VALUE_AXES, group_axes, group_axes, ("heads",))
         convs = (_VALUE_AXES, group_axes, group_axes)
         param_axes = (*((*axes, None) for axes in convs), *convs, *(("heads",),) * 3)
         return cache.run(
             advance,
-            [SplitArray(x, axes) for x, axes in zip(mapped, token_axes, strict=True)],
+            tokens,
             inputs.batch,
             self.rules,
             params=[
@@ -423,6 +393,42 @@ class Mamba2(nnx.Module):
             ],
             output_axes=_VALUE_AXES,
         )
+
+    def _run(
+        self,
+        tokens: Sequence[SplitArray],
+        params: RecurrenceParams,
+        inputs: AttentionInputs,
+        step_limits: tuple[float, float | None],
+    ) -> jax.Array:
+        """Runs whole rows, [B, S, ...] → [B, S, N, P]."""
+        *convolved, step = tokens
+        value, key, query = sharded_causal_conv(
+            convolved,
+            [params.value_conv, params.key_conv, params.query_conv],
+            [params.value_offset, params.key_offset, params.query_offset],
+            activation="silu",
+            rules=self.rules,
+            segment_ids=inputs.segment_ids,
+            balanced=self.balance_sequence,
+        )
+        written, log_decay = save_inputs_only(partial(discretize, step_limits=step_limits))(
+            value, step.value, params.dt_bias, params.A_log
+        )
+        if self.group_axis != "heads":
+            key = spread_groups(key, self.config.num_heads, self.rules)
+            query = spread_groups(query, self.config.num_heads, self.rules)
+        y = sharded_linear_recurrence(
+            query,
+            key,
+            written,
+            log_decay,
+            chunk_size=CHUNK,
+            rules=self.rules,
+            segment_ids=inputs.segment_ids,
+            balanced=self.balance_sequence,
+        )
+        return save_inputs_only(add_skip)(y, value, params.D)
 
     def _read_params(self) -> RecurrenceParams:
         wide = accumulation_dtype(self.dtype)
@@ -436,7 +442,7 @@ class Mamba2(nnx.Module):
             jnp.zeros_like(conv[..., 0]) if bias is None else read(bias)
             for conv, bias in zip(convs, biases, strict=True)
         ]
-        by_head = [read(self.step_bias), read(self.log_rate), read(self.skip)]
+        by_head = [read(self.dt_bias), read(self.A_log), read(self.D)]
         return RecurrenceParams(*convs, *offsets, *by_head)
 
     def _gate_and_norm(
@@ -472,13 +478,12 @@ class Mamba2(nnx.Module):
         rows = (layout.num_shards, layout.num_rows)
         row_axes = ("batch", None)
         slots = config.conv_width - 1
-        group_shape = (config.num_groups, config.state_size)
-        group_axes = (self.group_axis, "head_dim")
-        values = CacheArraySpec(
-            (*rows, slots, config.num_heads, config.head_dim),
-            (*row_axes, None, *_VALUE_AXES),
+        channels = config.num_heads * config.head_dim
+        group_width = config.num_groups * config.state_size
+        values = CacheArraySpec((*rows, slots, channels), (*row_axes, None, "heads"))
+        keys = CacheArraySpec(
+            (*rows, slots, group_width), (*row_axes, None, self.group_axis)
         )
-        keys = CacheArraySpec((*rows, slots, *group_shape), (*row_axes, None, *group_axes))
         state = CacheArraySpec(
             (*rows, config.num_heads, config.state_size, config.head_dim),
             (*row_axes, "heads", None, None),
@@ -502,6 +507,8 @@ class Mamba2(nnx.Module):
             matrices,
             extra_flops=state_flops + chunk_flops + conv_flops,
             flops_axes=("heads",),
+            # Convolved and written values, and states where blocks of chunks start.
+            working_elements=2 * channels + channels * config.state_size / BLOCK_TOKENS,
         )
 
 
@@ -511,13 +518,9 @@ _VALUE_AXES = ("heads", "head_dim")
 def _declare_conv(
     shape: tuple[int, int], axes: tuple[str, str], config: Mamba2Config
 ) -> nnx.Param:
-    # As torch's Conv1d begins: even within ± the root of 1 / W.
-    bound = config.conv_width**-0.5
-
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return declare((*shape, config.conv_width), (*axes, None), draw, "vector")
+    # As torch's Conv1d begins, which the published code leaves as it is.
+    init = uniform(config.conv_width**-0.5)
+    return declare((*shape, config.conv_width), (*axes, None), init, "table")
 
 
 def _declare_conv_bias(
@@ -526,18 +529,6 @@ def _declare_conv_bias(
     if not config.conv_bias:
         return None
     return declare(shape, axes, jax.nn.initializers.zeros, "vector")
-
-
-def _draw_step_bias(bounds: tuple[float, float]) -> Initializer:
-    """Draws offsets whose softplus is even in its logarithm between the bounds."""
-    low, high = np.log(bounds)
-
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        step = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-        # softplus⁻¹(s) = s + ln(1 − e⁻ˢ).
-        return step + jnp.log(-jnp.expm1(-step))
-
-    return draw
 
 
 def _draw_log_uniform(bounds: tuple[float, float]) -> Initializer:
