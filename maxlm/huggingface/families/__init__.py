@@ -44,6 +44,8 @@ FAMILIES = Registry[ModelFamily](
         "glm4": f"{_FOLDER}.glm:GLM4",
         "ernie4_5": f"{_FOLDER}.ernie:ERNIE4_5",
         "seed_oss": f"{_FOLDER}.seed_oss:SEED_OSS",
+        "mamba2": f"{_FOLDER}.mamba2:MAMBA2",
+        "nemotron_h": f"{_FOLDER}.nemotron_h:NEMOTRON_H",
         "bert": f"{_FOLDER}.bert:BERT",
         "t5": f"{_FOLDER}.t5:T5",
         "bart": f"{_FOLDER}.bart:BART",

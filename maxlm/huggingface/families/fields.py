@@ -1,14 +1,15 @@
 """Keys of config.json beside settings of ours: one table, read in both directions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from maxlm.config import MaxlmError
+from maxlm.config import Config, MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
 from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
 
+MixerT = TypeVar("MixerT", bound=Config)
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -159,6 +160,75 @@ SIZES = map_sizes(
 """Sizes under the names that most families have."""
 
 
+def find_mixer(config: TransformerConfig, mixer_class: type[MixerT]) -> MixerT:
+    """Returns the mixer of a class that layers of a model have."""
+    mixers = (mixer for mixer in config.list_mixers())
+    return next(mixer for mixer in mixers if isinstance(mixer, mixer_class))
+
+
+def map_in_mixer(
+    path: str, mixer_class: type[Config], keys: ConfigFields
+) -> ConfigFields:
+    """Declares keys that hold settings of a mixer.
+
+    Args:
+        path: where the mixer's settings are in a model's, as ``kinds.mamba.mixer``.
+        keys: settings as the mixer names them; what they write is asked of the mixer.
+    """
+
+    def place(field: ConfigField) -> ConfigField:
+        write_setting = field.write
+        ours = f"{path}.{field.ours}" if field.ours else ""
+        if write_setting is None:
+            return replace(field, ours=ours)
+
+        def write(config: TransformerConfig) -> Any:
+            return write_setting(find_mixer(config, mixer_class))
+
+        return replace(field, ours=ours, write=write)
+
+    return {key: place(field) for key, field in keys.items()}
+
+
+def ignore_key(value: object = None) -> ConfigField:
+    """Declares a key that says nothing of the maths; ``value`` is written, unless it is
+    None."""
+
+    def write(config: TransformerConfig) -> object:
+        return value
+
+    return ConfigField(
+        lambda reader, key: reader.ignore(key), write=None if value is None else write
+    )
+
+
+def name_layers(settings: dict[str, Any], kinds: Sequence[str]) -> None:
+    """Puts the shortest pattern of each layer's kind into a model's settings, whose
+    ``kinds`` may have more of them."""
+    period = find_period(kinds)
+    settings["pattern"] = list(kinds[:period])
+    settings["kinds"] = {
+        kind: kind_settings
+        for kind, kind_settings in settings["kinds"].items()
+        if kind in kinds
+    }
+
+
+def list_layer_kinds(config: TransformerConfig) -> list[str]:
+    """Returns the name of each layer's kind, of a model all of whose kinds have
+    names."""
+    pattern = config.pattern
+    return [str(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
+
+
+def find_period(kinds: Sequence[str]) -> int:
+    """Returns the fewest layers whose kinds, repeated, give the list."""
+    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
+    # of the whole length at the latest.
+    lengths = range(1, len(kinds) + 1)
+    return next(n for n in lengths if kinds[n:] == kinds[:-n])
+
+
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Reads our name of an activation."""
     return ACTIVATIONS[reader.choice(key, ACTIVATIONS, default)]
@@ -228,10 +298,7 @@ def read_layer_pattern(
             fix = f"only {' and '.join(kind_settings)} can be converted"
             message = f"layer_types has {kind!r}, which is not implemented"
             raise MaxlmError(message, where=reader.where, fix=fix)
-    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
-    # of the whole length at the latest.
-    period = next(n for n in range(1, num_layers + 1) if kinds[n:] == kinds[:-n])
-    pattern = [kind_settings[kind] for kind in kinds[:period]]
+    pattern = [kind_settings[kind] for kind in kinds[: find_period(kinds)]]
     return {"pattern": pattern} if any(pattern) else {}
 
 

@@ -1,5 +1,6 @@
 """A published model's config.json, read so that nothing in it is passed over."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -173,6 +174,21 @@ class ConfigReader:
         if most < sys.float_info.max:
             bound += f" and at most {most:g}"
         raise self._wrong(key, value, f"a number {bound}")
+
+    def bounds(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Reads the smallest and the largest value of something, 0 or more, in order;
+        the latter may be infinite."""
+        value = self._get(key, list(default))
+        numbers: list[float] = []
+        for bound in value if isinstance(value, list | tuple) else ():
+            # As transformers writes what JSON has no number for.
+            if bound == {"__float__": "Infinity"}:
+                bound = math.inf
+            if type(bound) in (int, float):
+                numbers.append(float(bound))
+        if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1]:
+            raise self._wrong(key, value, "two numbers from 0 on, in order")
+        return numbers[0], numbers[1]
 
     def flag(self, key: str, default: bool) -> bool:
         """Reads true or false; a null is false where that is the default; all else is
