@@ -139,9 +139,7 @@ MIXERS.register(
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
 )
 MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
-MIXERS.register(
-    "mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage"))
-)
+MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
 FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
 FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))
