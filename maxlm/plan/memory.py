@@ -219,18 +219,20 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
     average = 0.0
     if config.train.ema_decay is not None:
         average = parameters
-    arrays = config.task.batch_arrays(config.data.seq_len).values()
+    # Each device has its share of a batch's rows, and of the sequence of arrays that
+    # have one.
     row_bytes = sum(
-        np.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays
+        np.prod(array.shape)
+        * np.dtype(array.dtype).itemsize
+        / split.num_shards(split.compute, ("batch", *array.axes))
+        for array in config.batch_arrays.values()
     )
-    # Each device has its share of a batch's rows and of their sequence.
-    token_axes = (*split.compute.batch, *split.compute.seq)
     return {
         "parameters": parameters,
         "optimizer": split.local_bytes(split.optimizer, work.optimizer),
         "average": average,
         "frozen": split.local_bytes(split.storage, work.frozen_specs),
-        "batch": config.data.batch_size * row_bytes / split.num_devices(token_axes),
+        "batch": config.data.batch_size * row_bytes,
     }
 
 

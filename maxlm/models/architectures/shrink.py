@@ -89,8 +89,11 @@ def shrink_settings(config: TransformerConfig, sizes: SmallSizes) -> dict[str, A
     # T5's, without which a narrow model's logits would hardly differ.
     scales_by_width = isclose(config.logit_scale, config.d_model**-0.5, rel_tol=1e-3)
     moe = None if config.moe is None else config.moe.limit_experts(8)
+    vocab_size = min(config.vocab_size, sizes.vocab_size)
+    frontend = config.frontend
     return {
-        "vocab_size": min(config.vocab_size, sizes.vocab_size),
+        "vocab_size": vocab_size,
+        "frontend": None if frontend is None else frontend.shrunk(vocab_size),
         "num_layers": min(config.num_layers, sizes.num_layers),
         "d_model": d_model,
         "max_seq_len": sizes.seq_len,
