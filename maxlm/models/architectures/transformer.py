@@ -93,10 +93,7 @@ class Transformer(Trunk):
                 for name, width in config.heads.items()
             }
         )
-        self.frontend: Frontend | None = None
-        if config.frontend is not None:
-            registered = FRONTENDS.get(config.frontend.kind)
-            self.frontend = registered.build(config.frontend, self.context)
+        self.frontend = self._build_frontend()
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
 
@@ -104,6 +101,12 @@ class Transformer(Trunk):
         residual = {"embed": self.config.d_model}
         vocabulary = {"vocab": self.config.vocab_size}
         return Linear(residual, vocabulary, self.context, bias=False, role="table")
+
+    def _build_frontend(self) -> Frontend | None:
+        config = self.config.frontend
+        if config is None:
+            return None
+        return FRONTENDS.get(config.kind).build(config, self.context)
 
     @property
     def trunks(self) -> dict[str, Trunk]:

@@ -33,11 +33,13 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: EmbeddingsConfig, context: BuildContext):
         self.dtype = context.dtype
-        self.projection = None
-        if config.project:
-            outputs = {"embed": context.d_model}
-            self.projection = Linear({None: config.width}, outputs, context, bias=False)
-        elif config.width != context.d_model:
+        outputs = {"embed": context.d_model}
+        self.projection = (
+            Linear({None: config.width}, outputs, context, bias=False)
+            if config.project
+            else None
+        )
+        if not config.project and config.width != context.d_model:
             raise MaxlmError(
                 f"vectors of width={config.width} for model.d_model={context.d_model}",
                 where="model.frontend",
