@@ -108,7 +108,9 @@ class PromptEncoder:
             raise MaxlmError(message, fix=fix)
         width = self._model.config.d_model
         if embeddings.ndim != 2 or embeddings.shape[1] != width:
-            message = f"embeddings of shape {[*embeddings.shape]}, model.d_model={width}"
+            message = (
+                f"embeddings of shape {[*embeddings.shape]}, model.d_model={width}"
+            )
             raise MaxlmError(message, fix=f"give them as [n, {width}]")
         return embeddings
 

@@ -457,7 +457,7 @@ def _get_vectors(inputs: StepInputs) -> InputVectors | None:
     """Returns the vectors in place of a step's tokens [D, b·G + C]."""
     if inputs.chunk_vectors is None:
         return None
-    D, b, G = inputs.tokens.shape
+    _, b, G = inputs.tokens.shape
     # Rows that decode have tokens alone.
     numbers = jnp.pad(inputs.chunk_vector_numbers, ((0, 0), (b * G, 0)))
     return InputVectors(inputs.chunk_vectors, numbers)

@@ -19,8 +19,12 @@ from maxlm.data.loader.packing import TokenSource
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.aux import Aux
-from maxlm.models.frontends import ARRAY_PREFIX, FrontendConfig, InputVectors
-from maxlm.models.frontends import VECTOR_NUMBERS
+from maxlm.models.frontends import (
+    ARRAY_PREFIX,
+    VECTOR_NUMBERS,
+    FrontendConfig,
+    InputVectors,
+)
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes

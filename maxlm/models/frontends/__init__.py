@@ -21,6 +21,7 @@ from maxlm.models.frontends.frontend import (
     ItemArrays,
     ItemArraySpec,
     RegisteredFrontend,
+    get_frontend_costs,
 )
 
 FRONTENDS = Registry[RegisteredFrontend]("frontend")
@@ -43,4 +44,5 @@ __all__ = [
     "ItemArraySpec",
     "ItemArrays",
     "RegisteredFrontend",
+    "get_frontend_costs",
 ]

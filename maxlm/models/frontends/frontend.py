@@ -23,7 +23,6 @@ from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
-from maxlm.models.build_context import BuildContext
 
 ItemArrays = Mapping[str, np.ndarray]
 """Arrays [I, ...] of some items, by name."""
@@ -85,6 +84,12 @@ class Frontend(Protocol):
             ``embedding_scale``, before positions and norms.
         """
         ...
+
+
+def get_frontend_costs(frontend: Frontend | None) -> FrontendCosts:
+    """Returns a frontend's own ``costs()``, or those of one that states none."""
+    count_costs: Callable[[], FrontendCosts] | None = getattr(frontend, "costs", None)
+    return FrontendCosts() if count_costs is None else count_costs()
 
 
 class FrontendConfig(Config):
@@ -224,4 +229,3 @@ class RegisteredFrontend:
 
     config: type[FrontendConfig]
     build: Callable[..., Frontend]
-
