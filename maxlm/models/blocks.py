@@ -37,6 +37,7 @@ from maxlm.models.layers.kimi_delta_attention import (
 )
 from maxlm.models.layers.latent import LatentAttention
 from maxlm.models.layers.mamba import Mamba, MambaConfig
+from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
@@ -151,6 +152,7 @@ MIXERS.register(
     "kimi_delta_attention",
     RegisteredMixer(KimiDeltaAttentionConfig, KimiDeltaAttention, ("context", "stage")),
 )
+MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
 FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
 FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))
