@@ -209,7 +209,8 @@ def _list_weight_collectives(
     is_zero_2 = split.gradients != split.storage
     if is_zero_2 and "expert" not in kernel.axes:
         is_gathered = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
-    gathers = _Runs(is_gathered * passes.forward, is_gathered * passes.backward)
+    backward_gathers = is_gathered * passes.backward if kernel.is_scanned else 0
+    gathers = _Runs(is_gathered * passes.forward, backward_gathers)
     yield from _in_both_passes(
         kernel.name,
         "all-gather",
@@ -574,7 +575,7 @@ def _list_outer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work = shape.work
     rules = shape.split.compute
-    runs = shape.loss_calls
+    runs = shape.loss_calls * work.head_passes
     # The head is gathered once: loss and gradient are computed in the same pass
     # (parallel/cross_entropy.py).
     no_token_axes = ()

@@ -254,6 +254,8 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
         return (
             f"the first model.dense_layers={model.dense_layers} are unlike the others"
         )
+    if model.mtp is not None:
+        return "modules of model.mtp stand behind them"
     if model.layer_runs[0].name != "layers":
         return "model.pattern does not repeat from the first layer on"
     if model.positions.kind == "relative":

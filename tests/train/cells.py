@@ -61,7 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": _EXPERTS | {"z_loss": 1e-3},
     },
     # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent
-    # attention with a dense layer before those with experts (DeepSeek-V2).
+    # attention with a dense layer before those with experts and modules behind them that
+    # predict further tokens (DeepSeek-V3).
     PATTERN: _BASE
     | {
         "num_layers": 5,
@@ -90,6 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp": {"d_ff": 48},
         "moe": _EXPERTS,
         "dense_layers": 1,
+        "mtp": {"num_modules": 2},
     },
     # Layers of other modules by turns, each with parameters of its own shapes.
     KINDS: _BASE
@@ -215,7 +217,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA),
+        (*ALL, KINDS, GATED, MAMBA, LATENT),
         fsdp=2,
         context=2,
         tensor=2,

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
     FeedForwardChoice,
     KindName,
@@ -169,6 +170,9 @@ class TransformerConfig(Config):
     frontend: FrontendChoice | None = None
     """Inputs beside tokens (patches of images, vectors of another model) and what turns
     them into vectors, by the kind it is registered with; null: tokens alone."""
+    mtp: MtpConfig | None = None
+    """Modules behind the layers that predict tokens further ahead, whose losses join
+    the model's (DeepSeek-V3); null: none."""
     heads: Mapping[HeadName, PositiveInt] = {}
     """Further linear maps of the final hidden states, their widths by name, such as
     `score: 1` of a reward model."""
@@ -501,7 +505,17 @@ class TransformerConfig(Config):
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
-        return (TrunkSpec(self.layer_runs),)
+        return (TrunkSpec((*self.layer_runs, *self.mtp_runs)),)
+
+    @property
+    def mtp_runs(self) -> tuple[LayerRun, ...]:
+        """The modules of ``mtp`` as a run of layers of the last kind, if there are
+        any."""
+        if self.mtp is None:
+            return ()
+        last = self.layer_runs[-1]
+        block = last.stacks[last.turns[-1]].block
+        return (make_mtp_run(self.mtp.num_modules, last.kinds[-1], block),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
