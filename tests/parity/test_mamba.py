@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 SIZES = [
     # d_model, d_inner / d_model, d_state, dt_rank, d_conv, layers, tokens
     (18, 2, 5, 3, 4, 2, 23),
-    (13, 3, 16, 1, 3, 3, 65),
+    (13, 3, 16, 2, 3, 3, 65),
     (32, 1, 7, 4, 2, 1, 130),
     (10, 2, 1, 9, 5, 2, 1),
 ]
