@@ -85,7 +85,10 @@ class LayerCosts:
     """Forward FLOPs a token beside matrices and scores, such as those of a
     recurrence."""
     flops_axes: tuple[str, ...] = ()
-    """Logical axes that these are split over."""
+    """Logical axes that these, and ``working_elements``, are split over."""
+    working_elements: float = 0.0
+    """Elements a token, in fp32, of arrays that are alive beside the matrices' products
+    while the module is differentiated, such as the states of a recurrence's chunks."""
 
 
 class BranchCosts(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from maxlm.parallel.layers import PyTree, Residuals, split_residuals
@@ -30,9 +31,13 @@ class ShardSpecs(NamedTuple):
     result: PartitionSpec
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def run_on_shards(
-    function: ShardFunction, operands: PyTree, context: PyTree, specs: ShardSpecs
+    function: ShardFunction,
+    operands: PyTree,
+    context: PyTree,
+    specs: ShardSpecs,
+    saved_name: str | None = None,
 ) -> jax.Array:
     """Runs ``function(operands, context)`` on each device's shards; reverse-mode
     differentiable in ``operands``.
@@ -45,12 +50,16 @@ def run_on_shards(
         function: its result is another on all devices over which any operand is split.
         operands: a tree of arrays with gradients.
         context: a tree of arrays without.
+        saved_name: the name by which remat policies keep the result, and what the
+            backward pass needs beside operands and context (``models/remat.py``). A
+            policy that keeps these does not run the function again.
     """
+    del saved_name
     run = map_shards(function, (specs.operands, specs.context), specs.result)
     return run(operands, context)
 
 
-def _forward(function, operands, context, specs):
+def _forward(function, operands, context, specs, saved_name):
     traced: list[Residuals] = []
 
     def local(operands, context):
@@ -63,11 +72,14 @@ def _forward(function, operands, context, specs):
     out_specs = specs.result, PartitionSpec(_find_free_axes())
     run = map_shards(local, (specs.operands, specs.context), out_specs)
     y, kept = run(operands, context)
+    if saved_name is not None:
+        # Named here and not outside, where only the result could be.
+        y, kept = jax.tree.map(lambda a: checkpoint_name(a, saved_name), (y, kept))
     return y, (operands, context, kept, traced[-1])
 
 
-def _backward(function, specs, saved, d_y):
-    del function
+def _backward(function, specs, saved_name, saved, d_y):
+    del function, saved_name
     operands, context, kept, residuals = saved
     free_axes = _find_free_axes()
     all_split_axes: set[str] = set()

@@ -550,6 +550,10 @@ def _list_outer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     token_axes = (*rules.batch, *rules.residual, *_stage_axes(shape))
     for kernel in work.non_layer_kernels:
         yield from _list_weight_collectives(shape, kernel, runs, token_axes)
+    if work.frontend is not None:
+        # A row's items are whole where its sequence is split.
+        for kernel in work.frontend.kernels:
+            yield from _list_weight_collectives(shape, kernel, runs, rules.batch)
     token_table = next(iter(work.embedding_lookup_rates))
     for name, spec in work.base_specs.items():
         if name not in work.embedding_lookup_rates:

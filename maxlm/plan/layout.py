@@ -245,6 +245,11 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     # Forward FLOPs beside weights.
     full = 0.0
     causal = 0.0
+    if work.frontend is not None:
+        frontend_size = sum(kernel.size for kernel in work.frontend.kernels)
+        weights += frontend_size * work.frontend.rows_per_token
+        full += work.frontend.extra_flops_per_token
+        causal += work.frontend.extra_flops_per_token
     for stack in work.stacks:
         layer_tokens = stack.num_layers * stack.token_ratio
         # Weights that a token is multiplied with.

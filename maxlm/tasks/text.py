@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.random import Generator
 from pydantic import Field
@@ -14,7 +15,14 @@ from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader.batches import make_batches, make_one_pass_batches
 from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels
+from maxlm.tasks.task import (
+    DeviceBatch,
+    LossResult,
+    SourceInputs,
+    Task,
+    TaskModels,
+    encode_batch_items,
+)
 
 Row = dict[str, np.ndarray]
 """One row of a batch, each array without the batch's dimension."""
@@ -59,22 +67,30 @@ class TokenPredictionTask(Task):
     ) -> LossResult:
         """Returns the cross-entropy of targets (next tokens, masked ones, or what a
         decoder writes for the input in ``ENCODER_ARRAYS``) and what layers add (balance
-        of experts)."""
+        of experts). A batch with arrays of the model's frontend has its vectors in
+        place of its placeholders, which are no targets."""
         model = models.trained
         arrays = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        weights = batch["weights"]
         inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
+        vectors = encode_batch_items(model, batch)
         if inputs:
             hidden, aux = model(*arrays, inputs=inputs)
+        elif vectors is not None:
+            # A place that a vector takes is nothing to predict.
+            is_placeholder = batch["targets"] == model.config.frontend.placeholder_id
+            weights = jnp.where(is_placeholder, 0, weights)
+            hidden, aux = model(*arrays, vectors=vectors)
         else:
             hidden, aux = model(*arrays)
         loss, cross_entropy = fused_cross_entropy_loss(
             model.prepare_logits(hidden),
             batch["targets"],
-            batch["weights"],
+            weights,
             z_loss=self.z_loss,
             chunk_tokens=self.chunk_tokens,
         )
-        sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+        sums = {"tokens": weights.sum(), "cross_entropy": cross_entropy}
         return loss + aux.loss, sums | aux.sums
 
 

@@ -18,12 +18,16 @@ from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.params import ScanParams
 
 __all__ = [
+    "CHUNK_TOKENS",
     "ScanSummary",
     "combine_scans",
     "selective_scan",
     "selective_scan_step",
     "summarize_scan",
 ]
+
+CHUNK_TOKENS = 64
+"""Tokens of a chunk, where the caller does not say."""
 
 
 def selective_scan(
@@ -38,7 +42,7 @@ def selective_scan(
     starts: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     live: jax.Array | None = None,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes ``h[t] = exp(dt[t] · A) · h[t − 1] + dt[t] · x[t] · B[t]`` and ``y[t] =
     C[t] · h[t] + D · x[t]``, for each channel by itself.
@@ -166,7 +170,7 @@ def summarize_scan(
     dt_bias: jax.Array | None = None,
     starts: jax.Array | None = None,
     live: jax.Array | None = None,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> ScanSummary:
     """Summarizes a run of tokens for the runs after it: devices that hold successive
     runs of a sequence exchange these, and each then scans from the state before its

@@ -26,6 +26,7 @@ from maxlm.huggingface.families.rope import (
 )
 from maxlm.huggingface.quantized import CONFIG_KEY
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.layers.moe import MoeConfig
 
 _HEAD = "lm_head.weight"
 _DEFAULT_LABELS = 2
@@ -45,7 +46,11 @@ def _check_tensor_count(
     described = f"{layers:,} layers"
     fewest = layers
     if moe is not None and any("{expert}" in name for name in table):
-        layers -= config.dense_layers
+        layers = sum(
+            stack.num_layers
+            for stack in config.layer_stacks
+            if isinstance(stack.block.ffn, MoeConfig)
+        )
         described = f"{moe.num_experts:,} experts in each of {layers:,} layers"
         fewest = layers * moe.num_experts
     if fewest > num_tensors:
@@ -198,9 +203,12 @@ class ModelFamily:
             part = config
             parents = path.split(".")[:-1]
             for depth, name in enumerate(parents, 1):
-                part = getattr(part, name)
+                if isinstance(part, Mapping):
+                    part = part.get(name)
+                else:
+                    part = getattr(part, name)
                 # A choice may be a name where other models have settings.
-                if not isinstance(part, Config):
+                if not isinstance(part, Config | Mapping):
                     return ".".join(parents[:depth])
         return None
 
@@ -269,10 +277,12 @@ class ModelFamily:
                 settings["tie_embeddings"] = True
         # Sizes that follow from others where the file does not name them.
         d_model = settings["d_model"]
-        num_heads = settings["attention"]["num_heads"]
-        defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
-        attention = defaults | settings["attention"]
-        settings["attention"] = attention
+        attention = settings.get("attention", {})
+        if attention:
+            num_heads = attention["num_heads"]
+            defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
+            attention = defaults | attention
+            settings["attention"] = attention
         if "mlp" in settings:
             settings["mlp"].setdefault("d_ff", 4 * d_model)
         if self.rope_kwargs is not None:

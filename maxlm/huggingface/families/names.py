@@ -55,6 +55,8 @@ class TensorRule:
     ours: tuple[str, ...]
     make_conversion: Callable[[tuple[ParamShape, ...]], TensorConversion]
     aliases: tuple[str, ...] = ()
+    alternative: "TensorRule | None" = None
+    """The rule in layers that do not have these parameters."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,37 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
     return TensorRule((ours,), make_conversion, aliases)
 
 
+def depthwise(*ours: str) -> TensorRule:
+    """Returns the rule of convolutions of each channel by itself, [channels, 1, width]
+    as torch has them, one above the other; ours are [..., width]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        width = pieces[0].shape[-1]
+        channels = [prod(piece.shape[:-1]) for piece in pieces]
+        stops = np.cumsum(channels)
+
+        def split_channels(whole: Array) -> list[Array]:
+            parts = np.split(whole, stops[:-1])
+            return [
+                part.reshape(piece.shape)
+                for part, piece in zip(parts, pieces, strict=True)
+            ]
+
+        def join_channels(parts: Sequence[Array]) -> Array:
+            return np.concatenate([part.reshape(-1, 1, width) for part in parts])
+
+        shape = (int(stops[-1]), 1, width)
+        return TensorConversion(shape, split_channels, join_channels)
+
+    return TensorRule(ours, make_conversion)
+
+
+def either(first: TensorRule, second: TensorRule) -> TensorRule:
+    """Returns the first rule, and the second for layers that have not the parameters of
+    the first: what one name means in layers of different kinds."""
+    return replace(first, alternative=second)
+
+
 def permute_rotary(
     rule: TensorRule, rotary_dim: int, *, each_head: bool, first: bool = False
 ) -> TensorRule:
@@ -238,6 +271,21 @@ def permute_rotary(
             plain.shape,
             lambda whole: plain.split(reorder(whole, order)),
             lambda parts: reorder(plain.join(parts), inverse_order),
+        )
+
+    return TensorRule(rule.ours, make_conversion)
+
+
+def split_heads(rule: TensorRule) -> TensorRule:
+    """Returns the rule of vectors with the rows of each head as a row of a matrix
+    [heads, rows]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        plain = rule.make_conversion(pieces)
+        return TensorConversion(
+            pieces[0].shape,
+            lambda whole: plain.split(whole.reshape(plain.shape)),
+            lambda parts: plain.join(parts).reshape(pieces[0].shape),
         )
 
     return TensorRule(rule.ours, make_conversion)
@@ -302,15 +350,29 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
             entries += _make_entry(name, rule, specs, rule.ours, ())
             continue
         for layer, (stack, index) in enumerate(places):
-            ours = tuple(f"{stack}.{parameter}" for parameter in rule.ours)
+            layer_rule = _choose_rule(rule, stack, specs)
+            ours = tuple(f"{stack}.{parameter}" for parameter in layer_rule.ours)
             if "{expert}" not in name:
                 full_name = name.format(layer=layer)
-                entries += _make_entry(full_name, rule, specs, ours, (index,))
+                entries += _make_entry(full_name, layer_rule, specs, ours, (index,))
                 continue
             for expert in experts:
                 full_name = name.format(layer=layer, expert=expert)
-                entries += _make_entry(full_name, rule, specs, ours, (index, expert))
+                lead_index = (index, expert)
+                entries += _make_entry(full_name, layer_rule, specs, ours, lead_index)
     return _drop_taken_aliases(entries)
+
+
+def _choose_rule(
+    rule: TensorRule, stack: str, specs: Mapping[str, ParamSpec]
+) -> TensorRule:
+    """Returns the first of a rule and its alternatives whose parameters the layers of a
+    stack have, or the last."""
+    while rule.alternative is not None:
+        if all(f"{stack}.{parameter}" in specs for parameter in rule.ours):
+            break
+        rule = rule.alternative
+    return rule
 
 
 def _drop_taken_aliases(entries: Sequence[TensorEntry]) -> list[TensorEntry]:

@@ -37,6 +37,7 @@ from maxlm.models.architectures.pattern import (
 )
 from maxlm.models.architectures.shrink import PartShrinker
 from maxlm.models.blocks import BlockConfig, Placement, find_attention
+from maxlm.models.frontends import FrontendChoice
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -165,6 +166,9 @@ class TransformerConfig(Config):
     """Factor on the logits, before the offsets (Grok-1)."""
     logit_cap: float | None = Field(default=None, gt=0)
     """Logits become cap·tanh(logit / cap) (Gemma 2)."""
+    frontend: FrontendChoice | None = None
+    """Inputs beside tokens (patches of images, vectors of another model) and what turns
+    them into vectors, by the kind it is registered with; null: tokens alone."""
     heads: Mapping[HeadName, PositiveInt] = {}
     """Further linear maps of the final hidden states, their widths by name, such as
     `score: 1` of a reward model."""
@@ -205,6 +209,24 @@ class TransformerConfig(Config):
                 where="pattern",
                 fix="give windows to its kinds of layers alone",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _frontend_fits(self) -> Self:
+        frontend = self.frontend
+        if frontend is None:
+            return self
+        if self.transformer_type != "decoder":
+            raise MaxlmError(
+                f"a frontend before an architecture={self.architecture}",
+                where="frontend",
+                fix="set it to null, or use a decoder",
+            )
+        if frontend.placeholder_id >= self.vocab_size:
+            message = f"{frontend.placeholder_id} is no row of the model's table, "
+            message += f"vocab_size={self.vocab_size}"
+            fix = "name one that no text has, or raise vocab_size"
+            raise MaxlmError(message, where="frontend.placeholder_id", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -542,9 +564,12 @@ class TransformerConfig(Config):
         # T5's, without which a narrow model's logits would hardly differ.
         scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
         moe = None if self.moe is None else self.moe.limit_experts(8)
+        vocab_size = min(self.vocab_size, vocab_size)
+        frontend = self.frontend
         return self.model_copy(
             update={
-                "vocab_size": min(self.vocab_size, vocab_size),
+                "vocab_size": vocab_size,
+                "frontend": None if frontend is None else frontend.shrunk(vocab_size),
                 "num_layers": min(self.num_layers, num_layers),
                 "d_model": d_model,
                 "max_seq_len": seq_len,
