@@ -604,11 +604,16 @@ def _list_stated_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     (``LayerCosts.working_elements``)."""
     split = shape.split
     elements = 0.0
+    row_tokens = shape.work.tokens_per_row.decoder / split.num_shards(
+        split.compute, ("seq",)
+    )
     for branch in stack.branches:
         costs = branch.costs
         if branch.branch == "mixer" and costs.working_elements:
             num_shards = split.num_shards(split.compute, costs.flops_axes)
-            elements += costs.working_elements / num_shards
+            block_share = np.minimum(1.0, costs.block_tokens / row_tokens)
+            stated = costs.working_elements + block_share * costs.block_elements
+            elements += stated / num_shards
     tokens = shape.micro_batch_tokens * stack.token_ratio
     return {"states and chunks of the mixer": tokens * elements * FP32}
 

@@ -125,6 +125,12 @@ def interleave_by_kv_head(*ours: str) -> TensorRule:
     return TensorRule(ours, make_conversion)
 
 
+def interleave_rows(groups: int, *ours: str) -> TensorRule:
+    """Returns the rule of maps of one input, fused by ``groups`` equal groups of
+    outputs: for each, its rows of every map."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, groups))
+
+
 def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
     """Returns the conversion of a matrix [rows, inputs] whose ``groups`` equal parts of
     rows hold each a share of every piece, one above the other."""
@@ -213,6 +219,22 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
         )
 
     return TensorRule((ours,), make_conversion, aliases)
+
+
+def copy_with_ones(ours: str, *, before: int, behind: int) -> TensorRule:
+    """Returns the rule of a vector or table with so many dimensions of one before and
+    behind its own."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        our_shape = pieces[0].shape
+        shape = ((1,) * before) + our_shape + ((1,) * behind)
+        return TensorConversion(
+            shape,
+            lambda tensor: [tensor.reshape(our_shape)],
+            lambda parts: parts[0].reshape(shape),
+        )
+
+    return TensorRule((ours,), make_conversion)
 
 
 def depthwise(*ours: str) -> TensorRule:

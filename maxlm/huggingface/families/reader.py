@@ -236,6 +236,15 @@ class ConfigReader:
             raise self._wrong(key, values, "a list of numbers above 0")
         return [float(value) for value in values]
 
+    def sizes(self, key: str) -> list[int]:
+        """Reads a list of numbers of at least 1; none where it is absent or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of whole numbers")
+        if not all(type(value) is int and value > 0 for value in values):
+            raise self._wrong(key, values, "a list of whole numbers above 0")
+        return values
+
     def mapping(self, key: str) -> Mapping[str, Any]:
         """Reads a mapping, of which only its size or its keys may be used; an empty one
         where it is absent or null."""
