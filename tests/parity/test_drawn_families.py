@@ -15,7 +15,8 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 CASES = (
     *("ministral", "stablelm", "starcoder2", "cohere", "glm", "glm4", "ernie4_5"),
-    "seed_oss",
+    *("seed_oss", "cohere_plus", "cohere2", "smollm3", "olmo2", "olmo3", "exaone4"),
+    *("granite", "hunyuan_v1_dense", "arcee", "nemotron"),
 )
 NAMES = [f"{case}@{number}" for case in CASES for number in range(1, 5)]
 drawn = pytest.mark.parametrize("name", NAMES)

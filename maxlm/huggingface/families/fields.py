@@ -1,6 +1,6 @@
 """Keys of config.json beside settings of ours: one table, read in both directions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
 from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
+from maxlm.models.architectures.pattern import LayerKind
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ACTIVATIONS = {
@@ -106,6 +107,20 @@ def require_value(
 
     is_written = bool(ours) or always_write
     return ConfigField(read, ours, write if is_written else None)
+
+
+def map_inverse(ours: str, default: object = REQUIRED) -> ConfigField:
+    """Declares a number that divides what our setting multiplies."""
+    get_factor = attrgetter(ours)
+
+    def read(reader: ConfigReader, key: str) -> float:
+        return 1 / reader.number(key, default)
+
+    def write(config: TransformerConfig) -> float:
+        # Published divisors have few digits; two divisions have rounded them.
+        return round(1 / get_factor(config), 9)
+
+    return ConfigField(read, ours, write)
 
 
 def map_activation(ours: str, default: str) -> ConfigField:
@@ -207,15 +222,11 @@ def put_nested(tree: dict[str, Any], path: str, value: object) -> None:
     tree[key] = value
 
 
-def read_layer_pattern(
-    reader: ConfigReader,
-    default_kinds: Sequence[str],
-    kind_settings: Mapping[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """Returns the shortest pattern that gives ``layer_types``, as settings of a
-    decoder; none where all layers are as the model says. ``default_kinds``: each
-    layer's kind where there is no such list. ``kind_settings``: of each kind, settings
-    of ``LayerKind``."""
+def read_layer_types(
+    reader: ConfigReader, default_kinds: Sequence[str], allowed: Collection[str]
+) -> Sequence[str]:
+    """Reads each layer's kind from ``layer_types``, or returns ``default_kinds`` where
+    there is no such list. ``allowed``: the kinds that are implemented."""
     num_layers = len(default_kinds)
     kinds = reader.names("layer_types") or default_kinds
     if len(kinds) != num_layers:
@@ -224,21 +235,44 @@ def read_layer_pattern(
             message, where=reader.where, fix="take it from the published model"
         )
     for kind in kinds:
-        if kind not in kind_settings:
-            fix = f"only {' and '.join(kind_settings)} can be converted"
+        if kind not in allowed:
+            fix = f"only {' and '.join(allowed)} can be converted"
             message = f"layer_types has {kind!r}, which is not implemented"
             raise MaxlmError(message, where=reader.where, fix=fix)
+    return kinds
+
+
+def make_pattern(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the shortest pattern that gives these settings of ``LayerKind``, one a
+    layer, as settings of a decoder; none where all layers are as the model says."""
     # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
     # of the whole length at the latest.
-    period = next(n for n in range(1, num_layers + 1) if kinds[n:] == kinds[:-n])
-    pattern = [kind_settings[kind] for kind in kinds[:period]]
+    num_layers = len(layers)
+    period = next(n for n in range(1, num_layers + 1) if layers[n:] == layers[:-n])
+    pattern = list(layers[:period])
     return {"pattern": pattern} if any(pattern) else {}
+
+
+def read_layer_pattern(
+    reader: ConfigReader,
+    default_kinds: Sequence[str],
+    kind_settings: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Returns the pattern of ``layer_types``, as :func:`make_pattern` does;
+    ``kind_settings``: of each kind, settings of ``LayerKind``."""
+    kinds = read_layer_types(reader, default_kinds, kind_settings)
+    return make_pattern([kind_settings[kind] for kind in kinds])
+
+
+def list_layer_kinds(config: TransformerConfig) -> list[LayerKind]:
+    """Lists every layer's kind."""
+    kinds = config.layer_kinds
+    return [kinds[layer % len(kinds)] for layer in range(config.num_layers)]
 
 
 def write_layer_types(config: TransformerConfig) -> tuple[list[str], int | None]:
     """Returns the kind of each layer by its window, and the window (None: no layer has
     one)."""
-    kinds = config.layer_kinds
-    windows = [kinds[layer % len(kinds)].window for layer in range(config.num_layers)]
+    windows = [kind.window for kind in list_layer_kinds(config)]
     window = next((window for window in windows if window is not None), None)
     return [GLOBAL if window is None else LOCAL for window in windows], window

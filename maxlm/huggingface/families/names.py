@@ -243,6 +243,21 @@ def permute_rotary(
     return TensorRule(rule.ours, make_conversion)
 
 
+def split_heads(rule: TensorRule) -> TensorRule:
+    """Returns the rule of vectors with the rows of each head as a row of a matrix
+    [heads, rows]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        plain = rule.make_conversion(pieces)
+        return TensorConversion(
+            pieces[0].shape,
+            lambda whole: plain.split(whole.reshape(plain.shape)),
+            lambda parts: plain.join(parts).reshape(pieces[0].shape),
+        )
+
+    return TensorRule(rule.ours, make_conversion)
+
+
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E,
     d_ff, D] too or, of another orientation, [E, D, d_ff]."""

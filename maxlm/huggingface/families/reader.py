@@ -183,6 +183,16 @@ class ConfigReader:
             raise self._wrong(key, value, "true or false")
         return value
 
+    def flags(self, key: str) -> list[bool]:
+        """Reads a list of true and false, or of ones and zeros; none where it is absent
+        or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of 0 and 1")
+        if not all(type(value) in (bool, int) and value in (0, 1) for value in values):
+            raise self._wrong(key, values, "a list of 0 and 1")
+        return [bool(value) for value in values]
+
     def text(self, key: str, default: str, *, alias: str = "") -> str:
         """Reads a name; a null counts as absent."""
         value = self._get(key, default, alias=alias)
@@ -198,6 +208,17 @@ class ConfigReader:
         if not all(isinstance(value, str) for value in values):
             raise self._wrong(key, values, "a list of names")
         return values
+
+    def numbers(self, key: str) -> list[float]:
+        """Reads a list of numbers above 0."""
+        values = self._get(key, REQUIRED)
+        is_list = isinstance(values, list)
+        if not is_list or not all(
+            type(value) in (int, float) and 0 < value <= sys.float_info.max
+            for value in values
+        ):
+            raise self._wrong(key, values, "a list of numbers above 0")
+        return [float(value) for value in values]
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """Reads a mapping, of which only its size or its keys may be used; an empty one
