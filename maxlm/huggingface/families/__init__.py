@@ -45,6 +45,7 @@ FAMILIES = Registry[ModelFamily](
         "granitemoe": f"{_FOLDER}.granite_moe:GRANITE_MOE",
         "ernie4_5_moe": f"{_FOLDER}.ernie_moe:ERNIE4_5_MOE",
         "exaone_moe": f"{_FOLDER}.exaone_moe:EXAONE_MOE",
+        "hunyuan_v1_moe": f"{_FOLDER}.hunyuan_moe:HUNYUAN_V1_MOE",
         "ministral": f"{_FOLDER}.ministral:MINISTRAL",
         "stablelm": f"{_FOLDER}.stablelm:STABLELM",
         "starcoder2": f"{_FOLDER}.starcoder2:STARCODER2",

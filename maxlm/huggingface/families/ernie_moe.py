@@ -79,9 +79,8 @@ def _list_kinds(config: TransformerConfig) -> list[str]:
     if not config.pattern:
         num_sparse = config.num_layers - config.dense_layers
         return [DENSE] * config.dense_layers + [EXPERTS] * num_sparse
-    kinds = config.layer_kinds
-    names = [DENSE if kind.ffn == "mlp" else EXPERTS for kind in kinds]
-    return [names[layer % len(names)] for layer in range(config.num_layers)]
+    kinds = fields.list_layer_kinds(config)
+    return [DENSE if kind.ffn == "mlp" else EXPERTS for kind in kinds]
 
 
 ERNIE4_5_MOE = ModelFamily(

@@ -2,7 +2,7 @@
 Models"): Llama's shape with factors on embeddings, scores, branches and logits; all
 experts of a layer in one tensor."""
 
-from maxlm.huggingface.families import fields, llama
+from maxlm.huggingface.families import fields, granite, llama
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import join_experts, linear
 
@@ -15,28 +15,13 @@ TABLE = {
     f"{M}.input_linear.weight": join_experts("moe.gate", "moe.up", inputs_first=False),
     f"{M}.output_linear.weight": join_experts("moe.down", inputs_first=False),
 }
-MULTIPLIERS = {
-    "embedding_multiplier": fields.map_number("embedding_scale", 1.0),
-    "attention_multiplier": fields.ConfigField(
-        lambda reader, key: reader.number(key, 1.0),
-        "attention.scale",
-        lambda config: config.score_scale(config.layer_kinds[0]),
-    ),
-    "residual_multiplier": fields.map_number("residual_scale", 1.0),
-    # Logits are divided by it.
-    "logits_scaling": fields.ConfigField(
-        lambda reader, key: 1 / reader.number(key, 1.0),
-        "logit_scale",
-        lambda config: 1 / config.logit_scale,
-    ),
-}
 GRANITE_MOE = ModelFamily(
     "granitemoe",
     "GraniteMoeForCausalLM",
     {
         **llama.COMMON,
         **llama.EXPERTS,
-        **MULTIPLIERS,
+        **granite.MULTIPLIERS,
         "rms_norm_eps": fields.map_number("norm.eps", 1e-6),
         "attention_bias": fields.map_flag("attention.bias", False),
         "num_local_experts": fields.map_size("moe.num_experts"),

@@ -17,7 +17,6 @@ from maxlm.huggingface.families.names import (
 )
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
-from maxlm.models.architectures.pattern import LayerKind
 
 F = "model.layers.{layer}.feed_forward"
 CHUNKED, GLOBAL = "chunked_attention", "full_attention"
@@ -122,7 +121,7 @@ def _read_sparse_layers(reader: ConfigReader, num_layers: int) -> list[bool]:
 
 
 def _write(config: TransformerConfig) -> dict[str, Any]:
-    kinds = _list_kinds(config)
+    kinds = fields.list_layer_kinds(config)
     turned = [config.get_positions(kind).kind == "rope" for kind in kinds]
     sparse = [kind.ffn != "mlp" and config.moe is not None for kind in kinds]
     attention = [config.get_attention(kind) for kind in kinds]
@@ -149,11 +148,6 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
         values["attn_scale"] = temperature.scale
         values["floor_scale"] = temperature.length
     return values
-
-
-def _list_kinds(config: TransformerConfig) -> list[LayerKind]:
-    kinds = config.layer_kinds
-    return [kinds[layer % len(kinds)] for layer in range(config.num_layers)]
 
 
 LLAMA4 = ModelFamily(
