@@ -35,7 +35,17 @@ FAMILIES = Registry[ModelFamily](
         "grok1": f"{_FOLDER}.grok:GROK1",
         "dbrx": f"{_FOLDER}.mosaic:DBRX",
         "deepseek_v2": f"{_FOLDER}.deepseek:DEEPSEEK_V2",
+        "deepseek_v3": f"{_FOLDER}.deepseek:DEEPSEEK_V3",
         "gpt_oss": f"{_FOLDER}.gpt_oss:GPT_OSS",
+        "glm4_moe": f"{_FOLDER}.glm_moe:GLM4_MOE",
+        "qwen2_moe": f"{_FOLDER}.qwen_moe:QWEN2_MOE",
+        "dots1": f"{_FOLDER}.dots:DOTS1",
+        "llama4": f"{_FOLDER}.llama4:LLAMA4",
+        "minimax_m2": f"{_FOLDER}.minimax:MINIMAX_M2",
+        "granitemoe": f"{_FOLDER}.granite_moe:GRANITE_MOE",
+        "ernie4_5_moe": f"{_FOLDER}.ernie_moe:ERNIE4_5_MOE",
+        "exaone_moe": f"{_FOLDER}.exaone_moe:EXAONE_MOE",
+        "hunyuan_v1_moe": f"{_FOLDER}.hunyuan_moe:HUNYUAN_V1_MOE",
         "ministral": f"{_FOLDER}.ministral:MINISTRAL",
         "stablelm": f"{_FOLDER}.stablelm:STABLELM",
         "starcoder2": f"{_FOLDER}.starcoder2:STARCODER2",
@@ -80,7 +90,7 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         }
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
-        if kind not in (None, family.model_type):
+        if kind not in (None, family.model_type, *family.other_model_types):
             message = f"model_type={kind!r} is not that of {family.hf_architecture}"
             raise MaxlmError(
                 message, where=source, fix="take it from the published model"
