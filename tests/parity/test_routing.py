@@ -13,10 +13,14 @@ pytest.importorskip("transformers")
 
 from transformers.models.deepseek_v3 import (  # noqa: E402
     configuration_deepseek_v3 as v3_config,
+)
+from transformers.models.deepseek_v3 import (
     modeling_deepseek_v3 as v3,
 )
 from transformers.models.gpt_oss import (  # noqa: E402
     configuration_gpt_oss as oss_config,
+)
+from transformers.models.gpt_oss import (
     modeling_gpt_oss as oss,
 )
 
