@@ -113,9 +113,7 @@ class HuggingFaceModel:
         for entry in self.entries:
             used |= {entry.theirs, *entry.aliases}
         left_out = sorted(list_model_tensors(self.folder).keys() - used)
-        self.notes.extend(
-            self.family.describe_left_out(self.config.model, left_out)
-        )
+        self.notes.extend(self.family.describe_left_out(self.config.model, left_out))
         return dtypes
 
 

@@ -93,9 +93,7 @@ ERNIE4_5_MOE = ModelFamily(
         "tie_word_embeddings": fields.map_flag("tie_embeddings", True),
         "use_bias": fields.map_flag("attention.bias", False),
         "moe_num_experts": fields.map_size("moe.num_experts", alias="num_experts"),
-        "moe_k": fields.map_size(
-            "moe.experts_per_token", alias="num_experts_per_tok"
-        ),
+        "moe_k": fields.map_size("moe.experts_per_token", alias="num_experts_per_tok"),
         "moe_intermediate_size": fields.map_size("moe.d_ff"),
         "moe_num_shared_experts": fields.map_size("moe.shared_experts", 2, least=0),
         "hidden_act": fields.require_value("silu", ours="moe.activation"),

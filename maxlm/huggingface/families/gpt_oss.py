@@ -46,9 +46,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     if not (reader.has("rope_scaling") or reader.has("rope_parameters")):
         settings["positions"]["scaling"] = _YARN
     window = reader.size("sliding_window", 128)
-    kinds = [
-        GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])
-    ]
+    kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
     local = {"window": window}
     settings |= fields.read_layer_pattern(reader, kinds, {LOCAL: local, GLOBAL: {}})
 
