@@ -89,7 +89,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10, "sinks": True}
         | {"latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}},
         "mlp": {"d_ff": 48},
-        "moe": _EXPERTS,
+        # With every part that experts may have.
+        "moe": _EXPERTS
+        | {"activation": {"kind": "clamped_swiglu"}, "bias": True, "router_bias": True}
+        | {"shared_gate": True, "shared_d_ff": 24, "latent_dim": 16}
+        | {"score": "sigmoid", "selection_bias": True},
         "dense_layers": 1,
         "mtp": {"num_modules": 2},
     },
