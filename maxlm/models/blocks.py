@@ -36,6 +36,7 @@ from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
+from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
 from maxlm.models.params import (
     Params,
     ParamSpec,
@@ -139,8 +140,9 @@ MIXERS.register(
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
 )
 MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
+MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
 MIXERS.register(
-    "mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage"))
+    "short_conv", RegisteredMixer(ShortConvConfig, ShortConv, ("context", "stage"))
 )
 FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))

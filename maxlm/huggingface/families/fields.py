@@ -109,6 +109,20 @@ def require_value(
     return ConfigField(read, ours, write if is_written else None)
 
 
+def map_inverse(ours: str, default: object = REQUIRED) -> ConfigField:
+    """Declares a number that divides what our setting multiplies."""
+    get_factor = attrgetter(ours)
+
+    def read(reader: ConfigReader, key: str) -> float:
+        return 1 / reader.number(key, default)
+
+    def write(config: TransformerConfig) -> float:
+        # Published divisors have few digits; two divisions have rounded them.
+        return round(1 / get_factor(config), 9)
+
+    return ConfigField(read, ours, write)
+
+
 def map_activation(ours: str, default: str) -> ConfigField:
     """Declares an activation's name; ``default`` is a name of Hugging Face's."""
 
@@ -214,7 +228,14 @@ def name_layers(settings: dict[str, Any], kinds: Sequence[str]) -> None:
     }
 
 
-def list_layer_kinds(config: TransformerConfig) -> list[str]:
+def refuse_pattern(problem: str) -> MaxlmError:
+    """Returns the error of a pattern that a family's config.json cannot say."""
+    return MaxlmError(
+        problem, where="model.pattern", fix="convert to another family, or change it"
+    )
+
+
+def list_kind_names(config: TransformerConfig) -> list[str]:
     """Returns the name of each layer's kind, of a model all of whose kinds have
     names."""
     pattern = config.pattern

@@ -310,6 +310,27 @@ def take_turns(*ours: str) -> TensorRule:
     return TensorRule(ours, make_conversion)
 
 
+def stack_experts(*ours: str) -> TensorRule:
+    """Returns the rule of all experts' maps of one input, [E, outputs of all, inputs];
+    ours are [E, inputs, outputs]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        num_experts, num_inputs, _ = pieces[0].shape
+        stops = np.cumsum([piece.shape[2] for piece in pieces])
+
+        def split_rows(whole: Array) -> list[Array]:
+            parts = np.split(whole, stops[:-1], axis=1)
+            return [part.swapaxes(1, 2) for part in parts]
+
+        def join_rows(parts: Sequence[Array]) -> Array:
+            return np.concatenate([part.swapaxes(1, 2) for part in parts], axis=1)
+
+        shape = (num_experts, int(stops[-1]), num_inputs)
+        return TensorConversion(shape, split_rows, join_rows)
+
+    return TensorRule(ours, make_conversion)
+
+
 def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
     model = config.build(rules=AxisRules(), dtype=np.float32)

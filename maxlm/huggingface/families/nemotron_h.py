@@ -52,9 +52,7 @@ TABLE = {
     f"{_EXPERT}.down_proj.weight": linear("moe.down"),
     f"{M}.fc1_latent_proj.weight": linear("moe.latent_down.kernel"),
     f"{M}.fc2_latent_proj.weight": linear("moe.latent_up.kernel"),
-    **map_linears(
-        f"{M}.shared_experts", "moe.shared", up_proj="up", down_proj="down"
-    ),
+    **map_linears(f"{M}.shared_experts", "moe.shared", up_proj="up", down_proj="down"),
 }
 _SETTINGS: fields.ConfigFields = {
     "mamba_num_heads": fields.map_size("num_heads", 128),
@@ -135,7 +133,7 @@ def _read_experts(reader: ConfigReader, activation: str) -> dict[str, Any]:
 
 
 def _write(config: TransformerConfig) -> dict[str, Any]:
-    kinds = fields.list_layer_kinds(config)
+    kinds = fields.list_kind_names(config)
     values: dict[str, Any] = {
         "layers_block_type": [_NAME_OF_KIND[kind] for kind in kinds]
     }

@@ -215,6 +215,16 @@ class ConfigReader:
             raise self._wrong(key, values, "a list of names")
         return values
 
+    def indices(self, key: str, count: int) -> list[int]:
+        """Reads numbers of things, from 0 to ``count`` − 1; none where it is absent or
+        null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of numbers")
+        if not all(type(value) is int and 0 <= value < count for value in values):
+            raise self._wrong(key, values, f"a list of numbers below {count}")
+        return values
+
     def mapping(self, key: str) -> Mapping[str, Any]:
         """Reads a mapping, of which only its size or its keys may be used; an empty one
         where it is absent or null."""

@@ -412,9 +412,9 @@ class Mamba2(nnx.Module):
             segment_ids=inputs.segment_ids,
             balanced=self.balance_sequence,
         )
-        written, log_decay = save_inputs_only(partial(discretize, step_limits=step_limits))(
-            value, step.value, params.dt_bias, params.A_log
-        )
+        written, log_decay = save_inputs_only(
+            partial(discretize, step_limits=step_limits)
+        )(value, step.value, params.dt_bias, params.A_log)
         if self.group_axis != "heads":
             key = spread_groups(key, self.config.num_heads, self.rules)
             query = spread_groups(query, self.config.num_heads, self.rules)
