@@ -134,7 +134,9 @@ class RegisteredFeedForward:
     build: Callable[..., FeedForward]
 
 
-MIXERS = Registry[RegisteredMixer]("mixer")
+MIXERS = Registry[RegisteredMixer](
+    "mixer", {"parallel_heads": "maxlm.models.parallel_heads:PARALLEL_HEADS"}
+)
 MIXERS.register(
     "attention",
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
@@ -184,6 +186,20 @@ def find_attention(mixer: Config | None) -> AttentionConfig | None:
     if isinstance(mixer, ContainsAttention):
         return mixer.attention
     return None
+
+
+@runtime_checkable
+class ContainsMixer(Protocol):
+    """A mixer's config with another mixer as a part of it."""
+
+    mixer: Config
+
+
+def list_mixer_parts(mixer: Config) -> list[Config]:
+    """Lists a mixer and those within it."""
+    if isinstance(mixer, ContainsMixer):
+        return [mixer, *list_mixer_parts(mixer.mixer)]
+    return [mixer]
 
 
 def get_kind(config: Config) -> str:

@@ -51,6 +51,7 @@ FAMILIES = Registry[ModelFamily](
         "falcon_mamba": f"{_FOLDER}.mamba:FALCON_MAMBA",
         "jamba": f"{_FOLDER}.jamba:JAMBA",
         "lfm2": f"{_FOLDER}.lfm2:LFM2",
+        "falcon_h1": f"{_FOLDER}.falcon_h1:FALCON_H1",
         "nemotron_h": f"{_FOLDER}.nemotron_h:NEMOTRON_H",
         "bert": f"{_FOLDER}.bert:BERT",
         "t5": f"{_FOLDER}.t5:T5",

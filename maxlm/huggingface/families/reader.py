@@ -175,6 +175,17 @@ class ConfigReader:
             bound += f" and at most {most:g}"
         raise self._wrong(key, value, f"a number {bound}")
 
+    def numbers(self, key: str, default: Sequence[float]) -> list[float]:
+        """Reads as many finite numbers above 0 as there are by default; a null counts
+        as absent."""
+        values = self._get(key, list(default))
+        is_list = isinstance(values, list) and len(values) == len(default)
+        if not is_list or not all(type(value) in (int, float) for value in values):
+            raise self._wrong(key, values, f"a list of {len(default)} numbers")
+        if not all(0 < value < math.inf for value in values):
+            raise self._wrong(key, values, "a list of finite numbers above 0")
+        return [float(value) for value in values]
+
     def bounds(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
         """Reads the smallest and the largest value of something, 0 or more, in order;
         the latter may be infinite."""
