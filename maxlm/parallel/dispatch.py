@@ -135,9 +135,7 @@ class DroplessDispatch:
     def spread_to_rows(self, vectors: jax.Array) -> jax.Array:
         """Returns [experts here, F] as [R, F], a row its expert's; zeros behind the
         last."""
-        return jnp.take(
-            vectors, self._row_experts, axis=0, mode="fill", fill_value=0
-        )
+        return jnp.take(vectors, self._row_experts, axis=0, mode="fill", fill_value=0)
 
     def sum_by_expert(self, rows: jax.Array) -> jax.Array:
         """Sums [R, F] over each expert's rows, [experts here, F] in fp32 or wider."""

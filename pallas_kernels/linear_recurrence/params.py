@@ -210,5 +210,3 @@ def mark_tokens(
 def _expand(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Returns a [B, T] mask with dimensions of one behind, to fit x."""
     return mask.astype(bool).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-
-

@@ -177,9 +177,7 @@ def run_block(
         last_state, states = scanned
     else:
         beta = by_chunk(operands.beta[..., None])
-        products = multiply_decayed(
-            k, k, sums, diagonal=False, precision=precision
-        )
+        products = multiply_decayed(k, k, sums, diagonal=False, precision=precision)
         inverse = invert_unit_lower(scale_rows(products, beta), precision)
         new = matmul(inverse, beta * v)
         if operands.decays_by_channel:
@@ -204,9 +202,7 @@ def run_block(
         return None, last_state
 
     q = by_chunk(operands.q)
-    weights = assemble(
-        multiply_decayed(q, k, sums, diagonal=True, precision=precision)
-    )
+    weights = assemble(multiply_decayed(q, k, sums, diagonal=True, precision=precision))
     if operands.decays_by_channel:
         output = matmul(q * from_start, states)
     else:

@@ -62,9 +62,7 @@ HUNYUAN_V1_DENSE = ModelFamily(
     {
         **llama.OUTER,
         **llama.NORMS,
-        **map_linears(
-            f"{L}.self_attn", "attention", **llama.PROJECTIONS, o_proj="out"
-        ),
+        **map_linears(f"{L}.self_attn", "attention", **llama.PROJECTIONS, o_proj="out"),
         f"{L}.self_attn.query_layernorm.weight": copy("attention.query_norm.scale"),
         f"{L}.self_attn.key_layernorm.weight": copy("attention.key_norm.scale"),
         **llama.MLP,

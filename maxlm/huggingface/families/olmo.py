@@ -62,9 +62,7 @@ def _write_olmo3(config: TransformerConfig) -> dict[str, Any]:
     return values
 
 
-OLMO2 = ModelFamily(
-    "olmo2", "Olmo2ForCausalLM", _FIELDS, TABLE, FIXED, rope_kwargs={}
-)
+OLMO2 = ModelFamily("olmo2", "Olmo2ForCausalLM", _FIELDS, TABLE, FIXED, rope_kwargs={})
 OLMO3 = ModelFamily(
     "olmo3",
     "Olmo3ForCausalLM",

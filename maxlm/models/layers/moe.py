@@ -342,9 +342,7 @@ class Moe(nnx.Module):
         gate_flops = 0
         if self.shared_gate is not None:
             gate_flops = 2 * self.shared_gate.get_value().shape[-2]
-        return LayerCosts(
-            group_matrices(self), experts=experts, extra_flops=gate_flops
-        )
+        return LayerCosts(group_matrices(self), experts=experts, extra_flops=gate_flops)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None
