@@ -68,6 +68,8 @@ class ExpertRouting:
     """Room of an expert over its equal share; None: it takes all that come."""
     has_shared: bool
     """Whether a dense layer beside them reads the same input."""
+    gates_shared: bool = False
+    """Whether that layer's output is multiplied by a gate."""
     input_dim: int | None = None
     """Width of the rows that experts read and write; None: d_model."""
 
@@ -83,7 +85,13 @@ class LayerCosts:
     """Forward FLOPs a token beside matrices and scores, such as those of a
     recurrence."""
     flops_axes: tuple[str, ...] = ()
-    """Logical axes that these are split over."""
+    """Logical axes that these, and ``working_elements``, are split over."""
+    working_elements: float = 0.0
+    """Elements a token, in fp32, of arrays that are alive beside the matrices' products
+    while the module is differentiated, such as the states of a recurrence's chunks."""
+    block_elements: float = 0.0
+    """The same of arrays that are there for ``block_tokens`` of each row at a time."""
+    block_tokens: int = 0
 
 
 class BranchCosts(NamedTuple):

@@ -56,8 +56,18 @@ _STREAM_PASSES = {
     "pre": 2 * _NORM + 2 * _ADD_BRANCH,
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
+    "output": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
+}
+# Of a layer with one branch alone.
+_ONE_BRANCH_PASSES = {
+    "pre": _NORM + _ADD_BRANCH,
+    "post": _NORM + _ADD_BRANCH,
+    "sandwich": 2 * _NORM + _ADD_BRANCH,
+    "output": _NORM + _ADD_BRANCH,
+    "parallel": _NORM + _ADD_BRANCH,
+    "parallel_shared": _NORM + _ADD_BRANCH,
 }
 _CROSS_ATTENTION_PASSES = _NORM + _ADD_BRANCH
 # A map that changes each element alone reads and writes it.
@@ -196,9 +206,11 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
         if group.has_experts and work.experts is not None:
             active_share = shape.expert_rows_per_token / work.experts.num_experts
         # Tokens times layers: a stage holds its share of the layers.
-        tokens = (
-            shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
-        )
+        tokens = shape.per_stage(num_layers) * group.token_ratio
+        if work.is_in_stream_layout(group):
+            tokens *= shape.residual_tokens
+        else:
+            tokens *= shape.micro_batch_tokens
         # Without remat all else is kept, but experts' hidden activations never are.
         remakes_hidden = (
             group.has_experts
@@ -261,7 +273,8 @@ def _count_attention_flops(shape: StepShape) -> _PassFlops:
 
 
 def _count_loss_flops(shape: StepShape) -> _PassFlops:
-    """Counts the products of the head and of other matrices behind the layers."""
+    """Counts the products of the head, of other matrices behind the layers and of a
+    frontend."""
     work = shape.work
     split = shape.split
     # The head maps all the loss's tokens on a device, the others those that the device
@@ -271,11 +284,31 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
         tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
     parts = []
     for kernel, tokens in tokens_of_kernel.items():
+        if kernel is work.head:
+            tokens = tokens * work.head_passes
         num_shards = split.num_shards(split.compute, kernel.axes)
         forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
         backward_products = 1 + int(kernel.is_trained)
         parts.append(_PassFlops(forward, forward * backward_products))
+    parts += _list_frontend_flops(shape)
     return _add_up(parts)
+
+
+def _list_frontend_flops(shape: StepShape) -> Iterator[_PassFlops]:
+    """Yields FLOPs of a frontend, of all micro-batches of a step, by matrix."""
+    frontend = shape.work.frontend
+    if frontend is None:
+        return
+    rows = shape.micro_batches * shape.count_frontend_rows()
+    for kernel in frontend.kernels:
+        num_shards = shape.split.num_shards(shape.split.compute, kernel.axes)
+        forward = 2 * rows * kernel.size / num_shards
+        backward_products = 1 + int(kernel.is_trained)
+        yield _PassFlops(forward, forward * backward_products)
+    num_rows = shape.micro_batches * shape.micro_batch_size
+    tokens = num_rows * shape.work.tokens_per_row.decoder
+    extra = tokens * frontend.extra_flops_per_token
+    yield _PassFlops(extra, 2 * extra)
 
 
 def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
@@ -393,7 +426,14 @@ def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     forward = shape.per_stage(elements) * work.dtype_bytes
     # fp32 logits, in four passes.
     logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
-    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
+    loss = (
+        4
+        * work.head_passes
+        * shape.loss_calls
+        * shape.embedding_loss_tokens
+        * logits_width
+        * FP32
+    )
     stored = count_stored_bytes(shape)
     # Gradients are as large as the parameters.
     gradients = stored["parameters"]
@@ -442,7 +482,9 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         hidden += tokens * rows_per_token * width
         narrow += _READ_AND_WRITE * group.latent_width
 
-    stream_passes = _STREAM_PASSES[model.placement]
+    has_one_branch = stack.num_branches == 1
+    passes_by_placement = _ONE_BRANCH_PASSES if has_one_branch else _STREAM_PASSES
+    stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
     attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)
