@@ -18,7 +18,11 @@ def refusal(**values: object) -> str:
 
 
 def test_no_supported_type_is_listed_as_unsupported():
-    supported = {family.model_type for _, family in FAMILIES.items()}
+    supported = {
+        model_type
+        for _, family in FAMILIES.items()
+        for model_type in (family.model_type, *family.other_model_types)
+    }
     assert not supported & KNOWN_UNSUPPORTED.keys()
 
 

@@ -116,6 +116,10 @@ def _loaded(name: str, folder: Path) -> Any:
 def test_every_decoder_of_transformers_is_supported_or_named():
     from transformers.models.auto import modeling_auto
 
-    supported = {family.model_type for _, family in FAMILIES.items()}
+    supported = {
+        model_type
+        for _, family in FAMILIES.items()
+        for model_type in (family.model_type, *family.other_model_types)
+    }
     known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
     assert not known - supported - KNOWN_UNSUPPORTED.keys()

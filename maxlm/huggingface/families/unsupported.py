@@ -33,13 +33,11 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     **_group(_FILE, "stablelm", "gpt_neox gptj"),
     **_group(_FILE, "nemotron", "jais2 persimmon"),
     **_group(_FILE, "mistral", "ministral3"),
-    **_group(_FILE, "granite", "hyperclovax granitemoe"),
+    **_group(_FILE, "granite", "hyperclovax"),
     **_group(_FILE, "olmo2", "olmoe flex_olmo"),
-    **_group(_FILE, "mixtral", "dots1 solar_open sarvam_moe"),
-    **_group(_FILE, "qwen3_moe", "afmoe qwen2_moe exaone_moe"),
-    **_group(_FILE, "deepseek_v2", "deepseek_v3 sarvam_mla youtu axk1 glm4_moe_lite"),
-    **_group(_FILE, "glm4", "glm4_moe"),
-    **_group(_FILE, "qwen3_moe", "minimax_m2 hy_v3 hunyuan_v1_moe ernie4_5_moe"),
+    **_group(_FILE, "glm4_moe", "hy_v3 sarvam_moe solar_open"),
+    **_group(_FILE, "exaone_moe", "afmoe"),
+    **_group(_FILE, "deepseek_v3", "axk1 glm4_moe_lite sarvam_mla youtu"),
     **_group(
         "a file that maps its mixture of experts",
         "qwen3_moe",
@@ -62,19 +60,18 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
         "a file of its own: windows and unscaled scores", "gpt2"
     ),
     "gpt_neox_japanese": UnsupportedType("a bias in its last layer alone", "stablelm"),
-    "gpt_oss": UnsupportedType("MXFP4 weights, and biases of experts", "mixtral"),
     "granite_swa": UnsupportedType("a theta for each layer", "granite"),
-    "granitemoe_swa": UnsupportedType("a theta for each layer, and experts", "granite"),
-    "granitemoeshared": UnsupportedType("a shared MLP beside experts", "granite"),
+    "granitemoe_swa": UnsupportedType("a theta for each layer", "granitemoe"),
+    "granitemoeshared": UnsupportedType("a shared MLP beside experts", "granitemoe"),
     "hrm_text": UnsupportedType("stacks of layers run in cycles", "llama"),
     "jetmoe": UnsupportedType("experts of attention's heads", "mixtral"),
     "laguna": UnsupportedType("another number of heads in each layer", "qwen3_moe"),
     "longcat_flash": UnsupportedType(
-        "two attentions a layer, empty experts", "deepseek_v2"
+        "two attentions a layer, empty experts", "deepseek_v3"
     ),
     "mimo_v2_flash": UnsupportedType("value heads narrower than keys", "qwen3_moe"),
     "minicpm3": UnsupportedType(
-        "latent attention in a dense model's file", "deepseek_v2"
+        "latent attention with factors on what branches add", "deepseek_v3"
     ),
     "modernbert-decoder": UnsupportedType("a first layer without a norm", "gemma3"),
     "nanochat": UnsupportedType("norms without weights", "llama"),
@@ -84,25 +81,20 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "xglm": UnsupportedType("sinusoids of another order", "bart"),
     # Sparse attention, hyper-connections, several streams.
     **_group(
-        "sparse attention with an indexer", "deepseek_v2", "deepseek_v32 glm_moe_dsa"
+        "sparse attention with an indexer", "deepseek_v3", "deepseek_v32 glm_moe_dsa"
     ),
     **_group(
-        "sparse attention with an indexer, and gated norms", "deepseek_v2", "axk2"
+        "sparse attention with an indexer, and gated norms", "deepseek_v3", "axk2"
     ),
     **_group(
         "compressed attention, hyper-connections and hash routing",
-        "deepseek_v2",
+        "deepseek_v3",
         "deepseek_v4 hy_v4",
     ),
     **_group(
         "sparse attention of blocks, and an encoder of images",
         "qwen3_moe",
         "minimax_m3_vl_text dots3_note dots3_note_text mistral_large4",
-    ),
-    **_group(
-        "chunked attention, temperature, and weights on experts' inputs",
-        "mixtral",
-        "llama4 llama4_text",
     ),
     **_group(
         "embeddings in each layer, AltUp, Laurel, and keys shared between layers",
@@ -123,30 +115,22 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "blt": UnsupportedType("patches of bytes, and three models in one", "llama"),
     "zaya": UnsupportedType("compressed convolutional attention", "qwen3_moe"),
     # Recurrences and hybrids.
-    **_group("the selective scan of Mamba", "llama", "mamba falcon_mamba"),
-    **_group("the state space of Mamba-2", "llama", "mamba2"),
-    **_group("the selective scan of Mamba beside attention", "mixtral", "jamba"),
+    **_group("the selective scan of Mamba", "mamba2", "mamba falcon_mamba"),
+    **_group("the selective scan of Mamba beside attention", "nemotron_h", "jamba"),
     **_group(
-        "the state space of Mamba-2 beside attention",
-        "granite",
-        "bamba granitemoehybrid nemotron_h falcon_h1",
+        "Mamba-2 with projections of its own form, beside attention",
+        "nemotron_h",
+        "bamba granitemoehybrid falcon_h1",
     ),
-    **_group("Mamba with attention that layers share", "llama", "zamba zamba2"),
+    **_group("Mamba with attention that layers share", "mamba2", "zamba zamba2"),
+    **_group("Gated DeltaNet beside windows", "qwen3_next", "lara_mini"),
     **_group(
-        "Gated DeltaNet beside attention",
-        "qwen3_moe",
-        "qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text lara_mini",
-    ),
-    **_group("Gated DeltaNet beside attention", "olmo3", "olmo_hybrid"),
-    **_group(
-        "Gated DeltaNet, hyper-connections and n-gram embeddings",
-        "qwen3_moe",
+        "sparse attention, hyper-connections and n-gram embeddings",
+        "qwen3_5_moe",
         "qwen4_exp qwen4_exp_text",
     ),
-    **_group(
-        "Kimi Delta Attention beside latent attention",
-        "deepseek_v2",
-        "kimi_linear bailing_hybrid",
+    "bailing_hybrid": UnsupportedType(
+        "Kimi Delta Attention beside latent attention with RoPE", "kimi_linear"
     ),
     **_group("lightning attention", "mixtral", "minimax"),
     **_group("short convolutions beside attention", "qwen3", "lfm2 lfm2_moe lfm3"),
@@ -158,12 +142,16 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
         "an encoder of images beside the text",
         "llama",
         """aria aria_text aya_vision cohere2_vision cohere_compass cohere_compass_text
-        deepseek_vl deepseek_vl_hybrid ernie4_5_vl_moe exaone4_5 fuyu gemma3 glm46v
+        deepseek_vl deepseek_vl_hybrid ernie4_5_vl_moe exaone4_5 fuyu glm46v
         glm4v glm4v_moe got_ocr2 hunyuan_vl idefics2 idefics3 internvl janus kimi_k25
         lfm2_vl llava llava_next llava_onevision mistral3 mistral4 mllama ovis2
-        paligemma perception_lm phi4_multimodal qwen2_5_vl qwen2_vl qwen3_vl
+        perception_lm phi4_multimodal qwen2_5_vl qwen2_vl qwen3_vl
         qwen3_vl_moe shieldgemma2 smolvlm t5gemma2 vipllava""",
     ),
+    **_group("an encoder of images beside the text", "gemma3", "gemma3 paligemma"),
+    **_group("an encoder of images beside the text", "llama4", "llama4"),
+    **_group("an encoder of images beside the text", "qwen3_5", "qwen3_5"),
+    **_group("an encoder of images beside the text", "qwen3_5_moe", "qwen3_5_moe"),
     **_group(
         "codes of images among the tokens",
         "llama",
