@@ -401,7 +401,7 @@ def test_partial_rotation_that_the_published_code_ignores(name):
     want = f"partial_rotary_factor=0.5 {ONLY.format('1.0 or None')}"
     assert refusal(change(name, partial_rotary_factor=0.5)) == f"config.json: {want}"
     inside: dict[str, Any] = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    if name.startswith("gemma3"):
+    if name.startswith(("gemma3", "olmo3")):
         inside = {"sliding_attention": inside}
     plain_rope = {
         key: value for key, value in change(name).items() if key != "rope_scaling"
