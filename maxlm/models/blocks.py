@@ -30,6 +30,11 @@ from maxlm.models.layers.attention import (
     AttentionInputs,
     EncoderOutput,
 )
+from maxlm.models.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from maxlm.models.layers.kimi_delta_attention import (
+    KimiDeltaAttention,
+    KimiDeltaAttentionConfig,
+)
 from maxlm.models.layers.latent import LatentAttention
 from maxlm.models.layers.mamba import Mamba, MambaConfig
 from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
@@ -142,6 +147,14 @@ MIXERS.register(
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
 )
 MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
+MIXERS.register(
+    "gated_delta_net",
+    RegisteredMixer(GatedDeltaNetConfig, GatedDeltaNet, ("context", "stage")),
+)
+MIXERS.register(
+    "kimi_delta_attention",
+    RegisteredMixer(KimiDeltaAttentionConfig, KimiDeltaAttention, ("context", "stage")),
+)
 MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
 MIXERS.register(
     "short_conv", RegisteredMixer(ShortConvConfig, ShortConv, ("context", "stage"))

@@ -89,6 +89,9 @@ class LayerCosts:
     working_elements: float = 0.0
     """Elements a token, in fp32, of arrays that are alive beside the matrices' products
     while the module is differentiated, such as the states of a recurrence's chunks."""
+    block_elements: float = 0.0
+    """The same of arrays that are there for ``block_tokens`` of each row at a time."""
+    block_tokens: int = 0
 
 
 class BranchCosts(NamedTuple):

@@ -1,36 +1,62 @@
-"""Causal convolutions, linear recurrences and selective scans of training on a mesh:
-the operators of ``pallas_kernels`` in the program of
-:mod:`maxlm.parallel.recurrence`.
+"""Short convolutions and linear recurrences over whole rows on a mesh, as layers train:
+Mamba-2, delta rules, lightning attention.
+
+Each device runs its own rows and heads. Where the rules split the sequence (context
+parallelism), states pass between its runs (:mod:`maxlm.parallel.runs`): each run is
+summarized by what it does to a state before it, the summaries of all runs are
+all-gathered and applied in the order of the sequence, and each run is computed from the
+state before it. Traffic and memory are those of one state a run, whatever the length of
+the sequence. A document that goes on from the run before is not reset there.
 
 Shapes: B batch, S sequence, H key heads, N value heads, K and V their sizes, W width of
-a convolution, F channels. On shards: R rows of T tokens.
+a convolution. On shards: b rows of s tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.local import axis_indices, axis_size, make_spec, map_shards
-from maxlm.parallel.recurrence import Arrays, LogicalAxes, SplitArray, run_sharded
+from maxlm.parallel import recurrent
+from maxlm.parallel.differentiable import ShardSpecs, run_on_shards
+from maxlm.parallel.layers import PyTree
+from maxlm.parallel.local import (
+    SplitArray,
+    axis_indices,
+    axis_size,
+    make_spec,
+    map_shards,
+)
+from maxlm.parallel.recurrent import (
+    SequenceContext,
+    check_split_length,
+    convolve_features,
+    make_context_specs,
+)
+from maxlm.parallel.runs import SequenceRuns
 from maxlm.sharding import AxisRules
-from pallas_kernels.causal_conv import ConvActivation, causal_conv, update_conv_state
+from pallas_kernels.causal_conv import ConvActivation
 from pallas_kernels.linear_recurrence import (
     RunSummary,
     apply_run,
+    linear_recurrence,
     linear_recurrence_backward,
     linear_recurrence_forward,
+    linear_recurrence_step,
     summarize_run,
 )
-from pallas_kernels.selective_scan import (
-    ScanSummary,
-    selective_scan,
-    summarize_scan,
-)
+from pallas_kernels.linear_recurrence.params import RecurrenceOperands
+
+__all__ = [
+    "advance_linear_recurrence",
+    "convolve_features",
+    "sharded_causal_conv",
+    "sharded_linear_recurrence",
+    "spread_groups",
+]
 
 
 def sharded_causal_conv(
@@ -42,9 +68,8 @@ def sharded_causal_conv(
     rules: AxisRules,
     segment_ids: jax.Array | None = None,
     balanced: bool = False,
-) -> Arrays:
-    """Convolves arrays, each over the tokens before within a document
-    (``pallas_kernels.causal_conv``), on a mesh, in one program.
+) -> tuple[jax.Array, ...]:
+    """Convolves several arrays; see :func:`maxlm.parallel.recurrent.sharded_causal_conv`.
 
     Args:
         tokens: arrays [B, S, *features], such as [B, S, N, H] with axes ("heads",
@@ -52,29 +77,24 @@ def sharded_causal_conv(
         weights: [*features, W] for each, split as its features are.
         biases: [*features] for each; None: none has any.
         activation: of the sums.
-        segment_ids, balanced: see :func:`~maxlm.parallel.recurrence.run_sharded`.
+        segment_ids, balanced: as there.
 
     Returns:
         Arrays like ``tokens``.
-
-    Raises:
-        MaxlmError, ValueError: see :func:`~maxlm.parallel.recurrence.run_sharded`.
     """
-    axes = [array.axes for array in tokens]
-    params = [
-        SplitArray(weight, (*features, None))
-        for weight, features in zip(weights, axes, strict=True)
-    ]
-    if biases is not None:
-        params += map(SplitArray, biases, axes)
-    return run_sharded(
-        CausalConv(len(tokens), weights[0].shape[-1], activation),
-        tokens,
-        params=params,
-        output_axes=axes,
-        rules=rules,
-        segment_ids=segment_ids,
-        balanced=balanced,
+    all_biases = (None,) * len(tokens) if biases is None else biases
+    return tuple(
+        recurrent.sharded_causal_conv(
+            array.value,
+            weight,
+            bias,
+            rules=rules,
+            feature_axes=array.axes,
+            segment_ids=segment_ids,
+            balanced=balanced,
+            activation=activation,
+        )
+        for array, weight, bias in zip(tokens, weights, all_biases, strict=True)
     )
 
 
@@ -101,393 +121,181 @@ def sharded_linear_recurrence(
         log_decay: fp32 [B, S, N], or [B, S, N, K].
         beta: [B, S, N], or None.
         scale, chunk_size: see ``linear_recurrence``.
-        segment_ids, balanced: see :func:`~maxlm.parallel.recurrence.run_sharded`.
+        segment_ids: int [B, S], documents of packed rows; None: a row is one.
+        balanced: whether rows stand in the balanced order of
+            ``context.sequence_order_indices``.
 
     Returns:
-        [B, S, N, V] in v's dtype.
+        [B, S, N, V] in v's dtype. With what the backward pass needs it has the name
+        "attention" for remat policies.
 
     Raises:
-        MaxlmError, ValueError: see :func:`~maxlm.parallel.recurrence.run_sharded`.
+        MaxlmError: a sequence that does not divide over its devices.
+        ValueError: shapes that do not belong together.
     """
-    by_head = ("heads",)
-    by_feature = ("heads", None)
-    decay_axes = by_head if log_decay.ndim == 3 else by_feature
-    tokens = [
-        SplitArray(q, by_feature),
-        SplitArray(k, by_feature),
-        SplitArray(v, by_feature),
-        SplitArray(log_decay, decay_axes),
-    ]
-    if beta is not None:
-        tokens.append(SplitArray(beta, by_head))
-    (y,) = run_sharded(
-        LinearRecurrence(scale, chunk_size),
-        tokens,
-        output_axes=[by_feature],
-        rules=rules,
-        segment_ids=segment_ids,
-        balanced=balanced,
+    check_split_length(q.shape[1], rules, balanced)
+    seq_axes = rules.mesh_axes("seq")
+    by_feature = rules.spec("batch", "seq", "heads", None)
+    by_head = rules.spec("batch", "seq", "heads")
+    specs = ShardSpecs(
+        RecurrenceOperands(
+            by_feature,
+            by_feature,
+            by_feature,
+            by_head if log_decay.ndim == 3 else by_feature,
+            None if beta is None else by_head,
+        ),
+        make_context_specs(segment_ids, rules),
+        by_feature,
     )
-    return y
 
+    def local(operands: RecurrenceOperands, context: SequenceContext) -> jax.Array:
+        runs = SequenceRuns(seq_axes, balanced, context.device_index)
+        starts = runs.find_starts(context.segment_ids)
+        state = None
+        if runs.are_split:
 
-def sharded_selective_scan(
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    D: jax.Array,
-    *,
-    channel_axis: str = "mlp",
-    chunk_tokens: int = 64,
-    rules: AxisRules,
-    segment_ids: jax.Array | None = None,
-    balanced: bool = False,
-) -> jax.Array:
-    """Runs ``pallas_kernels.selective_scan`` over whole rows on a mesh, each device
-    with its own channels.
+            def summarize(operands: RecurrenceOperands) -> RunSummary:
+                _, *others = (None if x is None else runs.split(x) for x in operands)
+                return summarize_run(*others, starts=starts, chunk_size=chunk_size)
 
-    Args:
-        x, dt: [B, S, F], split along F by ``channel_axis``.
-        A: [F, N], and D [F], split in the same way.
-        B, C: [B, S, N].
-        chunk_tokens: see ``selective_scan``.
-        segment_ids, balanced: see :func:`~maxlm.parallel.recurrence.run_sharded`.
-
-    Returns:
-        [B, S, F] in x's dtype.
-
-    Raises:
-        MaxlmError, ValueError: see :func:`~maxlm.parallel.recurrence.run_sharded`.
-    """
-    by_channel = (channel_axis,)
-    whole = (None,)
-    (y,) = run_sharded(
-        SelectiveScan(chunk_tokens),
-        [
-            SplitArray(x, by_channel),
-            SplitArray(dt, by_channel),
-            SplitArray(B, whole),
-            SplitArray(C, whole),
-        ],
-        params=[SplitArray(A, (channel_axis, None)), SplitArray(D, by_channel)],
-        output_axes=[by_channel],
-        rules=rules,
-        segment_ids=segment_ids,
-        balanced=balanced,
-    )
-    return y
-
-
-class ConvSummary(NamedTuple):
-    """What a run of tokens does to the inputs that a convolution keeps."""
-
-    last_inputs: jax.Array
-    """[R, min(T, W − 1), F], the last of the run, zeros where they are of an earlier
-    document than its last token."""
-    keeps_earlier: jax.Array
-    """[R, 1, 1], 1 where no document starts in the run, otherwise 0."""
-
-
-@dataclass(frozen=True)
-class CausalConv:
-    """Convolutions of several token arrays, each with its own weights; the state is the
-    last W − 1 inputs of each, [R, W − 1, F].
-
-    Params are all weights [*features, W], then all biases [*features] or none.
-    """
-
-    num_arrays: int
-    width: int
-    activation: ConvActivation | None
-
-    mixes_features: ClassVar[bool] = False
-    saved_as: ClassVar[str | None] = None
-    residual_axes: ClassVar[tuple[LogicalAxes, ...]] = ()
-
-    def forward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: Arrays | None,
-    ) -> tuple[Arrays, Arrays]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        return self._convolve(tokens, params, state, starts), ()
-
-    def backward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: Arrays | None,
-        residuals: Arrays,
-        d_outputs: Arrays,
-    ) -> tuple[Arrays, Arrays, Arrays | None]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del residuals
-        convolve = partial(self._convolve, starts=starts)
-        _, pull = jax.vjp(convolve, tokens, params, state)
-        return pull(d_outputs)
-
-    def make_state(self, tokens: Arrays, params: Arrays, num_rows: int) -> Arrays:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del params
-        slots = self.width - 1
-        return tuple(
-            jnp.zeros((num_rows, slots, _flatten(x).shape[2]), x.dtype) for x in tokens
+            # What its backward pass needs is as much as that of the runs themselves.
+            summary = jax.checkpoint(summarize, prevent_cse=False)(operands)
+            state = runs.pass_on(summary, _find_states_before)
+        call = _RecurrenceCall(
+            scale, chunk_size, runs.runs_per_device, has_state=runs.are_split
         )
+        return _recur(operands, starts, state, call)
 
-    def summarize(
-        self, tokens: Arrays, params: Arrays, starts: jax.Array | None
-    ) -> tuple[ConvSummary, ...]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del params
-
-        def summarize_array(x: jax.Array) -> ConvSummary:
-            num_inputs = min(x.shape[1], self.width - 1)
-            last_inputs = update_conv_state(_flatten(x), num_inputs + 1, starts)
-            keeps_earlier = jnp.ones((x.shape[0], 1, 1), x.dtype)
-            if starts is not None:
-                has_start = jnp.any(starts, axis=1)
-                keeps_earlier = jnp.where(has_start[:, None, None], 0, keeps_earlier)
-            return ConvSummary(last_inputs, keeps_earlier)
-
-        return tuple(map(summarize_array, tokens))
-
-    def advance(self, summary: tuple[ConvSummary, ...], state: Arrays) -> Arrays:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-
-        def advance_array(summary: ConvSummary, state: jax.Array) -> jax.Array:
-            num_inputs = summary.last_inputs.shape[1]
-            earlier = state[:, num_inputs:] * summary.keeps_earlier
-            return jnp.concatenate([earlier, summary.last_inputs], axis=1)
-
-        return tuple(map(advance_array, summary, state))
-
-    def _convolve(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        state: Arrays | None,
-        starts: jax.Array | None,
-    ) -> Arrays:
-        weights = params[: self.num_arrays]
-        biases: Sequence[jax.Array | None] = params[self.num_arrays :]
-        if not biases:
-            biases = (None,) * self.num_arrays
-        states: Sequence[jax.Array | None] = state or (None,) * self.num_arrays
-        outputs = []
-        for x, weight, bias, array_state in zip(
-            tokens, weights, biases, states, strict=True
-        ):
-            y, _ = convolve_features(
-                x, weight, bias, array_state, starts=starts, activation=self.activation
-            )
-            outputs.append(y)
-        return tuple(outputs)
+    operands = RecurrenceOperands(q, k, v, log_decay, beta)
+    context = SequenceContext(segment_ids, axis_indices(seq_axes))
+    return run_on_shards(local, operands, context, specs, "attention")
 
 
-def convolve_features(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    state: jax.Array | None,
+def _find_states_before(summaries: RunSummary) -> jax.Array:
+    """Returns the state before each run of a row, [K, b, ...], zeros before the
+    first."""
+
+    def advance(state: jax.Array, summary: RunSummary) -> tuple[jax.Array, jax.Array]:
+        return apply_run(summary, state), state
+
+    zeros = jnp.zeros_like(summaries.state[0])
+    _, states = lax.scan(advance, zeros, summaries)
+    return states
+
+
+def advance_linear_recurrence(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array | None = None,
     *,
-    starts: jax.Array | None = None,
-    live: jax.Array | None = None,
-    activation: ConvActivation | None = None,
+    state: jax.Array,
+    live: jax.Array,
+    scale: float = 1.0,
+    chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs ``causal_conv`` over features of several dimensions, on one device.
+    """Runs tokens of a step of inference on one device, from the states of their rows:
+    one token each as decoding does, more in chunks.
 
     Args:
-        x: [R, T, *features].
-        weight: [*features, W].
-        bias: [*features], or None.
-        state: [R, W − 1, F], F the product of features; None: zeros.
-        starts, live, activation: see ``causal_conv``.
+        q, k, v, log_decay, beta: [n, T, ...], see ``linear_recurrence``.
+        state: fp32 [n, N, K, V].
+        live: bool [n, T]; tokens that are not live leave the state as it is.
+        scale, chunk_size: see ``linear_recurrence``.
 
     Returns:
-        y like x, and the state after the last live token.
+        [n, T, N, V] in v's dtype, and the states after the tokens in ``state``'s dtype.
     """
-    width = weight.shape[-1]
-    y, new_state = causal_conv(
-        _flatten(x),
-        weight.reshape(-1, width),
-        None if bias is None else bias.reshape(-1),
-        starts=starts,
-        initial_state=state,
-        live=live,
-        activation=activation,
-    )
-    return y.reshape(x.shape), new_state
-
-
-def _flatten(x: jax.Array) -> jax.Array:
-    """[R, T, *features] → [R, T, F]."""
-    return x.reshape(*x.shape[:2], -1)
-
-
-@dataclass(frozen=True)
-class LinearRecurrence:
-    """``pallas_kernels.linear_recurrence``: tokens are q, k, v, log decay and, with the
-    delta rule, beta; the state is fp32 [R, N, K, V]."""
-
-    scale: float
-    chunk_size: int
-
-    mixes_features: ClassVar[bool] = True
-    saved_as: ClassVar[str | None] = "attention"
-    # States at the starts of blocks, [blocks, R, N, K, V].
-    residual_axes: ClassVar[tuple[LogicalAxes, ...]] = (
-        (None, "batch", "heads", None, None),
-    )
-
-    def forward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: jax.Array | None,
-    ) -> tuple[Arrays, Arrays]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del params
-        y, block_states = linear_recurrence_forward(
-            *tokens,
-            initial_state=state,
-            starts=starts,
-            scale=self.scale,
-            chunk_size=self.chunk_size,
-        )
-        return (y,), (block_states,)
-
-    def backward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: jax.Array | None,
-        residuals: Arrays,
-        d_outputs: Arrays,
-    ) -> tuple[Arrays, Arrays, jax.Array]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del params, state
-        q, k, v, log_decay, *rest = tokens
-        beta = rest[0] if rest else None
-        (block_states,) = residuals
-        (d_y,) = d_outputs
-        gradients, d_state = linear_recurrence_backward(
+    if v.shape[1] > 1:
+        y, new_state = linear_recurrence(
             q,
             k,
             v,
             log_decay,
             beta,
-            block_states,
-            d_y,
-            starts=starts,
-            scale=self.scale,
-            chunk_size=self.chunk_size,
-        )
-        d_tokens = tuple(x for x in gradients if x is not None)
-        return d_tokens, (), d_state
-
-    def make_state(self, tokens: Arrays, params: Arrays, num_rows: int) -> jax.Array:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del params
-        k = tokens[1]
-        v = tokens[2]
-        dtype = jnp.promote_types(v.dtype, jnp.float32)
-        return jnp.zeros((num_rows, v.shape[2], k.shape[3], v.shape[3]), dtype)
-
-    def summarize(
-        self, tokens: Arrays, params: Arrays, starts: jax.Array | None
-    ) -> RunSummary:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del params
-        return summarize_run(*tokens[1:], starts=starts, chunk_size=self.chunk_size)
-
-    def advance(self, summary: RunSummary, state: jax.Array) -> jax.Array:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        return apply_run(summary, state)
-
-
-@dataclass(frozen=True)
-class SelectiveScan:
-    """``pallas_kernels.selective_scan``: tokens are x, dt, B and C, params A and D; the
-    state is fp32 [R, F, N]."""
-
-    chunk_tokens: int
-
-    mixes_features: ClassVar[bool] = True
-    saved_as: ClassVar[str | None] = "attention"
-    residual_axes: ClassVar[tuple[LogicalAxes, ...]] = ()
-
-    def forward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: jax.Array | None,
-    ) -> tuple[Arrays, Arrays]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        return self._scan(tokens, params, state, starts), ()
-
-    def backward(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        starts: jax.Array | None,
-        state: jax.Array | None,
-        residuals: Arrays,
-        d_outputs: Arrays,
-    ) -> tuple[Arrays, Arrays, jax.Array | None]:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        del residuals
-        scan = partial(self._scan, starts=starts)
-        _, pull = jax.vjp(scan, tokens, params, state)
-        return pull(d_outputs)
-
-    def make_state(self, tokens: Arrays, params: Arrays, num_rows: int) -> jax.Array:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        dtype = jnp.promote_types(tokens[0].dtype, jnp.float32)
-        return jnp.zeros((num_rows, *params[0].shape), dtype)
-
-    def summarize(
-        self, tokens: Arrays, params: Arrays, starts: jax.Array | None
-    ) -> ScanSummary:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        x, dt, B, _ = tokens
-        A, _ = params
-        return summarize_scan(
-            x, dt, A, B, starts=starts, chunk_tokens=self.chunk_tokens
-        )
-
-    def advance(self, summary: ScanSummary, state: jax.Array) -> jax.Array:
-        """See :class:`~maxlm.parallel.recurrence.SequenceOperator`."""
-        return summary.advance(state)
-
-    def _scan(
-        self,
-        tokens: Arrays,
-        params: Arrays,
-        state: jax.Array | None,
-        starts: jax.Array | None,
-    ) -> Arrays:
-        x, dt, B, C = tokens
-        A, D = params
-        y, _ = selective_scan(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            starts=starts,
             initial_state=state,
-            chunk_tokens=self.chunk_tokens,
+            token_mask=live,
+            scale=scale,
+            chunk_size=chunk_size,
         )
-        return (y,)
+        return y, new_state.astype(state.dtype)
+    y, new_state = linear_recurrence_step(
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        log_decay[:, 0],
+        None if beta is None else beta[:, 0],
+        state=state,
+        token_mask=live[:, 0],
+        scale=scale,
+    )
+    return y[:, None], new_state.astype(state.dtype)
+
+
+class _RecurrenceCall(NamedTuple):
+    """What is static of a recurrence on shards."""
+
+    scale: float
+    chunk_size: int
+    runs_per_device: int
+    has_state: bool
+    """Whether there is something before the first token."""
+
+    def split(self, tree: PyTree) -> PyTree:
+        """Splits arrays of rows [b, s, ...] into runs, [b · runs, c, ...]."""
+        runs = self.runs_per_device
+
+        def split_array(x: jax.Array) -> jax.Array:
+            return x.reshape(x.shape[0] * runs, x.shape[1] // runs, *x.shape[2:])
+
+        return jax.tree.map(split_array, tree)
+
+
+# A gradient of its own, so that the program keeps its operands as they came and the
+# states at starts of blocks, not operands again, cut into runs and with marks of starts.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _recur(
+    operands: RecurrenceOperands,
+    starts: jax.Array | None,
+    state: jax.Array | None,
+    call: _RecurrenceCall,
+) -> jax.Array:
+    return _recur_forward(operands, starts, state, call)[0]
+
+
+def _recur_forward(operands, starts, state, call):
+    y, block_states = linear_recurrence_forward(
+        *call.split(operands),
+        initial_state=state,
+        starts=starts,
+        scale=call.scale,
+        chunk_size=call.chunk_size,
+    )
+    y = y.reshape(operands.v.shape)
+    return y, (operands, starts, block_states)
+
+
+def _recur_backward(call, saved, d_y):
+    operands, starts, block_states = saved
+    gradients, d_state = linear_recurrence_backward(
+        *call.split(operands),
+        block_states,
+        call.split(d_y),
+        starts=starts,
+        scale=call.scale,
+        chunk_size=call.chunk_size,
+    )
+    d_operands = jax.tree.map(
+        lambda gradient, x: gradient.reshape(x.shape), gradients, operands
+    )
+    return d_operands, None, d_state if call.has_state else None
+
+
+_recur.defvjp(_recur_forward, _recur_backward)
 
 
 def spread_groups(x: jax.Array, num_heads: int, rules: AxisRules) -> jax.Array:

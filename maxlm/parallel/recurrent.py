@@ -5,16 +5,19 @@ Shapes: B batch, S sequence, F channels, W width of a convolution, N numbers of 
 channel.
 """
 
+from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.config import MaxlmError
+from maxlm.config.errors import check_requirements
+from maxlm.parallel.context import require_split_length
 from maxlm.parallel.differentiable import ShardSpecs, run_on_shards
-from maxlm.parallel.local import Axes, axis_indices, axis_size, make_spec
-from maxlm.parallel.runs import SequenceRuns, shift_runs
+from maxlm.parallel.local import axis_indices, make_spec
+from maxlm.parallel.runs import SequenceRuns
 from maxlm.sharding import AxisRules
 from pallas_kernels.causal_conv import (
     ConvActivation,
@@ -28,7 +31,7 @@ from pallas_kernels.selective_scan import (
 )
 
 
-class _SequenceContext(NamedTuple):
+class SequenceContext(NamedTuple):
     """What a device knows of its rows beside their features."""
 
     segment_ids: jax.Array | None
@@ -68,7 +71,7 @@ def sharded_causal_conv(
     bias: jax.Array | None = None,
     *,
     rules: AxisRules,
-    feature_axis: str,
+    feature_axes: tuple[str | None, ...],
     segment_ids: jax.Array | None = None,
     balanced: bool = False,
     activation: ConvActivation | None = None,
@@ -77,53 +80,131 @@ def sharded_causal_conv(
     exchange the last W − 1 inputs of their runs.
 
     Args:
-        x: [B, S, F], laid out by ``rules``.
-        weight: [F, W].
-        bias: [F].
-        feature_axis: logical axis of F.
+        x: [B, S, *features], such as [B, S, F] or [B, S, N, H], laid out by ``rules``.
+        weight: [*features, W].
+        bias: [*features].
+        feature_axes: logical axes of the features.
         segment_ids: int [B, S], documents of packed rows; None: a row is one.
         balanced: whether rows are in the balanced order of
             ``context.sequence_order_indices``.
 
     Returns:
-        [B, S, F] in x's dtype.
+        Like x.
 
     Raises:
-        MaxlmError: runs of a split sequence that are shorter than W − 1.
+        MaxlmError: a sequence that does not divide over its devices.
+        ValueError: shapes that do not belong together.
     """
+    check_split_length(x.shape[1], rules, balanced)
     seq_axes = rules.mesh_axes("seq")
-    width = weight.shape[1]
-    _check_run_length(x.shape[1], width, seq_axes, balanced)
-    rows = rules.spec("batch", "seq", feature_axis)
+    width = weight.shape[-1]
+    rows = rules.spec("batch", "seq", *feature_axes)
     specs = ShardSpecs(
         _ConvOperands(
             rows,
-            rules.spec(feature_axis, None),
-            None if bias is None else rules.spec(feature_axis),
+            rules.spec(*feature_axes, None),
+            None if bias is None else rules.spec(*feature_axes),
         ),
-        _make_context_specs(segment_ids, rules),
+        make_context_specs(segment_ids, rules),
         rows,
     )
 
-    def local(operands: _ConvOperands, context: _SequenceContext) -> jax.Array:
+    def local(operands: _ConvOperands, context: SequenceContext) -> jax.Array:
         runs = SequenceRuns(seq_axes, balanced, context.device_index)
         starts = runs.find_starts(context.segment_ids)
         x = runs.split(operands.x)
         state = None
         if runs.are_split:
-            state = runs.pass_on(update_conv_state(x, width, starts), shift_runs)
-        y, _ = causal_conv(
+            summary = _summarize_conv(_flatten_features(x), width, starts)
+            find_inputs = partial(_find_inputs_before, num_inputs=width - 1)
+            state = runs.pass_on(summary, find_inputs)
+        y, _ = convolve_features(
             x,
             operands.weight,
             operands.bias,
+            state,
             starts=starts,
-            initial_state=state,
             activation=activation,
         )
         return runs.join(y)
 
-    context = _SequenceContext(segment_ids, axis_indices(seq_axes))
+    context = SequenceContext(segment_ids, axis_indices(seq_axes))
     return run_on_shards(local, _ConvOperands(x, weight, bias), context, specs)
+
+
+def convolve_features(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    *,
+    starts: jax.Array | None = None,
+    live: jax.Array | None = None,
+    activation: ConvActivation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs ``causal_conv`` over features of several dimensions, on one device.
+
+    Args:
+        x: [R, T, *features].
+        weight: [*features, W].
+        bias: [*features], or None.
+        state: [R, W − 1, F], F the product of features; None: zeros.
+        starts, live, activation: see ``causal_conv``.
+
+    Returns:
+        y like x, and the state after the last live token.
+    """
+    width = weight.shape[-1]
+    y, new_state = causal_conv(
+        _flatten_features(x),
+        weight.reshape(-1, width),
+        None if bias is None else bias.reshape(-1),
+        starts=starts,
+        initial_state=state,
+        live=live,
+        activation=activation,
+    )
+    return y.reshape(x.shape), new_state
+
+
+def _flatten_features(x: jax.Array) -> jax.Array:
+    """Returns x [R, T, *features] as [R, T, F]."""
+    return x.reshape(*x.shape[:2], prod(x.shape[2:]))
+
+
+class _ConvSummary(NamedTuple):
+    """What a run of c tokens does to the last inputs, which a convolution keeps."""
+
+    last_inputs: jax.Array
+    """[R, min(c, W − 1), F], the run's last, zeros where they are of an earlier document
+    than its last token."""
+    keeps_earlier: jax.Array
+    """[R, 1, 1]: 1 where no document starts in the run, otherwise 0."""
+
+
+def _summarize_conv(x: jax.Array, width: int, starts: jax.Array | None) -> _ConvSummary:
+    num_inputs = min(x.shape[1], width - 1)
+    last_inputs = update_conv_state(x, num_inputs + 1, starts)
+    keeps_earlier = jnp.ones((x.shape[0], 1, 1), x.dtype)
+    if starts is not None:
+        has_start = jnp.any(starts, axis=1)
+        keeps_earlier = jnp.where(has_start[:, None, None], 0, keeps_earlier)
+    return _ConvSummary(last_inputs, keeps_earlier)
+
+
+def _find_inputs_before(summaries: _ConvSummary, num_inputs: int) -> jax.Array:
+    """Returns the last ``num_inputs`` inputs before each run of a row, [K, b,
+    num_inputs, F], zeros before the first."""
+
+    def advance(state: jax.Array, summary: _ConvSummary) -> tuple[jax.Array, jax.Array]:
+        num_new = summary.last_inputs.shape[1]
+        earlier = state[:, num_new:] * summary.keeps_earlier
+        return jnp.concatenate([earlier, summary.last_inputs], axis=1), state
+
+    _, num_rows, _, num_features = summaries.last_inputs.shape
+    zeros = jnp.zeros((num_rows, num_inputs, num_features), summaries.last_inputs.dtype)
+    _, states = lax.scan(advance, zeros, summaries)
+    return states
 
 
 def sharded_selective_scan(
@@ -158,11 +239,11 @@ def sharded_selective_scan(
             D=features,
             dt_bias=features,
         ),
-        _make_context_specs(segment_ids, rules),
+        make_context_specs(segment_ids, rules),
         rows,
     )
 
-    def local(inputs: SelectiveScanInputs, context: _SequenceContext) -> jax.Array:
+    def local(inputs: SelectiveScanInputs, context: SequenceContext) -> jax.Array:
         runs = SequenceRuns(seq_axes, balanced, context.device_index)
         starts = runs.find_starts(context.segment_ids)
         x = runs.split(inputs.x)
@@ -188,7 +269,7 @@ def sharded_selective_scan(
         )
         return runs.join(y)
 
-    context = _SequenceContext(segment_ids, axis_indices(seq_axes))
+    context = SequenceContext(segment_ids, axis_indices(seq_axes))
     return run_on_shards(local, inputs, context, specs, "attention")
 
 
@@ -204,22 +285,19 @@ def _find_states_before(summaries: ScanSummary) -> jax.Array:
     return states
 
 
-def _make_context_specs(
+def make_context_specs(
     segment_ids: jax.Array | None, rules: AxisRules
-) -> _SequenceContext:
+) -> SequenceContext:
+    """Returns the specs of a program's context."""
     index_spec = make_spec((rules.mesh_axes("seq"),))
     segment_spec = None if segment_ids is None else rules.spec("batch", "seq")
-    return _SequenceContext(segment_spec, index_spec)
+    return SequenceContext(segment_spec, index_spec)
 
 
-def _check_run_length(seq_len: int, width: int, seq_axes: Axes, balanced: bool) -> None:
-    if not seq_axes:
-        return
-    num_runs = axis_size(seq_axes) * (2 if balanced else 1)
-    if seq_len // num_runs < width - 1:
-        raise MaxlmError(
-            f"a sequence of {seq_len} in {num_runs} runs, shorter than the {width - 1} "
-            f"tokens before it that a convolution of width {width} reads",
-            where="data.seq_len",
-            fix="use longer sequences, or fewer devices on mesh.context",
-        )
+def check_split_length(seq_len: int, rules: AxisRules, balanced: bool) -> None:
+    """Raises MaxlmError: a sequence that does not divide over its devices."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    requirements = require_split_length(
+        seq_len, rules=rules, sizes=sizes, balanced=balanced
+    )
+    check_requirements(requirements)

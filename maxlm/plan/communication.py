@@ -209,7 +209,8 @@ def _list_weight_collectives(
     is_zero_2 = split.gradients != split.storage
     if is_zero_2 and "expert" not in kernel.axes:
         is_gathered = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
-    gathers = _Runs(is_gathered * passes.forward, is_gathered * passes.backward)
+    backward_gathers = is_gathered * passes.backward if kernel.is_scanned else 0
+    gathers = _Runs(is_gathered * passes.forward, backward_gathers)
     yield from _in_both_passes(
         kernel.name,
         "all-gather",
@@ -550,6 +551,10 @@ def _list_outer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     token_axes = (*rules.batch, *rules.residual, *_stage_axes(shape))
     for kernel in work.non_layer_kernels:
         yield from _list_weight_collectives(shape, kernel, runs, token_axes)
+    if work.frontend is not None:
+        # A row's items are whole where its sequence is split.
+        for kernel in work.frontend.kernels:
+            yield from _list_weight_collectives(shape, kernel, runs, rules.batch)
     token_table = next(iter(work.embedding_lookup_rates))
     for name, spec in work.base_specs.items():
         if name not in work.embedding_lookup_rates:
@@ -570,7 +575,7 @@ def _list_outer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work = shape.work
     rules = shape.split.compute
-    runs = shape.loss_calls
+    runs = shape.loss_calls * work.head_passes
     # The head is gathered once: loss and gradient are computed in the same pass
     # (parallel/cross_entropy.py).
     no_token_axes = ()

@@ -18,6 +18,7 @@ else they count.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import jax.numpy as jnp
 import numpy as np
@@ -198,6 +199,7 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
             saved_bytes += _count_saved_bytes(shape, stack)
             saved_bytes += _count_scan_inputs(shape, stack)
         kept_by_run.append(saved_bytes)
+    kept_by_run[0] = kept_by_run[0] + _count_frontend_bytes(shape)
     kept_so_far = list(accumulate(kept_by_run))
     run_gradients = [
         sum(_count_stack_gradients(shape, stack) for stack in run)
@@ -240,18 +242,20 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
     average = 0.0
     if config.train.ema_decay is not None:
         average = parameters
-    arrays = config.task.batch_arrays(config.data.seq_len).values()
+    # Each device has its share of a batch's rows, and of the sequence of arrays that
+    # have one.
     row_bytes = sum(
-        np.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays
+        np.prod(array.shape)
+        * np.dtype(array.dtype).itemsize
+        / split.num_shards(split.compute, ("batch", *array.axes))
+        for array in config.batch_arrays.values()
     )
-    # Each device has its share of a batch's rows and of their sequence.
-    token_axes = (*split.compute.batch, *split.compute.seq)
     return {
         "parameters": parameters,
         "optimizer": split.local_bytes(split.optimizer, work.optimizer),
         "average": average,
         "frozen": split.local_bytes(split.storage, work.frozen_specs),
-        "batch": config.data.batch_size * row_bytes / split.num_devices(token_axes),
+        "batch": config.data.batch_size * row_bytes,
     }
 
 
@@ -282,6 +286,24 @@ def _count_stack_gradients(shape: StepShape, stack: StackCosts) -> Number:
         return spec.size * itemsize / split.num_shards(split.gradients, spec.axes)
 
     return sum(count_bytes(spec) for spec in shape.work.select_trained(stack.specs))
+
+
+def _count_frontend_bytes(shape: StepShape) -> Number:
+    """Counts what a frontend's matrices write, which is kept until its backward pass;
+    of all micro-batches at once where these run together through a pipeline."""
+    frontend = shape.work.frontend
+    if frontend is None:
+        return 0.0
+    split = shape.split
+    width = 0.0
+    for kernel in frontend.kernels:
+        output_size = prod(kernel.shape[kernel.num_input_dims :])
+        output_axes = kernel.axes[kernel.num_input_dims :]
+        width += output_size / split.num_shards(split.compute, output_axes)
+    is_spread = shape.pipelined & (not shape.one_f_one_b)
+    micro_batches_at_once = np.where(is_spread, shape.micro_batches, 1.0)
+    rows = micro_batches_at_once * shape.count_frontend_rows()
+    return rows * width * shape.work.dtype_bytes
 
 
 def _count_layers_at_once(shape: StepShape, stack: StackCosts) -> Number:
@@ -582,11 +604,16 @@ def _list_stated_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     (``LayerCosts.working_elements``)."""
     split = shape.split
     elements = 0.0
+    row_tokens = shape.work.tokens_per_row.decoder / split.num_shards(
+        split.compute, ("seq",)
+    )
     for branch in stack.branches:
         costs = branch.costs
         if branch.branch == "mixer" and costs.working_elements:
             num_shards = split.num_shards(split.compute, costs.flops_axes)
-            elements += costs.working_elements / num_shards
+            block_share = np.minimum(1.0, costs.block_tokens / row_tokens)
+            stated = costs.working_elements + block_share * costs.block_elements
+            elements += stated / num_shards
     tokens = shape.micro_batch_tokens * stack.token_ratio
     return {"states and chunks of the mixer": tokens * elements * FP32}
 

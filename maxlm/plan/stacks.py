@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import TrunkSpec, strip_stack_name
+from maxlm.models.architectures.mtp import MTP
 from maxlm.models.architectures.pattern import LayerRun, LayerStack
 from maxlm.models.blocks import Placement
 from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
@@ -34,6 +35,8 @@ class Kernel:
     """Whether the backward pass needs the product as it was before a norm or a clip."""
     is_trained: bool = True
     """Whether it has a gradient."""
+    is_scanned: bool = True
+    """Whether its layer is run in a scan, whose backward pass gathers it again."""
 
     @property
     def size(self) -> int:
@@ -68,6 +71,7 @@ def make_kernel(
         num_input_dims=len(spec.contracting_dims),
         needs_raw_output=needs_raw_output,
         is_trained=name in trained_names,
+        is_scanned=stack != MTP,
     )
 
 

@@ -273,7 +273,8 @@ def _count_attention_flops(shape: StepShape) -> _PassFlops:
 
 
 def _count_loss_flops(shape: StepShape) -> _PassFlops:
-    """Counts the products of the head and of other matrices behind the layers."""
+    """Counts the products of the head, of other matrices behind the layers and of a
+    frontend."""
     work = shape.work
     split = shape.split
     # The head maps all the loss's tokens on a device, the others those that the device
@@ -283,11 +284,31 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
         tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
     parts = []
     for kernel, tokens in tokens_of_kernel.items():
+        if kernel is work.head:
+            tokens = tokens * work.head_passes
         num_shards = split.num_shards(split.compute, kernel.axes)
         forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
         backward_products = 1 + int(kernel.is_trained)
         parts.append(_PassFlops(forward, forward * backward_products))
+    parts += _list_frontend_flops(shape)
     return _add_up(parts)
+
+
+def _list_frontend_flops(shape: StepShape) -> Iterator[_PassFlops]:
+    """Yields FLOPs of a frontend, of all micro-batches of a step, by matrix."""
+    frontend = shape.work.frontend
+    if frontend is None:
+        return
+    rows = shape.micro_batches * shape.count_frontend_rows()
+    for kernel in frontend.kernels:
+        num_shards = shape.split.num_shards(shape.split.compute, kernel.axes)
+        forward = 2 * rows * kernel.size / num_shards
+        backward_products = 1 + int(kernel.is_trained)
+        yield _PassFlops(forward, forward * backward_products)
+    num_rows = shape.micro_batches * shape.micro_batch_size
+    tokens = num_rows * shape.work.tokens_per_row.decoder
+    extra = tokens * frontend.extra_flops_per_token
+    yield _PassFlops(extra, 2 * extra)
 
 
 def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
@@ -405,7 +426,14 @@ def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     forward = shape.per_stage(elements) * work.dtype_bytes
     # fp32 logits, in four passes.
     logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
-    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
+    loss = (
+        4
+        * work.head_passes
+        * shape.loss_calls
+        * shape.embedding_loss_tokens
+        * logits_width
+        * FP32
+    )
     stored = count_stored_bytes(shape)
     # Gradients are as large as the parameters.
     gradients = stored["parameters"]

@@ -46,6 +46,8 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         return by_key.get(key, value) if value is not None else None
 
     values = {key: resize(key, value) for key, value in settings.items()}
+    if "moe_layers" in values:
+        values["moe_layers"] = [number for number in range(layers) if number % 3]
     for key in ("layer_types", "no_rope_layers"):
         if key in values:
             kinds = values[key]

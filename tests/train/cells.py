@@ -33,7 +33,7 @@ RATE = 1e-2
 DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
-GATED = "gated, chunks"
+GATED, MAMBA = "gated, chunks", "mamba"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -61,7 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": _EXPERTS | {"z_loss": 1e-3},
     },
     # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent
-    # attention with a dense layer before those with experts (DeepSeek-V2).
+    # attention with a dense layer before those with experts and modules behind them that
+    # predict further tokens (DeepSeek-V3).
     PATTERN: _BASE
     | {
         "num_layers": 5,
@@ -90,6 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp": {"d_ff": 48},
         "moe": _EXPERTS,
         "dense_layers": 1,
+        "mtp": {"num_modules": 2},
     },
     # Layers of other modules by turns, each with parameters of its own shapes.
     KINDS: _BASE
@@ -108,6 +110,14 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "pattern": ["narrow", "wide"],
     },
+}
+# States that pass from token to token, and from one device's share of a row to the next.
+MODELS[MAMBA] = _BASE | {
+    "mixer": {"kind": "mamba", "d_inner": 48, "d_state": 5, "dt_rank": 3}
+    | {"inner_norms": "learned"},
+    "ffn": "none",
+    "positions": {"kind": "none"},
+    "remat": "attention",
 }
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
@@ -176,20 +186,24 @@ CELLS: dict[str, Cell] = {
     "fsdp": _cell(fsdp=8),
     "tp": _cell({}, (*ALL, CAPACITY), tensor=4),
     "tp+sp": _cell(SP, tensor=4),
-    "cp all-gather": _cell(_context("all_gather"), (*ALL, CAPACITY, GATED), context=4),
+    "cp all-gather": _cell(
+        _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA), context=4
+    ),
     "cp ring": _cell(_context("ring"), (*ALL, CAPACITY), context=4),
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
     "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
-    "tp, 8 ways": _cell(tensor=8),
+    "tp, 8 ways": _cell({}, (*ALL, MAMBA), tensor=8),
     "tp, 8 ways, kv heads whole": _cell(
         KV_WHOLE, ("gqa_window", "moe", GATED), tensor=8
     ),
     "cp ring, 8 ways": _cell(_context("ring"), context=8),
     "cp ring in order, 8 ways": _cell(
-        _context("ring", balance_sequence=False), ("gqa_window", GATED), context=8
+        _context("ring", balance_sequence=False),
+        ("gqa_window", GATED, MAMBA),
+        context=8,
     ),
     "cp ulysses × tp, 8 ways": _cell(
         _context("ulysses"), ("moe",), context=4, tensor=2
@@ -202,7 +216,11 @@ CELLS: dict[str, Cell] = {
         {"sharding": {**ZERO2, **SEQUENCE_PARALLEL}}, ("gqa_window",), fsdp=4, tensor=2
     ),
     "fsdp × cp ring × tp+sp": _cell(
-        _context("ring") | SP, (*ALL, KINDS, GATED), fsdp=2, context=2, tensor=2
+        _context("ring") | SP,
+        (*ALL, KINDS, GATED, MAMBA, LATENT),
+        fsdp=2,
+        context=2,
+        tensor=2,
     ),
     "cp ulysses × tp": _cell(
         _context("ulysses"), (*ALL, GATED), data=2, context=2, tensor=2
@@ -226,13 +244,13 @@ CELLS: dict[str, Cell] = {
         _pipe("1f1b", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
-        _pipe("1f1b", **SP), (*ALL, KINDS, GATED), stage=2, fsdp=2, tensor=2
+        _pipe("1f1b", **SP), (*ALL, KINDS, GATED, MAMBA), stage=2, fsdp=2, tensor=2
     ),
     "fsdp × tp+sp × pp circular": _cell(
         _pipe("circular", 2, **SP), stage=2, fsdp=2, tensor=2
     ),
     "cp all-gather × pp circular": _cell(
-        _pipe("circular", 2), (*ALL, GATED), stage=2, context=2, data=2
+        _pipe("circular", 2), (*ALL, GATED, MAMBA), stage=2, context=2, data=2
     ),
     "cp ring in order × pp 1f1b": _cell(
         _context("ring", balance_sequence=False, schedule="1f1b"),

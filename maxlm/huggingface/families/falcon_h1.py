@@ -4,6 +4,7 @@ side by side in each layer, factors (µP) on what most maps read and give."""
 from operator import attrgetter
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.huggingface.families import bamba, fields, llama, mamba2, rope
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import map_linears
@@ -37,15 +38,25 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     norm = "norm_first" if reader.flag("mamba_norm_before_gate", True) else "gate_first"
     has_norm = reader.flag("mamba_rms_norm", False)
     state_space["gated_norm"] = norm if has_norm else "none"
-    scales = reader.numbers("ssm_multipliers", [1.0] * len(_SCALES))
+    scales = _read_scales(reader, "ssm_multipliers", len(_SCALES))
     if scales != [1.0] * len(_SCALES):
         names = zip(_SCALES, scales, strict=True)
         state_space["projection_scales"] = dict(names)
-    gate_scale, output_scale = reader.numbers("mlp_multipliers", [1.0, 1.0])
+    gate_scale, output_scale = _read_scales(reader, "mlp_multipliers", 2)
     settings["mlp"] |= {"gate_scale": gate_scale, "output_scale": output_scale}
     settings["positions"] = rope.read_position_settings(
         reader, mixer["attention"]["head_dim"]
     )
+
+
+def _read_scales(reader: ConfigReader, key: str, count: int) -> list[float]:
+    """Reads so many factors, ones where the file has none."""
+    scales = reader.numbers(key) if reader.has(key) else [1.0] * count
+    if len(scales) != count:
+        message = f"{key} has {len(scales)} numbers, not {count}"
+        fix = "take it from the published model"
+        raise MaxlmError(message, where=reader.where, fix=fix)
+    return scales
 
 
 def _read_attention(

@@ -1,6 +1,6 @@
 """Keys of config.json beside settings of ours: one table, read in both directions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from maxlm.config import Config, MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
 from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
+from maxlm.models.architectures.pattern import LayerKind
 
 MixerT = TypeVar("MixerT", bound=Config)
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -242,7 +243,7 @@ def list_kind_names(config: TransformerConfig) -> list[str]:
     return [str(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
 
-def find_period(kinds: Sequence[str]) -> int:
+def find_period(kinds: Sequence[object]) -> int:
     """Returns the fewest layers whose kinds, repeated, give the list."""
     # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
     # of the whole length at the latest.
@@ -298,15 +299,11 @@ def put_nested(tree: dict[str, Any], path: str, value: object) -> None:
     tree[key] = value
 
 
-def read_layer_pattern(
-    reader: ConfigReader,
-    default_kinds: Sequence[str],
-    kind_settings: Mapping[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """Returns the shortest pattern that gives ``layer_types``, as settings of a
-    decoder; none where all layers are as the model says. ``default_kinds``: each
-    layer's kind where there is no such list. ``kind_settings``: of each kind, settings
-    of ``LayerKind``."""
+def read_layer_types(
+    reader: ConfigReader, default_kinds: Sequence[str], allowed: Collection[str]
+) -> Sequence[str]:
+    """Reads each layer's kind from ``layer_types``, or returns ``default_kinds`` where
+    there is no such list. ``allowed``: the kinds that are implemented."""
     num_layers = len(default_kinds)
     kinds = reader.names("layer_types") or default_kinds
     if len(kinds) != num_layers:
@@ -315,18 +312,40 @@ def read_layer_pattern(
             message, where=reader.where, fix="take it from the published model"
         )
     for kind in kinds:
-        if kind not in kind_settings:
-            fix = f"only {' and '.join(kind_settings)} can be converted"
+        if kind not in allowed:
+            fix = f"only {' and '.join(allowed)} can be converted"
             message = f"layer_types has {kind!r}, which is not implemented"
             raise MaxlmError(message, where=reader.where, fix=fix)
-    pattern = [kind_settings[kind] for kind in kinds[: find_period(kinds)]]
+    return kinds
+
+
+def make_pattern(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the shortest pattern that gives these settings of ``LayerKind``, one a
+    layer, as settings of a decoder; none where all layers are as the model says."""
+    pattern = list(layers[: find_period(layers)])
     return {"pattern": pattern} if any(pattern) else {}
+
+
+def read_layer_pattern(
+    reader: ConfigReader,
+    default_kinds: Sequence[str],
+    kind_settings: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Returns the pattern of ``layer_types``, as :func:`make_pattern` does;
+    ``kind_settings``: of each kind, settings of ``LayerKind``."""
+    kinds = read_layer_types(reader, default_kinds, kind_settings)
+    return make_pattern([kind_settings[kind] for kind in kinds])
+
+
+def list_layer_kinds(config: TransformerConfig) -> list[LayerKind]:
+    """Lists every layer's kind."""
+    kinds = config.layer_kinds
+    return [kinds[layer % len(kinds)] for layer in range(config.num_layers)]
 
 
 def write_layer_types(config: TransformerConfig) -> tuple[list[str], int | None]:
     """Returns the kind of each layer by its window, and the window (None: no layer has
     one)."""
-    kinds = config.layer_kinds
-    windows = [kinds[layer % len(kinds)].window for layer in range(config.num_layers)]
+    windows = [kind.window for kind in list_layer_kinds(config)]
     window = next((window for window in windows if window is not None), None)
     return [GLOBAL if window is None else LOCAL for window in windows], window

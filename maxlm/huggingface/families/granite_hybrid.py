@@ -7,7 +7,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.huggingface.families import bamba, fields, llama, mamba2, rope
 from maxlm.huggingface.families.family import ModelFamily
-from maxlm.huggingface.families.names import either, linear, stack_experts
+from maxlm.huggingface.families.names import either, join_experts, linear
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.layers.mamba2 import Mamba2Config
@@ -27,8 +27,10 @@ TABLE = {
     **llama.ATTENTION,
     **mamba2.map_mamba2(f"{L}.mamba"),
     f"{_EXPERTS}.router.layer.weight": linear("moe.router"),
-    f"{_EXPERTS}.input_linear.weight": stack_experts("moe.gate", "moe.up"),
-    f"{_EXPERTS}.output_linear.weight": stack_experts("moe.down"),
+    f"{_EXPERTS}.input_linear.weight": join_experts(
+        "moe.gate", "moe.up", inputs_first=False
+    ),
+    f"{_EXPERTS}.output_linear.weight": join_experts("moe.down", inputs_first=False),
     f"{L}.shared_mlp.input_linear.weight": either(
         linear("moe.shared.gate.kernel", "moe.shared.up.kernel"),
         linear("mlp.gate.kernel", "mlp.up.kernel"),

@@ -125,6 +125,12 @@ def interleave_by_kv_head(*ours: str) -> TensorRule:
     return TensorRule(ours, make_conversion)
 
 
+def interleave_rows(groups: int, *ours: str) -> TensorRule:
+    """Returns the rule of maps of one input, fused by ``groups`` equal groups of
+    outputs: for each, its rows of every map."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, groups))
+
+
 def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
     """Returns the conversion of a matrix [rows, inputs] whose ``groups`` equal parts of
     rows hold each a share of every piece, one above the other."""
@@ -215,6 +221,22 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
     return TensorRule((ours,), make_conversion, aliases)
 
 
+def copy_with_ones(ours: str, *, before: int, behind: int) -> TensorRule:
+    """Returns the rule of a vector or table with so many dimensions of one before and
+    behind its own."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        our_shape = pieces[0].shape
+        shape = ((1,) * before) + our_shape + ((1,) * behind)
+        return TensorConversion(
+            shape,
+            lambda tensor: [tensor.reshape(our_shape)],
+            lambda parts: parts[0].reshape(shape),
+        )
+
+    return TensorRule((ours,), make_conversion)
+
+
 def depthwise(*ours: str) -> TensorRule:
     """Returns the rule of convolutions of each channel by itself, [channels, 1, width]
     as torch has them, one above the other; ours are [..., width]."""
@@ -276,6 +298,21 @@ def permute_rotary(
     return TensorRule(rule.ours, make_conversion)
 
 
+def split_heads(rule: TensorRule) -> TensorRule:
+    """Returns the rule of vectors with the rows of each head as a row of a matrix
+    [heads, rows]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        plain = rule.make_conversion(pieces)
+        return TensorConversion(
+            pieces[0].shape,
+            lambda whole: plain.split(whole.reshape(plain.shape)),
+            lambda parts: plain.join(parts).reshape(pieces[0].shape),
+        )
+
+    return TensorRule(rule.ours, make_conversion)
+
+
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E,
     d_ff, D] too or, of another orientation, [E, D, d_ff]."""
@@ -310,23 +347,21 @@ def take_turns(*ours: str) -> TensorRule:
     return TensorRule(ours, make_conversion)
 
 
-def stack_experts(*ours: str) -> TensorRule:
-    """Returns the rule of all experts' maps of one input, [E, outputs of all, inputs];
-    ours are [E, inputs, outputs]."""
+def join_experts(*ours: str, inputs_first: bool) -> TensorRule:
+    """Returns the rule of all experts' matrices in one tensor, ours [E, inputs, outputs]
+    each: [E, inputs, outputs of each, side by side], or of another orientation [E,
+    outputs of each, one above the other, inputs]."""
 
     def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
-        num_experts, num_inputs, _ = pieces[0].shape
-        stops = np.cumsum([piece.shape[2] for piece in pieces])
-
-        def split_rows(whole: Array) -> list[Array]:
-            parts = np.split(whole, stops[:-1], axis=1)
-            return [part.swapaxes(1, 2) for part in parts]
-
-        def join_rows(parts: Sequence[Array]) -> Array:
-            return np.concatenate([part.swapaxes(1, 2) for part in parts], axis=1)
-
-        shape = (num_experts, int(stops[-1]), num_inputs)
-        return TensorConversion(shape, split_rows, join_rows)
+        num_experts, inputs, outputs = pieces[0].shape
+        shape = (num_experts, inputs, len(pieces) * outputs)
+        axes = (0, 1, 2) if inputs_first else (0, 2, 1)
+        # Swapping two axes is its own inverse.
+        return TensorConversion(
+            tuple(shape[axis] for axis in axes),
+            lambda whole: np.split(whole.transpose(axes), len(pieces), axis=2),
+            lambda parts: np.concatenate(parts, axis=2).transpose(axes),
+        )
 
     return TensorRule(ours, make_conversion)
 

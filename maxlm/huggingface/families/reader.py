@@ -175,17 +175,6 @@ class ConfigReader:
             bound += f" and at most {most:g}"
         raise self._wrong(key, value, f"a number {bound}")
 
-    def numbers(self, key: str, default: Sequence[float]) -> list[float]:
-        """Reads as many finite numbers above 0 as there are by default; a null counts
-        as absent."""
-        values = self._get(key, list(default))
-        is_list = isinstance(values, list) and len(values) == len(default)
-        if not is_list or not all(type(value) in (int, float) for value in values):
-            raise self._wrong(key, values, f"a list of {len(default)} numbers")
-        if not all(0 < value < math.inf for value in values):
-            raise self._wrong(key, values, "a list of finite numbers above 0")
-        return [float(value) for value in values]
-
     def bounds(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
         """Reads the smallest and the largest value of something, 0 or more, in order;
         the latter may be infinite."""
@@ -209,6 +198,16 @@ class ConfigReader:
         if type(value) is not bool:
             raise self._wrong(key, value, "true or false")
         return value
+
+    def flags(self, key: str) -> list[bool]:
+        """Reads a list of true and false, or of ones and zeros; none where it is absent
+        or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of 0 and 1")
+        if not all(type(value) in (bool, int) and value in (0, 1) for value in values):
+            raise self._wrong(key, values, "a list of 0 and 1")
+        return [bool(value) for value in values]
 
     def text(self, key: str, default: str, *, alias: str = "") -> str:
         """Reads a name; a null counts as absent."""
@@ -234,6 +233,26 @@ class ConfigReader:
             raise self._wrong(key, values, "a list of numbers")
         if not all(type(value) is int and 0 <= value < count for value in values):
             raise self._wrong(key, values, f"a list of numbers below {count}")
+        return values
+
+    def numbers(self, key: str) -> list[float]:
+        """Reads a list of numbers above 0."""
+        values = self._get(key, REQUIRED)
+        is_list = isinstance(values, list)
+        if not is_list or not all(
+            type(value) in (int, float) and 0 < value <= sys.float_info.max
+            for value in values
+        ):
+            raise self._wrong(key, values, "a list of numbers above 0")
+        return [float(value) for value in values]
+
+    def sizes(self, key: str) -> list[int]:
+        """Reads a list of numbers of at least 1; none where it is absent or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of whole numbers")
+        if not all(type(value) is int and value > 0 for value in values):
+            raise self._wrong(key, values, "a list of whole numbers above 0")
         return values
 
     def mapping(self, key: str) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
     FeedForwardChoice,
     KindName,
@@ -37,6 +38,7 @@ from maxlm.models.architectures.pattern import (
 )
 from maxlm.models.architectures.shrink import PartShrinker
 from maxlm.models.blocks import BlockConfig, Placement, find_attention
+from maxlm.models.frontends import FrontendChoice
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -165,6 +167,12 @@ class TransformerConfig(Config):
     """Factor on the logits, before the offsets (Grok-1)."""
     logit_cap: float | None = Field(default=None, gt=0)
     """Logits become cap·tanh(logit / cap) (Gemma 2)."""
+    frontend: FrontendChoice | None = None
+    """Inputs beside tokens (patches of images, vectors of another model) and what turns
+    them into vectors, by the kind it is registered with; null: tokens alone."""
+    mtp: MtpConfig | None = None
+    """Modules behind the layers that predict tokens further ahead, whose losses join
+    the model's (DeepSeek-V3); null: none."""
     heads: Mapping[HeadName, PositiveInt] = {}
     """Further linear maps of the final hidden states, their widths by name, such as
     `score: 1` of a reward model."""
@@ -205,6 +213,24 @@ class TransformerConfig(Config):
                 where="pattern",
                 fix="give windows to its kinds of layers alone",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _frontend_fits(self) -> Self:
+        frontend = self.frontend
+        if frontend is None:
+            return self
+        if self.transformer_type != "decoder":
+            raise MaxlmError(
+                f"a frontend before an architecture={self.architecture}",
+                where="frontend",
+                fix="set it to null, or use a decoder",
+            )
+        if frontend.placeholder_id >= self.vocab_size:
+            message = f"{frontend.placeholder_id} is no row of the model's table, "
+            message += f"vocab_size={self.vocab_size}"
+            fix = "name one that no text has, or raise vocab_size"
+            raise MaxlmError(message, where="frontend.placeholder_id", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -479,7 +505,17 @@ class TransformerConfig(Config):
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
-        return (TrunkSpec(self.layer_runs),)
+        return (TrunkSpec((*self.layer_runs, *self.mtp_runs)),)
+
+    @property
+    def mtp_runs(self) -> tuple[LayerRun, ...]:
+        """The modules of ``mtp`` as a run of layers of the last kind, if there are
+        any."""
+        if self.mtp is None:
+            return ()
+        last = self.layer_runs[-1]
+        block = last.stacks[last.turns[-1]].block
+        return (make_mtp_run(self.mtp.num_modules, last.kinds[-1], block),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
@@ -519,9 +555,11 @@ class TransformerConfig(Config):
         attention_configs = self.list_attention()
         d_model = 2 * head_dim
         old_head_dim = head_dim
+        is_latent = False
         if attention_configs:
             attention = self.attention or attention_configs[0]
             old_head_dim = attention.head_dim
+            is_latent = attention.latent is not None
             d_model = attention.shrunk(head_dim, seq_len).num_heads * head_dim
         shrinker = PartShrinker(
             head_dim,
@@ -529,6 +567,7 @@ class TransformerConfig(Config):
             d_model,
             old_head_dim=old_head_dim,
             old_d_model=self.d_model,
+            is_latent=is_latent,
         )
         # Each kind once, so that a model of few layers has them all.
         pattern = tuple(
@@ -539,9 +578,12 @@ class TransformerConfig(Config):
         # T5's, without which a narrow model's logits would hardly differ.
         scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
         moe = None if self.moe is None else self.moe.limit_experts(8)
+        vocab_size = min(self.vocab_size, vocab_size)
+        frontend = self.frontend
         return self.model_copy(
             update={
-                "vocab_size": min(self.vocab_size, vocab_size),
+                "vocab_size": vocab_size,
+                "frontend": None if frontend is None else frontend.shrunk(vocab_size),
                 "num_layers": min(self.num_layers, num_layers),
                 "d_model": d_model,
                 "max_seq_len": seq_len,

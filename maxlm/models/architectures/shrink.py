@@ -9,6 +9,7 @@ from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.positions import PositionsConfig
+from maxlm.models.layers.rope import resize_scaling
 
 FfnT = TypeVar("FfnT", MlpConfig, MoeConfig)
 MixerT = TypeVar("MixerT")
@@ -34,6 +35,8 @@ class PartShrinker:
     """Width of the small model."""
     old_head_dim: int
     old_d_model: int
+    is_latent: bool = False
+    """Whether the model's attention is latent, whose small heads turn by half."""
 
     def shrink_ffn(self, ffn: FfnT | None) -> FfnT | None:
         """Returns a feed-forward of the same ratio to the width, in multiples of 8."""
@@ -53,11 +56,17 @@ class PartShrinker:
         self, positions: PositionsConfig | None
     ) -> PositionsConfig | None:
         """Returns positions that turn the same share of a head."""
-        if positions is None or positions.rotary_dim is None:
+        if positions is None:
             return positions
-        share = positions.rotary_dim / self.old_head_dim
-        rotary_dim = max(2, round(share * self.head_dim / 2) * 2)
-        return positions.model_copy(update={"rotary_dim": rotary_dim})
+        rotary_dim = positions.rotary_dim
+        turning_dims = self.head_dim // 2 if self.is_latent else self.head_dim
+        if rotary_dim is not None:
+            share = rotary_dim / self.old_head_dim
+            rotary_dim = max(2, round(share * self.head_dim / 2) * 2)
+            turning_dims = rotary_dim
+        scaling = resize_scaling(positions.scaling, turning_dims)
+        changes = {"rotary_dim": rotary_dim, "scaling": scaling}
+        return positions.model_copy(update=changes)
 
     def shrink_attention(
         self, attention: AttentionConfig | None

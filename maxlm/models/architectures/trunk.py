@@ -20,6 +20,7 @@ from maxlm.models.blocks import Block, BlockTurn, scan_blocks
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.frontends import InputVectors
 from maxlm.models.layers.attention import AttentionInputs, EncoderOutput
 from maxlm.models.layers.linear import Embedding
 from maxlm.models.layers.norm import Norm
@@ -43,6 +44,7 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
+from maxlm.parallel.input_vectors import place_vectors
 from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
 from pallas_kernels.chips import get_platform
@@ -215,12 +217,17 @@ class Trunk(nnx.Module):
             for stack in run.stacks
         }
 
-    def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns embeddings of tokens [..., S, D] as the first layer's input."""
+    def embed_inputs(
+        self, x: jax.Array, positions: jax.Array, vectors: InputVectors | None = None
+    ) -> jax.Array:
+        """Returns embeddings of tokens [..., S, D] as the first layer's input, with
+        vectors in place of some."""
         config = self.config
         if config.embedding_scale != 1:
             # Rounded to the compute dtype, as Gemma's published code does.
             x *= jnp.asarray(config.embedding_scale, x.dtype)
+        if vectors is not None:
+            x = place_vectors(x, vectors.values, vectors.numbers)
         if self.positions is not None:
             x += self.positions(positions + config.positions.offset)
         if config.positions.kind == "sinusoidal":

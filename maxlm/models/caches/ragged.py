@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from maxlm.parallel.decode_kernels import PagedKernel
 from maxlm.parallel.layers import PyTree
-from maxlm.parallel.local import map_shards
-from maxlm.parallel.recurrence import SplitArray
+from maxlm.parallel.local import SplitArray, map_shards
 from maxlm.sharding import AxisRules
 
 StatesT = TypeVar("StatesT")

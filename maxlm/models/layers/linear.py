@@ -76,18 +76,19 @@ class Linear(nnx.Module):
             else None
         )
 
-    def __call__(self, x: jax.Array, *, seq_axis: str = "seq") -> jax.Array:
+    def __call__(self, x: jax.Array, *, seq_axis: str | None = "seq") -> jax.Array:
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see
         :func:`project`."""
         return project(x, self, seq_axis=seq_axis)[0]
 
 
 def project(
-    x: jax.Array, *layers: Linear, seq_axis: str = "seq"
+    x: jax.Array, *layers: Linear, seq_axis: str | None = "seq"
 ) -> tuple[jax.Array, ...]:
     """Applies several maps to one input [B, S, *inputs], which then crosses the wire
     once. ``seq_axis``: the logical axis of the results' sequence: "seq" within a layer,
-    "residual" for what is added to the residual stream."""
+    "residual" for what is added to the residual stream; None: it is whole (a frontend's
+    items)."""
     rules = layers[0].rules
     dtype = layers[0].dtype
     token_layout = parse_spec(rules.spec("batch", seq_axis), 2)

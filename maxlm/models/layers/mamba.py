@@ -247,7 +247,7 @@ class Mamba(nnx.Module):
             weight,
             bias,
             rules=self.rules,
-            feature_axis="mlp",
+            feature_axes=("mlp",),
             segment_ids=inputs.segment_ids,
             balanced=self.balance_sequence,
             activation="silu",
