@@ -115,14 +115,11 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "blt": UnsupportedType("patches of bytes, and three models in one", "llama"),
     "zaya": UnsupportedType("compressed convolutional attention", "qwen3_moe"),
     # Recurrences and hybrids.
-    **_group("the selective scan of Mamba", "mamba2", "mamba falcon_mamba"),
-    **_group("the selective scan of Mamba beside attention", "nemotron_h", "jamba"),
     **_group(
-        "Mamba-2 with projections of its own form, beside attention",
+        "one attention block that several layers share, each with its own LoRA",
         "nemotron_h",
-        "bamba granitemoehybrid falcon_h1",
+        "zamba zamba2",
     ),
-    **_group("Mamba with attention that layers share", "mamba2", "zamba zamba2"),
     **_group("Gated DeltaNet beside windows", "qwen3_next", "lara_mini"),
     **_group(
         "sparse attention, hyper-connections and n-gram embeddings",
@@ -132,8 +129,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "bailing_hybrid": UnsupportedType(
         "Kimi Delta Attention beside latent attention with RoPE", "kimi_linear"
     ),
-    **_group("lightning attention", "mixtral", "minimax"),
-    **_group("short convolutions beside attention", "qwen3", "lfm2 lfm2_moe lfm3"),
+    **_group("experts in a file of its own", "lfm2", "lfm2_moe lfm3"),
     "recurrent_gemma": UnsupportedType("the recurrence RG-LRU", "gemma"),
     "rwkv": UnsupportedType("RWKV's recurrence", "llama"),
     "xlstm": UnsupportedType("xLSTM's recurrences", "llama"),
