@@ -241,7 +241,7 @@ def row(case: str) -> tuple[list[str], str]:
         note = "blocks of " + ", ".join(
             f"{'/'.join(map(str, b))} {n}" for n, b in best.items()
         )
-        name = "maxlm.models.layers.attention.sharded_attention"
+        name = "maxlm.models.layers.attend.sharded_attention"
         swaps[name] = partial(splash_on_shards, blocks=best)
     else:
         passes, _ = kernel_passes(shape, [None])

@@ -38,7 +38,8 @@ from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert
 from tests.parity import compare, tiny
-from tests.parity.measure import LENGTH, SOURCE, Batch, all_double, relative, theirs
+from tests.parity.drawn import LENGTH, draw_settings
+from tests.parity.measure import SOURCE, Batch, all_double, relative, theirs
 
 Values = dict[str, Any]
 TOLERANCE = 1e-9
@@ -97,52 +98,6 @@ def changed(value: Any) -> list[Any]:
     if isinstance(value, float):
         return [value * 2, value / 3, 0.0, -1.0, str(value), None]
     return [*WORDS, None] if isinstance(value, str) else [1, 0.5, True, "gelu"]
-
-
-def drawn(name: str, draw: random.Random) -> Values:
-    """A config.json like that of a case, of other sizes."""
-    settings = tiny.CASES[name][1]
-    heads = draw.randint(1, 7)
-    head_dim = 4 * draw.randint(1, 3)
-    free = {"head_dim", "d_kv", "qk_rope_head_dim"} & settings.keys()
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-    layers = draw.randint(3, 5)
-    sizes = {
-        "hidden_size n_embd d_model": heads
-        * (draw.randint(3, 11) if free else head_dim),
-        "num_attention_heads n_head n_heads num_heads": heads,
-        "encoder_attention_heads decoder_attention_heads": heads,
-        "num_key_value_heads kv_n_heads num_kv_heads": draw.choice(divisors),
-        "head_dim d_kv": head_dim,
-        "num_hidden_layers n_layer n_layers num_decoder_layers decoder_layers": layers,
-        "num_layers encoder_layers": draw.randint(1, 3),
-        "intermediate_size n_inner d_ff ffn_hidden_size": draw.randint(5, 70),
-        "encoder_ffn_dim decoder_ffn_dim": draw.randint(5, 70),
-        "n_positions max_position_embeddings": draw.randint(LENGTH, 67),
-        "sliding_window query_pre_attn_scalar": draw.randint(2, 13),
-        "q_lora_rank kv_lora_rank": 2
-        * draw.randint(1, 9),  # an odd one fails in transformers
-        "type_vocab_size moe_intermediate_size v_head_dim": draw.randint(1, 9),
-        "vocab_size": draw.randint(19, 211),
-    }
-    by_key = {key: size for keys, size in sizes.items() for key in keys.split()}
-    by_key |= {"num_key_value_heads": heads} if "kv_lora_rank" in settings else {}
-
-    def resized(key: str, value: Any) -> Any:
-        if isinstance(value, dict) and key.endswith("_config"):
-            return {
-                inner: resized(inner, inner_value)
-                for inner, inner_value in value.items()
-            }
-        return by_key.get(key, value) if value is not None else None
-
-    values = {key: resized(key, value) for key, value in settings.items()}
-    if "layer_types" in values:
-        values["layer_types"] = values["layer_types"][:1] * layers
-    if name.startswith(("llama", "mi", "qwen", "phi3")):
-        values["tie_word_embeddings"] = draw.random() < 0.5
-        values["rms_norm_eps"] = 10.0 ** -draw.randint(2, 7)
-    return values
 
 
 def whole_config(name: str, settings: Values) -> tuple[Any, Values]:
@@ -319,7 +274,8 @@ def draw_models(cases: list[str], number: int, seed: int, verbose: bool) -> bool
     for index in range(number):
         name = cases[index % len(cases)]
         dtype = draw.choice(["float32", "bfloat16"])
-        cls, values = whole_config(name, drawn(name, draw))
+        settings = draw_settings(*tiny.CASES[name], draw)
+        cls, values = whole_config(name, settings)
         try:
             error = there_and_back(cls, values, dtype)
             worst = max(worst, error)

@@ -32,10 +32,9 @@ from maxlm.huggingface.files import (
     TensorDtypes,
     is_floating,
     iterate_flat_chunks,
-    list_stored_tensors,
-    read_tensor,
     split_into_slabs,
 )
+from maxlm.huggingface.quantized import list_model_tensors, read_model_tensor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -62,8 +61,9 @@ def import_tensors(
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
     """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and
-    return the number formats they had, for its metadata. Files of another model are
-    refused before anything is written.
+    return the number formats they had, for its metadata; of tensors that are stored
+    quantized, the format that they are read in. Files of another model are refused
+    before anything is written.
 
     Args:
         shapes: of all parameters, by canonical name.
@@ -73,7 +73,7 @@ def import_tensors(
         warn: called with a line if values are NaN or infinite.
     """
     num_lead_axes = count_lead_axes(entries, shapes)
-    stored_tensors = list_stored_tensors(folder)
+    stored_tensors = list_model_tensors(folder)
     pairs = match_entries(stored_tensors, entries, ignored, where=str(folder))
     for name, shape in shapes.items():
         writer.declare(name, shape, num_lead_axes[name])
@@ -154,7 +154,7 @@ def _import_one(
 ) -> int:
     """Write a tensor's parts, and return how many of its values are not finite."""
     # Apart from the loop, so that nothing of this tensor outlives it.
-    tensor = read_tensor(stored, np.dtype(np.float32))
+    tensor = read_model_tensor(stored)
     num_bad = 0
     for slab in split_into_slabs(tensor):
         num_bad += slab.size - int(np.isfinite(slab).sum())

@@ -29,8 +29,15 @@ from maxlm.models.layers.attention import (
     AttentionConfig,
     AttentionInputs,
     EncoderOutput,
-    LatentAttention,
 )
+from maxlm.models.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from maxlm.models.layers.kimi_delta_attention import (
+    KimiDeltaAttention,
+    KimiDeltaAttentionConfig,
+)
+from maxlm.models.layers.latent import LatentAttention
+from maxlm.models.layers.mamba import Mamba, MambaConfig
+from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
@@ -136,6 +143,16 @@ MIXERS.register(
     "attention",
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
 )
+MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
+MIXERS.register(
+    "gated_delta_net",
+    RegisteredMixer(GatedDeltaNetConfig, GatedDeltaNet, ("context", "stage")),
+)
+MIXERS.register(
+    "kimi_delta_attention",
+    RegisteredMixer(KimiDeltaAttentionConfig, KimiDeltaAttention, ("context", "stage")),
+)
+MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
 FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
 FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))

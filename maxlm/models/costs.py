@@ -47,6 +47,12 @@ class AttentionCosts:
     """Dimensions of a key that all heads share."""
     qk_norm: bool = False
     """Whether queries and keys are normalised."""
+    chunk: int | None = None
+    """Positions of a chunk, whose tokens alone see each other; None: all do."""
+    gate_dim: int = 0
+    """Numbers of a head's output gate; 0: it has none."""
+    makes_keys: bool = True
+    """Whether the layer makes keys and values, and does not read another's."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ class ExpertRouting:
     """Room of an expert over its equal share; None: it takes all that come."""
     has_shared: bool
     """Whether a dense layer beside them reads the same input."""
+    gates_shared: bool = False
+    """Whether that layer's output is multiplied by a gate."""
+    input_dim: int | None = None
+    """Width of the rows that experts read and write; None: d_model."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,13 @@ class LayerCosts:
     """Forward FLOPs a token beside matrices and scores, such as those of a
     recurrence."""
     flops_axes: tuple[str, ...] = ()
-    """Logical axes that these are split over."""
+    """Logical axes that these, and ``working_elements``, are split over."""
+    working_elements: float = 0.0
+    """Elements a token, in fp32, of arrays that are alive beside the matrices' products
+    while the module is differentiated, such as the states of a recurrence's chunks."""
+    block_elements: float = 0.0
+    """The same of arrays that are there for ``block_tokens`` of each row at a time."""
+    block_tokens: int = 0
 
 
 class BranchCosts(NamedTuple):
@@ -110,6 +126,8 @@ def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
             features = "heads"
         elif "mlp" in input_axes:
             features = "mlp"
+        elif "latent" in input_axes:
+            features = "latent"
         submodule = name.removesuffix(".kernel").rpartition(".")[0]
         groups.setdefault((submodule, features), []).append(name)
     return tuple(

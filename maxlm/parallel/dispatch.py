@@ -132,6 +132,24 @@ class DroplessDispatch:
     def outer_product(self, rows: jax.Array, others: jax.Array) -> jax.Array:
         return grouped_outer_product(rows, others, self._sizes)
 
+    def spread_to_rows(self, vectors: jax.Array) -> jax.Array:
+        """Returns [experts here, F] as [R, F], a row its expert's; zeros behind the
+        last."""
+        return jnp.take(vectors, self._row_experts, axis=0, mode="fill", fill_value=0)
+
+    def sum_by_expert(self, rows: jax.Array) -> jax.Array:
+        """Sums [R, F] over each expert's rows, [experts here, F] in fp32 or wider."""
+        # By a product: a TPU sums few groups of many rows slowly by a scatter.
+        is_expert = self._row_experts[:, None] == jnp.arange(len(self._sizes))
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        return lax.dot_general(
+            is_expert.astype(rows.dtype),
+            rows,
+            (((0,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=wide,
+        )
+
     @property
     def _num_rows(self) -> int:
         """R, enough for the worst case."""
@@ -144,6 +162,14 @@ class DroplessDispatch:
         """Rows of each expert here."""
         sizes = self.counts.sum(0, dtype=jnp.int32)
         return sizes.reshape(len(self.counts), -1)[self.device_index[0]]
+
+    @property
+    def _row_experts(self) -> jax.Array:
+        """The expert here of each row, int32 [R]; their number behind the last
+        expert's."""
+        ends = jnp.cumsum(self._sizes)
+        row = jnp.arange(self._num_rows, dtype=ends.dtype)
+        return jnp.searchsorted(ends, row, side="right")
 
     def _counts_by_origin(self) -> jax.Array:
         """Returns the assignments of each device to each expert here, [ways, experts
@@ -240,6 +266,16 @@ class CapacityDispatch:
         return lax.dot_general(
             self._split_experts(rows), self._split_experts(others), dims
         )
+
+    def spread_to_rows(self, vectors: jax.Array) -> jax.Array:
+        """Returns [experts here, F] as [R, F], a row its expert's."""
+        rows_per_expert = len(self.slot_assignments) // self.experts_per_device
+        return jnp.repeat(vectors, rows_per_expert, axis=0)
+
+    def sum_by_expert(self, rows: jax.Array) -> jax.Array:
+        """Sums [R, F] over each expert's rows, [experts here, F] in fp32 or wider."""
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        return jnp.sum(self._split_experts(rows), axis=1, dtype=wide)
 
     def _split_experts(self, rows: jax.Array) -> jax.Array:
         return rows.reshape(self.experts_per_device, -1, rows.shape[-1])

@@ -12,16 +12,17 @@ out:
     backward    the same for cotangents, and weight gradients by reduce-scatter over fsdp,
                 all-reduce over data and context
 
-The routing weight is multiplied in before the down-projection, at the expert. Its
-gradient is then known from hidden activations alone, so the backward pass needs neither
-the experts' outputs nor their way back: under rematerialisation neither is computed
-again.
+The routing weight is multiplied in before the down-projection, at the expert (or into
+the expert's input, where that is what weighs). Its gradient is then known from hidden
+activations alone, so the backward pass needs neither the experts' outputs nor their way
+back: under rematerialisation neither is computed again. An output's offset is weighted
+beside; where F is split, the first device of its axes alone adds it.
 
 Receive buffers hold the worst case, so that hidden activations would be by far the
 largest arrays of a step. They are made for a part of F at a time, never kept, and made
 again in the backward pass whatever the remat policy.
 
-Letters: B batch, S sequence, D model, E experts, F width of an expert, k experts of a
+Letters: B batch, S sequence, D width of tokens, E experts, F width of an expert, k experts of a
 token; T = B·S tokens of a device, R rows at the experts.
 """
 
@@ -51,7 +52,13 @@ from pallas_kernels.chips import get_mesh_device
 HIDDEN_BYTES = 1 << 30
 
 Kernels = dict[str, jax.Array]
-"""``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D]; or what is as large."""
+"""``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], and perhaps offsets of their
+outputs, ``up_bias`` and ``gate_bias`` [E, F], ``down_bias`` [E, D]; or what is as
+large."""
+HiddenFunction = Callable[..., jax.Array]
+"""``(up) -> hidden`` or ``(up, gate) -> hidden``, element-wise."""
+F_DIMS = {"gate": 2, "up": 2, "down": 1, "gate_bias": 1, "up_bias": 1}
+"""The dimension F of each array that has it."""
 T = TypeVar("T")
 
 
@@ -61,12 +68,13 @@ def apply_experts(
     expert_ids: jax.Array,
     kernels: Kernels,
     *,
-    activation: Callable[[jax.Array], jax.Array],
+    activation: HiddenFunction,
     kernel_layouts: dict[str, Dims],
     expert_capacity: int | None = None,
+    weigh_inputs: bool = False,
 ) -> jax.Array:
     """Computes ``y[t] = Σ_j routing_weights[t, j] · down_e(hidden_e(x[t]))``, e =
-    expert_ids[t, j], where hidden is ``activation(gate(x)) * up(x)``, or
+    expert_ids[t, j], where hidden is ``activation(up(x), gate(x))``, or
     ``activation(up(x))`` without a gate.
 
     Args:
@@ -74,21 +82,25 @@ def apply_experts(
         routing_weights: fp32 [B, S, k].
         expert_ids: int32 [B, S, k], distinct for a token; E sends an assignment
             nowhere.
-        kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], in their
-            storage layouts; gradients come back in the same, and in their dtype.
-        activation: element-wise; a module-level function, lest each trace compile anew.
+        kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], and offsets
+            (:data:`Kernels`), in their storage layouts; gradients come back in the
+            same, and in their dtype.
+        activation: element-wise.
         kernel_layouts: the mesh axes of each kernel's dimensions in use, which begin
             those in storage: E over axes that also split tokens, or none; D whole; F
             over any.
         expert_capacity: assignments that each expert serves of each sequence; others
             are dropped. None: all are served, in buffers for the worst case
             (``dispatch.DroplessDispatch``).
+        weigh_inputs: ``y[t] = Σ_j down_e(hidden_e(routing_weights[t, j] · x[t]))``.
 
     Returns:
         [B, S, D] in x's dtype and layout; differentiable in x, the weights and kernels,
         reverse mode.
     """
-    settings = _Settings(x, kernels, kernel_layouts, activation, expert_capacity)
+    settings = _Settings(
+        x, kernels, kernel_layouts, activation, expert_capacity, weigh_inputs
+    )
     token_spec = make_spec((*settings.tokens[:2], ()))
     routing_weights = reshard(routing_weights, token_spec)
     expert_ids = reshard(expert_ids, token_spec)
@@ -116,12 +128,14 @@ class _Settings:
         x: jax.Array,
         kernels: Kernels,
         kernel_layouts: dict[str, Dims],
-        activation: Callable[[jax.Array], jax.Array],
+        activation: HiddenFunction,
         expert_capacity: int | None,
+        weigh_inputs: bool,
     ):
         self.kernel_layouts = kernel_layouts
         self.activation = activation
         self.expert_capacity = expert_capacity
+        self.weigh_inputs = weigh_inputs
         self.expert_axes, _, self.f_axes = kernel_layouts["up"]
         self.tokens = get_layout(x)
         # Tokens that share F's axes are gathered over them: each device computes its
@@ -140,6 +154,8 @@ class _Settings:
         self.kernel_specs = {
             name: make_spec(dims) for name, dims in self.stored_layouts.items()
         }
+        self.expert_index_spec = make_spec((self.expert_axes,))
+        self.f_index_spec = make_spec((self.f_axes,))
         self.ragged = supports_ragged_all_to_all()
 
     def gather_tokens(self, x: jax.Array) -> jax.Array:
@@ -187,7 +203,7 @@ def _experts(
 def _forward(x, weights, expert_ids, kernels, settings: _Settings):
     num_experts = kernels["up"].shape[0]
 
-    def run(x, weights, expert_ids, kernels, device_index):
+    def run(x, weights, expert_ids, kernels, device_index, f_index):
         x = settings.gather_tokens(x)
         weights = settings.gather_tokens(weights)
         expert_ids = settings.gather_tokens(expert_ids)
@@ -197,13 +213,19 @@ def _forward(x, weights, expert_ids, kernels, settings: _Settings):
         rows = plan.send_to_experts(slots)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scale = plan.send_to_experts(_to_slots(weights.reshape(-1, 1), plan, 1))
+        inputs, out_scale = _weigh_rows(rows, scale, settings)
 
         def add_part(out: jax.Array, part: Kernels) -> tuple[jax.Array, None]:
-            hidden = _compute_hidden(plan, rows, part)
-            weighted = _activate(hidden, scale, settings.activation)
+            hidden = _compute_hidden(plan, inputs, part)
+            weighted = _activate(hidden, out_scale, settings.activation)
             return out + plan.dot(weighted, part["down"]), None
 
         out = jnp.zeros(rows.shape, wide)
+        if "down_bias" in kernels:
+            # Sums over the parts of F, here and over devices, have it once.
+            bias = plan.spread_to_rows(kernels["down_bias"]).astype(wide)
+            is_first = f_index[0] == 0
+            out = jnp.where(is_first, bias * out_scale, 0.0).astype(wide)
         out, _ = _scan_parts(add_part, out, kernels, len(rows))
         out = out.astype(rows.dtype)
         y = _from_slots(plan.receive_from_experts(out), plan)
@@ -217,18 +239,27 @@ def _forward(x, weights, expert_ids, kernels, settings: _Settings):
             settings.token_spec,
             settings.token_spec,
             settings.kernel_specs,
-            make_spec((settings.expert_axes,)),
+            settings.expert_index_spec,
+            settings.f_index_spec,
         ),
         out_specs=(settings.token_spec, settings.residual_spec),
-    )(x, weights, expert_ids, kernels, axis_indices(settings.expert_axes))
+    )(
+        x,
+        weights,
+        expert_ids,
+        kernels,
+        axis_indices(settings.expert_axes),
+        axis_indices(settings.f_axes),
+    )
     return y, (saved, kernels)
 
 
 def _backward(settings: _Settings, residuals, d_y):
     saved, kernels = residuals
 
-    def run(d_y, saved: _Saved, stored_kernels: Kernels):
+    def run(d_y, saved: _Saved, stored_kernels: Kernels, f_index: jax.Array):
         rows, scale, plan = saved
+        inputs, out_scale = _weigh_rows(rows, scale, settings)
         d_y = settings.gather_tokens(d_y)
         token_shape = d_y.shape[:2]
         d_model = d_y.shape[-1]
@@ -240,24 +271,37 @@ def _backward(settings: _Settings, residuals, d_y):
         def add_part(
             sums: tuple[jax.Array, jax.Array], part: Kernels
         ) -> tuple[tuple[jax.Array, jax.Array], Kernels]:
-            d_rows, d_scale = sums
+            d_inputs, d_scale = sums
             activate = partial(_activate, activation=settings.activation)
-            hidden = _compute_hidden(plan, rows, part)
-            weighted, pull = jax.vjp(activate, hidden, scale)
+            hidden = _compute_hidden(plan, inputs, part)
+            weighted, pull = jax.vjp(activate, hidden, out_scale)
             d_weighted = plan.dot(d_out, part["down"], transposed=True)
             d_hidden, d_part_scale = pull(d_weighted)
             d_kernels = {
-                name: plan.outer_product(rows, d) for name, d in d_hidden.items()
+                name: plan.outer_product(inputs, d) for name, d in d_hidden.items()
             }
             d_kernels["down"] = plan.outer_product(weighted, d_out)
             for name, d in d_hidden.items():
-                d_rows += plan.dot(d, part[name], transposed=True)
-            return (d_rows, d_scale + d_part_scale), d_kernels
+                d_inputs += plan.dot(d, part[name], transposed=True)
+                if f"{name}_bias" in part:
+                    d_kernels[f"{name}_bias"] = plan.sum_by_expert(d)
+            return (d_inputs, d_scale + d_part_scale), d_kernels
 
         wide = jnp.promote_types(rows.dtype, jnp.float32)
         zeros = (jnp.zeros(rows.shape, wide), jnp.zeros_like(scale))
         (d_rows, d_scale), d_kernels = _scan_parts(add_part, zeros, kernels, len(rows))
         assert d_kernels is not None
+        if "down_bias" in kernels:
+            # Equal on all devices of F's axes, as its value is.
+            d_bias_rows = (d_out * out_scale).astype(rows.dtype)
+            d_kernels["down_bias"] = plan.sum_by_expert(d_bias_rows)
+            bias = plan.spread_to_rows(kernels["down_bias"]).astype(wide)
+            d_bias_scale = jnp.sum(d_out * bias, axis=1, keepdims=True)
+            d_scale += jnp.where(f_index[0] == 0, d_bias_scale, 0.0)
+        if settings.weigh_inputs:
+            # From the input's gradient; the output's factor was 1.
+            d_scale = jnp.sum(d_rows * rows, axis=1, keepdims=True, dtype=scale.dtype)
+            d_rows = d_rows * scale
         d_rows = d_rows.astype(rows.dtype)
         d_x = _from_slots(plan.receive_from_experts(d_rows), plan)
         d_x = d_x.astype(rows.dtype).reshape(*token_shape, d_model)
@@ -283,9 +327,14 @@ def _backward(settings: _Settings, residuals, d_y):
 
     d_x, d_weights, d_kernels = map_shards(
         run,
-        in_specs=(settings.token_spec, settings.residual_spec, settings.kernel_specs),
+        in_specs=(
+            settings.token_spec,
+            settings.residual_spec,
+            settings.kernel_specs,
+            settings.f_index_spec,
+        ),
         out_specs=(settings.token_spec, settings.token_spec, settings.kernel_specs),
-    )(d_y, saved, kernels)
+    )(d_y, saved, kernels, axis_indices(settings.f_axes))
     return d_x, d_weights, None, d_kernels
 
 
@@ -311,9 +360,27 @@ def _plan(
     )
 
 
+def _weigh_rows(
+    rows: jax.Array, scale: jax.Array, settings: _Settings
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the experts' inputs [R, D], and the factors fp32 [R, 1] of their outputs:
+    routing weights are in one of them."""
+    if not settings.weigh_inputs:
+        return rows, scale
+    return (rows * scale).astype(rows.dtype), jnp.ones_like(scale)
+
+
 def _compute_hidden(plan: DispatchPlan, rows: jax.Array, kernels: Kernels) -> Kernels:
-    """Multiplies rows [R, D] by ``up`` and perhaps ``gate``, to [R, F] each."""
-    return {name: plan.dot(rows, kernels[name]) for name in kernels if name != "down"}
+    """Maps rows [R, D] by ``up`` and perhaps ``gate``, to [R, F] each."""
+    hidden = {}
+    for name in ("gate", "up"):
+        if name not in kernels:
+            continue
+        hidden[name] = plan.dot(rows, kernels[name])
+        bias = kernels.get(f"{name}_bias")
+        if bias is not None:
+            hidden[name] += plan.spread_to_rows(bias)
+    return hidden
 
 
 def _scan_parts(
@@ -323,7 +390,8 @@ def _scan_parts(
     num_rows: int,
 ) -> tuple[T, Kernels | None]:
     """Runs ``body(carry, kernels) -> (carry, arrays like the kernels)`` for a part of F
-    at a time."""
+    at a time, with those kernels that have F."""
+    kernels = {name: kernels[name] for name in kernels if name in F_DIMS}
     width = kernels["up"].shape[2]
     hidden_bytes = num_rows * width * kernels["up"].dtype.itemsize
     # The fewest parts that divide F and fit; F of them where none fits.
@@ -336,11 +404,10 @@ def _scan_parts(
     if num_parts == 1:
         return body(carry, kernels)
     part_width = width // num_parts
-    f_dims = {name: 1 if name == "down" else 2 for name in kernels}
 
     def step(carry: T, start: jax.Array) -> tuple[T, Kernels | None]:
         part = {
-            name: lax.dynamic_slice_in_dim(kernel, start, part_width, f_dims[name])
+            name: lax.dynamic_slice_in_dim(kernel, start, part_width, F_DIMS[name])
             for name, kernel in kernels.items()
         }
         return body(carry, part)
@@ -351,20 +418,19 @@ def _scan_parts(
         return carry, None
     # [parts, E, ...] → the parts side by side in F.
     whole = {
-        name: jnp.moveaxis(parts, 0, f_dims[name]).reshape(kernels[name].shape)
+        name: jnp.moveaxis(parts, 0, F_DIMS[name]).reshape(kernels[name].shape)
         for name, parts in stacked.items()
     }
     return carry, whole
 
 
 def _activate(
-    hidden: Kernels, scale: jax.Array, activation: Callable[[jax.Array], jax.Array]
+    hidden: Kernels, scale: jax.Array, activation: HiddenFunction
 ) -> jax.Array:
-    """Returns hidden activations [R, F] times their rows' routing weights fp32 [R,
-    1]."""
+    """Returns hidden activations [R, F] times their rows' factors fp32 [R, 1]."""
     up = hidden["up"]
     gate = hidden.get("gate")
-    product = activation(up) if gate is None else activation(gate) * up
+    product = activation(up) if gate is None else activation(up, gate)
     return (product * scale).astype(up.dtype)
 
 

@@ -17,6 +17,14 @@ import jax
 from pallas_kernels.attention import sink_gradient
 
 
+def limit_window(window: int | None, chunk: int | None) -> int | None:
+    """Returns the last tokens, itself included, that a token may see where it sees
+    ``window`` of them and none before its chunk of ``chunk`` positions; None: all."""
+    if window is None or chunk is None:
+        return window or chunk
+    return min(window, chunk)
+
+
 class HeadTerms(NamedTuple):
     """Each query head's own terms of the softmax, fp32; or None."""
 
@@ -58,6 +66,9 @@ class AttentionTerms:
     """[N, 2R + 1], learnt, by distance −R to R."""
     sinks: jax.Array | None = None
     """[N], learnt: a logit of each query head whose weight goes to no token."""
+    chunk: int | None = None
+    """With a cache: positions are cut into chunks of so many, and a token sees those of
+    its own alone; without one segments say so. None: one chunk."""
 
     @property
     def by_head(self) -> HeadTerms:

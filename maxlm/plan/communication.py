@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.parallel.context import count_ring_steps
+from maxlm.parallel.terms import limit_window
 from maxlm.plan.network import PlannedCollective
-from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
+from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, make_kernel
 from maxlm.plan.workload import FP32, Number, StepShape
 from maxlm.sharding import AxisRules
 
@@ -92,8 +93,10 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     norm_elements = 0
     for spec in work.select_trained(work.specs):
         is_layer_vector = spec.num_layer_axes > 0 and spec.role == "vector"
-        # One with sign_update has no gradient of the loss (ParamSpec).
-        if is_layer_vector and not spec.sign_update:
+        # One with sign_update has no gradient of the loss (ParamSpec); those of experts
+        # come with their kernels'.
+        is_of_experts = "expert" in spec.axes
+        if is_layer_vector and not spec.sign_update and not is_of_experts:
             norm_elements += spec.size
     norm_bytes_per_layer = norm_elements / work.num_layers * FP32
     passes = _count_layer_passes(shape, work.num_layers)
@@ -123,7 +126,8 @@ def _list_matmul_collectives(
     forward, backward = passes
 
     # The kernels themselves; and the mesh axes that split their inputs and outputs.
-    token_axes = (*rules.batch, *rules.seq)
+    is_in_stream_layout = work.is_in_stream_layout(group)
+    token_axes = (*rules.batch, *(rules.residual if is_in_stream_layout else rules.seq))
     input_axes: set[str] = set()
     output_axes: set[str] = set()
     for kernel in group.kernels:
@@ -155,10 +159,10 @@ def _list_matmul_collectives(
 
     # Axes that split the residual stream's sequence alone: Megatron's sequence
     # parallelism gathers and scatters over them where it would all-reduce.
-    sequence_axes = shape.split.sequence_parallel
+    sequence_axes = () if is_in_stream_layout else shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
-    is_parallel = work.is_parallel_to_attention(group)
-    shares_input = is_parallel and work.config.model.placement == "parallel_shared"
+    is_parallel = group.is_parallel_to_attention
+    shares_input = group.shares_norm
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.
     if is_latent:
@@ -205,7 +209,8 @@ def _list_weight_collectives(
     is_zero_2 = split.gradients != split.storage
     if is_zero_2 and "expert" not in kernel.axes:
         is_gathered = np.where(shape.pipelined & shape.one_f_one_b, 1.0, 0.0)
-    gathers = _Runs(is_gathered * passes.forward, is_gathered * passes.backward)
+    backward_gathers = is_gathered * passes.backward if kernel.is_scanned else 0
+    gathers = _Runs(is_gathered * passes.forward, backward_gathers)
     yield from _in_both_passes(
         kernel.name,
         "all-gather",
@@ -358,7 +363,9 @@ def _list_ring_context(
     block_elements = _count_kv_elements_per_head(shape, attention) * kv_heads
     # A balanced sequence has early tokens everywhere: no step of the ring can be left
     # out for a window.
-    window = None if work.config.parallel.balance_sequence else attention.window
+    window = None
+    if not work.config.parallel.balance_sequence:
+        window = limit_window(attention.window, attention.heads.chunk)
     tokens_here = attention.query_len / ring_size
     # Two permutes a step: keys, and values.
     permutes = 2 * count_ring_steps(ring_size, tokens_here, window)
@@ -449,6 +456,15 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     for group in groups:
         for kernel in group.kernels:
             yield from _list_weight_collectives(shape, kernel, passes, token_axes)
+    for stack in work.stacks:
+        for name, spec in stack.base_specs.items():
+            if "expert" not in spec.axes or spec.role == "matrix":
+                continue  # kernels are counted above
+            offsets = make_kernel(name, spec, work.trained_names)
+            layer_passes = _count_layer_passes(shape, stack.num_layers)
+            yield from _list_weight_collectives(
+                shape, offsets, layer_passes, token_axes
+            )
     router_axes = split.gather_axes(split.storage, router)
     router_bytes = router.size * FP32
     yield from _in_both_passes(
@@ -476,7 +492,7 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         return _in_both_passes(f"experts: {content}", kind, axes, size, runs)
 
     # Rows of tokens, to their experts' devices and back.
-    token_bytes = work.config.model.d_model * work.dtype_bytes
+    token_bytes = (experts.input_dim or work.config.model.d_model) * work.dtype_bytes
     exchange = "all-to-all"
     rows = shape.expert_buffer_rows
     if shape.ragged and experts.capacity_factor is None:
@@ -501,10 +517,14 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     # experts gather the same arrays, and so does attention beside; the compiler gathers
     # them once.
     sequence_axes = split.sequence_parallel
-    is_parallel = any(work.is_parallel_to_attention(group) for group in groups)
-    shares_input = is_parallel and work.config.model.placement == "parallel_shared"
-    input_axes = () if experts.has_shared or shares_input else sequence_axes
-    gradient_axes = () if experts.has_shared or is_parallel else sequence_axes
+    is_parallel = any(group.is_parallel_to_attention for group in groups)
+    shares_input = any(group.shares_norm for group in groups)
+    has_latent = experts.input_dim is not None
+    gathers_alone = not experts.has_shared or has_latent
+    gathers_input = has_latent or (gathers_alone and not shares_input)
+    gathers_gradient = has_latent or (gathers_alone and not is_parallel)
+    input_axes = sequence_axes if gathers_input else ()
+    gradient_axes = sequence_axes if gathers_gradient else ()
     # A hidden layer that is split leaves partial sums.
     other_axes = _without(rules.mlp, sequence_axes)
     stream_bytes = shape.micro_batch_tokens * token_bytes
@@ -555,7 +575,7 @@ def _list_outer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work = shape.work
     rules = shape.split.compute
-    runs = shape.loss_calls
+    runs = shape.loss_calls * work.head_passes
     # The head is gathered once: loss and gradient are computed in the same pass
     # (parallel/cross_entropy.py).
     no_token_axes = ()

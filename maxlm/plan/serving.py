@@ -377,7 +377,8 @@ class ServedModel:
             if heads is None:
                 continue
             width = heads.head_dim + heads.value_dim
-            if layer.specs.value is None:
+            # A layer that reads another's cache has none.
+            if jax.tree.leaves(layer.specs) and layer.specs.value is None:
                 # Latent attention: the value is the key's vector without its rotary
                 # part.
                 key_width = jax.tree.leaves(layer.specs.key)[0].shape[-1]

@@ -68,8 +68,13 @@ def count_layer_caches(
         # Layers take their kinds in turns.
         kinds = cycle(stack.kinds)
         for specs, kind in zip(specs_by_stack[stack.name], kinds, strict=False):
+            # Of a cache in pages, what its layer says: a chunk limits it too.
+            page_windows = (
+                s.window for s in jax.tree.leaves(specs) if s.unit == "page"
+            )
+            window = next(page_windows, kind.window)
             cache_kind = LayerCacheKind(
-                stack.name, kind.window, specs, model.dtype, page_size
+                stack.name, window, specs, model.dtype, page_size
             )
             counts[cache_kind] += 1
     return counts

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.optim.kinds import get_input_output_dims
+from maxlm.parallel.terms import limit_window
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import count_stored_bytes
 from maxlm.plan.network import Network, Phase, PlannedCollective
@@ -55,8 +56,18 @@ _STREAM_PASSES = {
     "pre": 2 * _NORM + 2 * _ADD_BRANCH,
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
+    "output": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
+}
+# Of a layer with one branch alone.
+_ONE_BRANCH_PASSES = {
+    "pre": _NORM + _ADD_BRANCH,
+    "post": _NORM + _ADD_BRANCH,
+    "sandwich": 2 * _NORM + _ADD_BRANCH,
+    "output": _NORM + _ADD_BRANCH,
+    "parallel": _NORM + _ADD_BRANCH,
+    "parallel_shared": _NORM + _ADD_BRANCH,
 }
 _CROSS_ATTENTION_PASSES = _NORM + _ADD_BRANCH
 # A map that changes each element alone reads and writes it.
@@ -195,9 +206,11 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
         if group.has_experts and work.experts is not None:
             active_share = shape.expert_rows_per_token / work.experts.num_experts
         # Tokens times layers: a stage holds its share of the layers.
-        tokens = (
-            shape.per_stage(num_layers) * group.token_ratio * shape.micro_batch_tokens
-        )
+        tokens = shape.per_stage(num_layers) * group.token_ratio
+        if work.is_in_stream_layout(group):
+            tokens *= shape.residual_tokens
+        else:
+            tokens *= shape.micro_batch_tokens
         # Without remat all else is kept, but experts' hidden activations never are.
         remakes_hidden = (
             group.has_experts
@@ -271,6 +284,8 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
         tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
     parts = []
     for kernel, tokens in tokens_of_kernel.items():
+        if kernel is work.head:
+            tokens = tokens * work.head_passes
         num_shards = split.num_shards(split.compute, kernel.axes)
         forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
         backward_products = 1 + int(kernel.is_trained)
@@ -335,7 +350,8 @@ def count_extra_forward_flops(shape: StepShape) -> Number:
 
 def get_computed_score_ratio(attention: AttentionShape) -> float:
     """Returns the share of all pairs that is computed: under a causal mask tiles of
-    queries skip the keys after them, and those before their window."""
+    queries skip the keys after them, and those before their window or as far away as a
+    chunk is long."""
     if not attention.causal:
         return 1.0
     length = attention.query_len
@@ -343,7 +359,8 @@ def get_computed_score_ratio(attention: AttentionShape) -> float:
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
-    window = min(attention.window or length, length)
+    limit = limit_window(attention.window, attention.heads.chunk)
+    window = min(limit or length, length)
     first_keys = np.maximum(starts - window + 1, 0)
     keys = stops - first_keys
     return float(np.sum(keys * (stops - starts)) / length**2)
@@ -409,7 +426,14 @@ def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     forward = shape.per_stage(elements) * work.dtype_bytes
     # fp32 logits, in four passes.
     logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
-    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
+    loss = (
+        4
+        * work.head_passes
+        * shape.loss_calls
+        * shape.embedding_loss_tokens
+        * logits_width
+        * FP32
+    )
     stored = count_stored_bytes(shape)
     # Gradients are as large as the parameters.
     gradients = stored["parameters"]
@@ -458,7 +482,9 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         hidden += tokens * rows_per_token * width
         narrow += _READ_AND_WRITE * group.latent_width
 
-    stream_passes = _STREAM_PASSES[model.placement]
+    has_one_branch = stack.num_branches == 1
+    passes_by_placement = _ONE_BRANCH_PASSES if has_one_branch else _STREAM_PASSES
+    stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
     attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)

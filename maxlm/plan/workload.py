@@ -166,6 +166,10 @@ class RunWorkload:
         }
         """Parameters in which rows are looked up, that of tokens first, with the tokens
         of every way it is read for each of the batch's."""
+        if config.mtp is not None:
+            # Each module looks its tokens up, too.
+            token_table = next(iter(self.embedding_lookup_rates))
+            self.embedding_lookup_rates[token_table] += (1.0,) * config.mtp.num_modules
         head_parameter = "head.kernel"
         if config.tie_embeddings:
             head_parameter = next(iter(self.embedding_lookup_rates))
@@ -177,6 +181,10 @@ class RunWorkload:
             is_trained=head_parameter in self.trained_base_names,
         )
         """The output head [D, V], tied or not."""
+        num_ahead = 0 if config.mtp is None else config.mtp.num_modules
+        self.head_passes = 1 + num_ahead
+        """Times that each token's logits are made: of the next token, and of each that
+        is predicted further ahead."""
 
     def _read_frozen_models(self, dtype: DTypeLike) -> None:
         config = self.config
@@ -207,13 +215,15 @@ class RunWorkload:
             StackCosts(
                 model,
                 trunk,
+                run,
                 part,
                 self.tokens_per_row.decoder,
                 self.tokens_per_row.encoder,
                 self.trained_base_names,
             )
             for trunk in self.config.model.trunks
-            for part in trunk.stacks
+            for run in trunk.runs
+            for part in run.stacks
         )
         """Layers, in the order in which they are run."""
         with_experts = [stack for stack in self.stacks if stack.experts]
@@ -257,17 +267,22 @@ class RunWorkload:
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the
-        last group, adds: for a norm behind it, or for the branch after it."""
-        placement = self.config.model.placement
-        if placement == "pre":
-            return group.branch != "ffn"
-        return placement in ("sandwich", "post")
+        last group, adds: for what stands behind it in the layer. Of experts that read
+        narrow vectors it needs the sum, for the map that widens it; a gate on shared
+        experts needs theirs."""
+        experts = self.experts
+        if experts is not None and group.branch == "ffn":
+            if group.has_experts and experts.input_dim is not None:
+                return True
+            if group.module == "moe.shared" and experts.gates_shared:
+                return True
+        return group.backward_needs_output
 
-    def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
-        """Whether a group's branch joins the stream with attention's, and has the same
-        gradient."""
-        placement = self.config.model.placement
-        return group.branch == "ffn" and placement in ("parallel", "parallel_shared")
+    def is_in_stream_layout(self, group: MatmulGroup) -> bool:
+        """Whether a group's tokens lie as those of the residual stream do: it maps
+        between the stream and the narrow vectors of experts."""
+        features = (group.input_features, group.output_features)
+        return group.branch == "ffn" and "latent" in features
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and
@@ -291,6 +306,8 @@ class LocalAttentionWidths(NamedTuple):
     values: Number
     heads: Number
     """Query heads, and log-sum-exps."""
+    gates: Number
+    """Of the output."""
 
 
 class MeshPartitioning:
@@ -345,7 +362,7 @@ class MeshPartitioning:
     ) -> LocalAttentionWidths:
         """Returns the sizes of one branch's heads on a device; without any, zeros."""
         if heads is None:
-            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0)
+            return LocalAttentionWidths(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         kv_axes = self.compute.mesh_axes(heads.kv_axis)
         query_heads = heads.num_heads / self.num_devices(self.compute.heads)
         kv_heads = heads.num_kv_heads / self.num_devices(kv_axes)
@@ -355,6 +372,7 @@ class MeshPartitioning:
             keys=kv_heads * heads.head_dim,
             values=kv_heads * heads.value_dim,
             heads=query_heads,
+            gates=query_heads * heads.gate_dim,
         )
 
     def local_ffn_elements_per_token(self, group: MatmulGroup) -> Number:

@@ -31,11 +31,12 @@ from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensor
 from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import TensorEntry
-from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes, list_stored_tensors
+from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
+from maxlm.huggingface.quantized import list_model_tensors
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
@@ -105,14 +106,14 @@ class HuggingFaceModel:
             shapes,
             writer,
             progress,
-            ignored=self.family.ignored_tensors,
+            ignored=self.family.list_ignored_tensors(self.config.model),
             warn=self.notes.append,
         )
         used: set[str] = set()
         for entry in self.entries:
             used |= {entry.theirs, *entry.aliases}
-        left_out = sorted(list_stored_tensors(self.folder).keys() - used)
-        self.notes.extend(f"left out: {name}" for name in left_out)
+        left_out = sorted(list_model_tensors(self.folder).keys() - used)
+        self.notes.extend(self.family.describe_left_out(self.config.model, left_out))
         return dtypes
 
 
@@ -123,7 +124,7 @@ def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
     where = source / "config.json"
     values = read_json_object(where, "download it again")
     family = find_family(values, str(where))
-    tensors = list_stored_tensors(source)
+    tensors = list_model_tensors(source)
     settings, family_notes = family.read_config(values, str(where), tensors)
     config = _make_run_config(settings, target, where)
     notes = [*family_notes]

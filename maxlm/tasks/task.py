@@ -18,6 +18,7 @@ from maxlm.data.loader.mixture import Mixing
 from maxlm.data.loader.packing import TokenSource
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import ModelConfig
+from maxlm.models.architectures.mtp import AheadPredictions
 from maxlm.models.aux import Aux
 from maxlm.models.frontends import (
     ARRAY_PREFIX,
@@ -70,6 +71,18 @@ class BoundModel(Protocol):
         ...
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs: ...
+
+    def predict_ahead(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        targets: jax.Array,
+        weights: jax.Array,
+    ) -> AheadPredictions | None:
+        """Returns what modules of ``model.mtp`` predict beside the next token; None:
+        there are none."""
+        ...
 
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [..., S, D] by one of ``model.heads``, fp32."""

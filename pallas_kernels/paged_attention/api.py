@@ -44,6 +44,7 @@ def paged_attention(
     value_dim: int | None = None,
     key_limits: jax.Array | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
@@ -74,7 +75,7 @@ def paged_attention(
             the whole.
         page_tables: int32 [R, M], in range: token t of row r is in page
             ``page_tables[r, t // page]``. Entries behind a row's pages, or wholly
-            behind its window, are not used.
+            behind its window or chunk, are not used.
         kv_lengths: int32 [R], tokens of each row in the pages, its queries' own
             included.
         query_starts: int32 [R + 1], ascending from 0. A row without queries is skipped.
@@ -84,6 +85,8 @@ def paged_attention(
         key_limits: int32 [R]: only keys at positions below are read, where later ones
             lie elsewhere; None: all.
         window: number of last keys that a query sees (1: itself alone); None: all.
+        chunk: positions are cut into chunks of so many, and a query sees the keys of
+            its own chunk alone; None: one chunk.
         scale: factor on q·k; None: H ** -0.5.
         soft_cap: scores become cap·tanh(score / cap) (Gemma Team 2024, §2).
         slopes: fp32 [N]: scores lose slope·distance (Press et al. 2022, ALiBi).
@@ -130,6 +133,7 @@ def paged_attention(
         scale=scale,
         soft_cap=soft_cap,
         window=window,
+        chunk=chunk,
         dtype=jnp.dtype(dtype or q.dtype),
         block_sizes=block_sizes,
         interpret=interpret,

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention.params import accumulation_dtype
@@ -91,10 +92,22 @@ class PagedParams(NamedTuple):
     interpret: Interpret = False
     page_size: int = 0
     """Tokens of a page, as its array says."""
+    chunk: int | None = None
+    """Positions of a chunk, whose tokens alone see each other."""
 
     @property
     def num_uniform_queries(self) -> int:
         return self.num_uniform * self.queries_each
+
+    def find_first_key(self, positions: jax.Array) -> jax.Array:
+        """Returns the first keys, int32, that a window and a chunk let queries at these
+        positions see."""
+        first = jnp.zeros_like(positions)
+        if self.window is not None:
+            first = jnp.maximum(first, positions - self.window + 1)
+        if self.chunk is not None:
+            first = jnp.maximum(first, positions - lax.rem(positions, self.chunk))
+        return first
 
 
 class PagedKernel(Protocol):
@@ -174,6 +187,8 @@ def validate_arguments(
     soft_cap = params.soft_cap
     if window is not None and window < 1:
         raise ValueError(f"window={window}: windows look back, 1 key or more")
+    if params.chunk is not None and params.chunk < 1:
+        raise ValueError(f"chunk={params.chunk}: a chunk has 1 position or more")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap={soft_cap}: it must be above 0")
     params = params._replace(page_size=keys[2], value_dim=value_dim)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.kernel_types import Ref
@@ -26,7 +27,7 @@ class QueryBlock(NamedTuple):
     limit: jax.Array
     """Keys at positions below are seen by some query; 0: none, or no block."""
     first_page: jax.Array
-    """The first page of the row that a window lets a query see."""
+    """The first page of the row that a window or a chunk lets a query see."""
     end_page: jax.Array
     """The page behind the last one; ``first_page`` where nothing is seen."""
 
@@ -68,6 +69,29 @@ class QueryBlocks(NamedTuple):
             rows = jnp.pad(rows, ((0, 0), (0, missing_rows)))
             repeated[name] = rows.astype(jnp.float32)
         return repeated
+
+
+def is_chunk_long_enough(params: PagedParams, queries: int) -> bool:
+    """Returns whether blocks of ``queries`` of one row, and uniform rows, cross the end
+    of one chunk at most, as :func:`is_in_chunk` needs it."""
+    most_queries = max(queries, pl.next_power_of_2(max(params.queries_each, 1)))
+    return params.chunk is None or params.chunk >= most_queries
+
+
+def is_in_chunk(
+    distance: jax.Array, position: jax.Array, offset: jax.Array | int, chunk: int
+) -> jax.Array:
+    """Returns, in a kernel, whether keys before queries are in the same chunk as these.
+
+    Args:
+        distance: int32, queries' positions less keys'.
+        position: int32 scalar, of a block's first query.
+        offset: int32, as many positions behind it as each query is.
+    """
+    # One division a block, of a scalar: vector units have none.
+    place = lax.rem(position, chunk) + offset
+    place = jnp.where(place < chunk, place, place - chunk)
+    return distance <= place
 
 
 def attend_in_blocks(
@@ -251,10 +275,8 @@ def _page_range(
     """Returns ``limit``, ``first_page`` and ``end_page`` of blocks whose queries are at
     positions from ``position`` to ``end``."""
     limit = jnp.maximum(jnp.minimum(end, limits), 0)
-    first = jnp.zeros_like(limit)
-    if params.window is not None:
-        first_key = jnp.maximum(position - params.window + 1, 0)
-        first = first_key // params.page_size
+    # An empty row's position is below 0.
+    first = params.find_first_key(jnp.maximum(position, 0)) // params.page_size
     end_page = -(-limit // params.page_size)
     # A window may begin behind the last key.
     first_page = jnp.minimum(first, end_page)

@@ -17,7 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
 from pallas_kernels.chips import TpuChip, get_chip, round_up
 from pallas_kernels.paged_attention.params import PagedOperands, PagedParams
-from pallas_kernels.paged_attention.query_blocks import QueryBlocks, attend_in_blocks
+from pallas_kernels.paged_attention.query_blocks import (
+    QueryBlocks,
+    attend_in_blocks,
+    is_chunk_long_enough,
+)
 from pallas_kernels.paged_attention.tpu_kernel import (
     COLUMNS,
     PagedKernelStatics,
@@ -70,11 +74,14 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
                 return False
     queries = pl.next_power_of_2(max(params.queries_each, 1))
     uniform_fits = queries * q.shape[1] <= 2 * _QUERY_ROWS
+    override = cast(TpuPagedBlocks | None, params.block_sizes)
+    most_queries = override.queries if override else _MAX_QUERIES
     return (
         q.dtype in (jnp.bfloat16, jnp.float32)
         and operands.biases is None
         and tables.size * 4 <= _TABLE_BYTES
         and uniform_fits
+        and is_chunk_long_enough(params, most_queries)
         and min(q.size, tables.size) > 0
     )
 

@@ -15,7 +15,7 @@ from pallas_kernels.attention.tpu_blocks import LANES
 from pallas_kernels.attention.tpu_scores import LOG2_E, multiply
 from pallas_kernels.kernel_types import Index, Ref
 from pallas_kernels.paged_attention.params import PagedParams
-from pallas_kernels.paged_attention.query_blocks import QueryBlock
+from pallas_kernels.paged_attention.query_blocks import QueryBlock, is_in_chunk
 
 COLUMNS = 8
 """Integers of a block of queries in the table: its index, and those of a
@@ -310,12 +310,16 @@ def _compare_positions(
     key = lax.broadcasted_iota(jnp.int32, shape, 1)
     distance = block.position - start - key
     seen = key < block.limit - start
+    offset: jax.Array | int = 0
     if statics.queries > 1:
         query = lax.broadcasted_iota(jnp.int32, shape, 0) + row
-        distance += query & (statics.queries - 1)
+        offset = query & (statics.queries - 1)
+        distance += offset
         seen &= distance >= 0
     if statics.params.window is not None:
         seen &= distance < statics.params.window
+    if statics.params.chunk is not None:
+        seen &= is_in_chunk(distance, block.position, offset, statics.params.chunk)
     return distance, seen
 
 

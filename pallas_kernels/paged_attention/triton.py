@@ -28,6 +28,8 @@ from pallas_kernels.paged_attention.query_blocks import (
     QueryBlock,
     QueryBlocks,
     attend_in_blocks,
+    is_chunk_long_enough,
+    is_in_chunk,
 )
 
 # Programs that keep a large card busy.
@@ -95,11 +97,14 @@ def supports(operands: PagedOperands, params: PagedParams) -> bool:
     group = q.shape[1] // operands.num_kv_heads
     padded_queries = pl.next_power_of_2(params.queries_each)
     rows = pl.next_power_of_2(group * padded_queries)
+    override = cast(TritonPagedBlocks | None, params.block_sizes)
+    most_queries = override.queries if override else _ROWS
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and max(q.shape[2], params.value_dim) <= _MAX_HEAD
         and rows <= 4 * _ROWS
         and operands.biases is None
+        and is_chunk_long_enough(params, most_queries)
         and min(q.size, operands.page_tables.size) > 0
     )
 
@@ -260,7 +265,8 @@ def _attend_block(
     )
     # Rows are (query head of the group, query), and queries a power of two.
     member = jnp.arange(s.rows, dtype=jnp.int32)
-    row_position = position + (member & (s.queries - 1))
+    row_offset = member & (s.queries - 1)
+    row_position = position + row_offset
     slopes = refs["slopes"][head, :] * LOG2E if "slopes" in refs else None
 
     def attend_tile(j, carry):
@@ -290,6 +296,8 @@ def _attend_block(
         seen = inside[None] & (distance >= 0)
         if params.window is not None:
             seen &= distance < params.window
+        if params.chunk is not None:
+            seen &= is_in_chunk(distance, position, row_offset[:, None], params.chunk)
         scores = jnp.where(seen, scores, -jnp.inf)
 
         # Weights by the largest score so far; earlier sums were by an earlier one, and

@@ -167,11 +167,10 @@ def _attend_rows(
     ends = jnp.minimum(limits, positions.max(axis=1) + 1)
     end_block = -(-ends.max() // block)
     first_block = jnp.zeros((), jnp.int32)
-    if params.window is not None:
+    if params.window is not None or params.chunk is not None:
         no_query = jnp.iinfo(jnp.int32).max
         lowest_query = jnp.where(is_query, positions, no_query).min()
-        lowest_key = jnp.maximum(lowest_query - params.window + 1, 0)
-        first_block = lowest_key // block
+        first_block = params.find_first_key(lowest_query) // block
 
     def attend_keys(j, carry):
         """Adds block j of the keys to the online softmax: the sum of weighted values,
@@ -196,6 +195,8 @@ def _attend_rows(
         seen = (distance >= 0) & (keys < limits[:, None, None])
         if params.window is not None:
             seen &= distance < params.window
+        if params.chunk is not None:
+            seen &= distance <= (positions % params.chunk)[..., None]
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
 
         # Weights by the largest score so far; earlier sums were by an earlier one, and

@@ -34,6 +34,13 @@ CASES: dict[str, tuple[Any, ...]] = {
         {"window": 500, "soft_cap": 30.0},
         (),
     ),
+    "chunks of positions": (
+        (32, 8, 128, 128),
+        16,
+        "bfloat16",
+        {"window": 300, "chunk": 300},
+        (),
+    ),
     "slopes, sinks": ((16, 2, 128, 128), 64, "bfloat16", {}, ("slopes", "sinks")),
     "int8": ((32, 8, 128, 128), 32, "int8", {}, ()),
     "int4": ((32, 8, 128, 128), 64, "int4", {}, ()),

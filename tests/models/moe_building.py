@@ -47,7 +47,48 @@ UNGATED = MoeConfig(
 CAPACITY = MoeConfig(
     **SMALL, dispatch="capacity", capacity_factor=0.7, balance_loss=0.3
 )
+GPT_OSS = MoeConfig(
+    num_experts=8,
+    experts_per_token=3,
+    d_ff=6,
+    # Low enough to cut off much.
+    activation={"kind": "clamped_swiglu", "limit": 0.8},
+    bias=True,
+    router_bias=True,
+    z_loss=0.05,
+)
+QWEN2_MOE = MoeConfig(
+    **SMALL, renormalise=False, shared_experts=1, shared_d_ff=10, shared_gate=True
+)
+LLAMA4 = MoeConfig(
+    num_experts=6,
+    experts_per_token=2,
+    d_ff=6,
+    score="sigmoid",
+    renormalise=False,
+    weigh_inputs=True,
+    bias=True,
+    shared_experts=1,
+    balance_loss=0.2,
+)
+NEMOTRON_3 = MoeConfig(
+    **SMALL,
+    activation="relu2",
+    gated=False,
+    score="sqrt_softplus",
+    scale=2.5,
+    selection_bias=True,
+    shared_experts=1,
+    shared_d_ff=10,
+    latent_dim=10,
+)
+BIASED_CAPACITY = CAPACITY.model_copy(update={"bias": True, "weigh_inputs": True})
 CONFIGS = {
+    "gpt_oss": GPT_OSS,
+    "qwen2_moe": QWEN2_MOE,
+    "llama4": LLAMA4,
+    "nemotron_3": NEMOTRON_3,
+    "biased_capacity": BIASED_CAPACITY,
     "mixtral": MIXTRAL,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
@@ -102,7 +143,7 @@ def outputs_and_gradients(
     ``settings`` are compute rules."""
     model = layer(config, compute_rules(mesh, **settings))
     with jax.set_mesh(mesh):
-        spec = model.rules.spec("batch", "seq")
+        spec = model.rules.spec("batch", "residual")
         x, counted, d_y = (
             jax.device_put(
                 a.astype(np.float32) if a.ndim == 3 else a, NamedSharding(mesh, spec)

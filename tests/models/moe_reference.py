@@ -7,7 +7,7 @@ from math import ceil
 
 import numpy as np
 
-from tests.models.reference import activation, mlp
+from tests.models.reference import hidden_unit, linear, mlp
 
 
 def route(logits, bias, config):
@@ -16,8 +16,10 @@ def route(logits, bias, config):
     if config["score"] == "softmax":
         scores = np.exp(logits - logits.max())
         scores = scores / scores.sum()
-    else:
+    elif config["score"] == "sigmoid":
         scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = np.sqrt(np.log1p(np.exp(logits)))
     ranked = scores + bias
     candidates = list(range(len(logits)))
     if config["groups"] > 1:
@@ -56,12 +58,19 @@ def served(chosen, counted, config):
 
 
 def expert(x, params, e, config):
-    up = x @ params["up"][e]
-    if config["gated"]:
-        hidden = activation(config["activation"], x @ params["gate"][e]) * up
-    else:
-        hidden = activation(config["activation"], up)
-    return hidden @ params["down"][e]
+    def map_by(name, x):
+        y = x @ params[name][e]
+        return y + params[f"{name}_bias"][e] if config["bias"] else y
+
+    gate = map_by("gate", x) if config["gated"] else None
+    return map_by("down", hidden_unit(config["activation"], map_by("up", x), gate))
+
+
+def shared(x, params, config):
+    y = mlp(x, params["shared"], config)
+    if config["shared_gate"]:
+        y = y / (1 + np.exp(-(x @ params["shared_gate"])))
+    return y
 
 
 def moe(params, x, counted, config):
@@ -70,25 +79,38 @@ def moe(params, x, counted, config):
     num_experts, k = config["num_experts"], config["experts_per_token"]
     bias = params.get("selection_bias", np.zeros(num_experts))
     y = np.zeros_like(x)
+    router_bias = params.get("router_bias", np.zeros(num_experts))
     load = np.zeros(num_experts)
     mass = np.zeros(num_experts)
     squares, dropped = 0.0, 0
     for b, row in enumerate(x):
-        routes = [route(token @ params["router"], bias, config) for token in row]
+        logits = row @ params["router"] + router_bias
+        routes = [route(token_logits, bias, config) for token_logits in logits]
         served_pairs = served([chosen for _, chosen, _ in routes], counted[b], config)
         for t, token in enumerate(row):
             scores, chosen, weights = routes[t]
             if "shared" in params:
-                y[b, t] += mlp(token, params["shared"], config)
+                y[b, t] += shared(token, params, config)
             if not counted[b, t]:
                 continue
             mass += scores / scores.sum()
-            squares += np.log(np.exp(token @ params["router"]).sum()) ** 2
+            squares += np.log(np.exp(logits[t]).sum()) ** 2
+            narrow = token
+            if config["latent_dim"]:
+                narrow = linear(token, params["latent_down"])
+            routed = np.zeros_like(narrow)
             for j, (e, weight) in enumerate(zip(chosen, weights, strict=True)):
                 load[e] += 1
                 dropped += (t, j) not in served_pairs
-                if (t, j) in served_pairs:
-                    y[b, t] += weight * expert(token, params, e, config)
+                if (t, j) not in served_pairs:
+                    continue
+                if config["weigh_inputs"]:
+                    routed += expert(weight * narrow, params, e, config)
+                else:
+                    routed += weight * expert(narrow, params, e, config)
+            if config["latent_dim"]:
+                routed = linear(routed, params["latent_up"])
+            y[b, t] += routed
     tokens = counted.sum()
     balance = num_experts * ((load / (tokens * k)) * (mass / tokens)).sum()
     loss = tokens * config["balance_loss"] * balance + config["z_loss"] * squares

@@ -34,6 +34,7 @@ class PagedCase(NamedTuple):
     padding: int = 0
     """Queries of no row."""
     window: int | None = None
+    chunk: int | None = None
     soft_cap: float | None = None
     slopes: bool = False
     sinks: bool = False
@@ -66,6 +67,10 @@ def build(case: PagedCase) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, A
         tables[r, : pages[r]] = [order.pop() for _ in range(pages[r])]
         if case.window is not None:
             firsts[r] = max(lengths[r] - counts[r] - case.window + 1, 0)
+        if case.chunk is not None:
+            first_query = max(lengths[r] - counts[r], 0)
+            chunk_start = first_query // case.chunk * case.chunk
+            firsts[r] = max(firsts[r], chunk_start)
         for t in range(firsts[r], limits[r]):
             used[tables[r, t // page], t % page] = True
         tables[r, : firsts[r] // page] = 0
@@ -86,6 +91,8 @@ def build(case: PagedCase) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, A
         static["uniform_rows"] = case.num_uniform, case.rows[0][1]
     if case.window is not None:
         static["window"] = case.window
+    if case.chunk is not None:
+        static["chunk"] = case.chunk
     if case.soft_cap is not None:
         static["soft_cap"] = case.soft_cap
     arrays: dict[str, Any] = {}

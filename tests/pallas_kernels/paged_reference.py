@@ -40,7 +40,7 @@ def _read_token(pages, table, t, per_channel):
 
 def paged_attention(
     q, key_pages, value_pages, page_tables, kv_lengths, query_starts,
-    *, key_limits=None, value_dim=None, scale=None, **options: Unpack[AttentionOptions],
+    *, key_limits=None, value_dim=None, scale=None, chunk=None, **options: Unpack[AttentionOptions],
 ):  # fmt: skip
     """o [T, N, Hv] and lse [T, N]; options are those of the reference of dense
     attention."""
@@ -65,9 +65,20 @@ def paged_attention(
         v = k[..., :value_dim]
         if value_pages is not None:
             v = read_row(value_pages, page_tables[r], limit, per_channel=False)
-        results = reference.attention(
-            q[begin:end][None], k[None], v[None],
-            q_offset=length - (end - begin), scale=H**-0.5 if scale is None else scale, **options,
-        )  # fmt: skip
-        o[begin:end], lse[begin:end] = results[0][0], results[1][0]
+        scale = H**-0.5 if scale is None else scale
+        if chunk is None:
+            results = reference.attention(
+                q[begin:end][None], k[None], v[None],
+                q_offset=length - (end - begin), scale=scale, **options,
+            )  # fmt: skip
+            o[begin:end], lse[begin:end] = results[0][0], results[1][0]
+            continue
+        for query in range(begin, end):  # with the keys of its chunk as the only ones
+            position = length - (end - query)
+            first = position // chunk * chunk
+            results = reference.attention(
+                q[query][None, None], k[None, first:], v[None, first:],
+                q_offset=position - first, scale=scale, **options,
+            )  # fmt: skip
+            o[query], lse[query] = results[0][0, 0], results[1][0, 0]
     return o, lse

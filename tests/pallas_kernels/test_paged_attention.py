@@ -40,6 +40,9 @@ CASES = {
     "mixed, limits": PagedCase(
         DECODE + CHUNKS, num_uniform=5, limited=True, sinks=True, padding=1
     ),
+    "chunks of positions": PagedCase(
+        [(37, 3), (0, 3), (3, 3), (90, 3), (45, 45)], num_uniform=4, chunk=11
+    ),
     "latent": PagedCase(DECODE + CHUNKS, (4, 1, 64, 48), num_uniform=5, latent=True),
     "bf16": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
     "int8": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="int8"),

@@ -30,6 +30,9 @@ CASES = {
         limited=True,
         sinks=True,
     ),
+    "chunks of positions": PagedCase(
+        DECODE + CHUNKS, (8, 2, 24, 40), num_uniform=5, window=30, chunk=24, sinks=True
+    ),
     "latent": PagedCase(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
     "latent, the same parts": PagedCase(
         DECODE, (4, 1, 48, 32), num_uniform=5, latent=True

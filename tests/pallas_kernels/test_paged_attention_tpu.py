@@ -36,6 +36,9 @@ CASES = {
         limited=True,
         sinks=True,
     ),
+    "chunks of positions": PagedCase(
+        DECODE + CHUNKS, (8, 2, 24, 40), num_uniform=5, window=30, chunk=24, sinks=True
+    ),
     "latent": PagedCase(DECODE, (4, 1, 56, 40), num_uniform=5, latent=True),
     "bf16": PagedCase(DECODE + CHUNKS, num_uniform=5, kind="bfloat16"),
     "int8": PagedCase(DECODE, (4, 2, 16, 16), 32, 5, kind="int8"),

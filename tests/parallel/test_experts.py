@@ -15,9 +15,19 @@ from maxlm.models.remat import apply_remat
 from maxlm.parallel import dispatch, experts
 from tests.models import moe_building as building
 from tests.models.building import QUICK
-from tests.models.moe_building import CAPACITY, DEEPSEEK_V3, MIXTRAL, UNGATED
+from tests.models.moe_building import (
+    BIASED_CAPACITY,
+    CAPACITY,
+    DEEPSEEK_V3,
+    GPT_OSS,
+    LLAMA4,
+    MIXTRAL,
+    NEMOTRON_3,
+    QWEN2_MOE,
+    UNGATED,
+)
 
-SPLIT_SEQ = {"seq": ("context", "tensor")}
+SPLIT_SEQ = {"residual": ("context", "tensor")}
 
 
 def assert_equal(got, want, tolerance=1e-5):
@@ -57,6 +67,23 @@ def on_one_device(one_device_mesh):
         (MIXTRAL, {"expert": 4}, {"expert": ()}),
         (CAPACITY, {"expert": 2, "fsdp": 2, "tensor": 2}, {}),
         (CAPACITY, {"expert": 2, "tensor": 2}, SPLIT_SEQ),
+        # Offsets, of which an output's is added once; weights on inputs; a gate on the
+        # shared layer; narrow vectors.
+        (GPT_OSS, {"expert": 2, "fsdp": 2, "tensor": 2}, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.more)
+            for case in (
+                (GPT_OSS, {"expert": 2, "context": 3}, {}),
+                (GPT_OSS, {"expert": 2, "fsdp": 2, "tensor": 2}, SPLIT_SEQ),
+                (LLAMA4, {"expert": 2, "tensor": 3}, {}),
+                (LLAMA4, {"fsdp": 2, "tensor": 2}, SPLIT_SEQ),
+                (QWEN2_MOE, {"fsdp": 2, "tensor": 2}, SPLIT_SEQ),
+                (NEMOTRON_3, {"expert": 2, "fsdp": 2, "tensor": 2}, SPLIT_SEQ),
+                (NEMOTRON_3, {"tensor": 2, "context": 3}, {"latent": "tensor"}),
+                (BIASED_CAPACITY, {"expert": 2, "fsdp": 2, "tensor": 2}, {}),
+                (BIASED_CAPACITY, {"expert": 2, "tensor": 2}, SPLIT_SEQ),
+            )
+        ),
     ],
 )
 def test_any_layout_equals_one_device(config, axes, rules, mesh, on_one_device):
@@ -65,7 +92,9 @@ def test_any_layout_equals_one_device(config, axes, rules, mesh, on_one_device):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("config", [UNGATED, CAPACITY])
+@pytest.mark.parametrize(
+    "config", [UNGATED, CAPACITY, pytest.param(GPT_OSS, marks=pytest.mark.more)]
+)
 def test_hidden_activations_may_be_made_in_parts(
     config, mesh, on_one_device, monkeypatch
 ):
@@ -106,19 +135,20 @@ def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_na
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "axes",
+    ("config", "axes"),
     [
-        pytest.param({"expert": 4}, marks=pytest.mark.more),
-        {"expert": 2, "fsdp": 2, "tensor": 2},
+        pytest.param(MIXTRAL, {"expert": 4}, marks=pytest.mark.more),
+        (MIXTRAL, {"expert": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(GPT_OSS, {"expert": 2, "tensor": 2}, marks=pytest.mark.more),
     ],
 )
 def test_ragged_exchanges_equal_the_portable_ones(
-    axes, mesh, on_one_device, monkeypatch
+    config, axes, mesh, on_one_device, monkeypatch
 ):
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
     monkeypatch.setattr(experts, "supports_ragged_all_to_all", lambda: True)
-    got = building.outputs_and_gradients(mesh(**axes), MIXTRAL)
-    assert_equal(got, on_one_device(MIXTRAL))
+    got = building.outputs_and_gradients(mesh(**axes), config)
+    assert_equal(got, on_one_device(config))
 
 
 def _accumulated(mesh, config, remat, *, staged, options=QUICK):
@@ -165,7 +195,17 @@ def _accumulated(mesh, config, remat, *, staged, options=QUICK):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("config", [MIXTRAL, CAPACITY])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MIXTRAL,
+        CAPACITY,
+        *(
+            pytest.param(config, marks=pytest.mark.more)
+            for config in (GPT_OSS, QWEN2_MOE, NEMOTRON_3)
+        ),
+    ],
+)
 def test_it_runs_inside_a_pipeline_stage(config, mesh, one_device_mesh):
     want, _ = _accumulated(one_device_mesh, config, "none", staged=False)
     axes = {"stage": 2, "expert": 2, "tensor": 2}

@@ -14,18 +14,24 @@ import numpy as np
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.inference.engine import Engine
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.generate import collect_tokens, generate
+from maxlm.inference.requests import GenerationRequest
 from maxlm.sharding import ShardingConfig
 from tests.parity import compare, grok, tiny
+from tests.parity.drawn import LENGTH
 
 Arrays = dict[str, np.ndarray]
 CASES = (*tiny.CASES, "grok1")
-LENGTH, SOURCE = 23, 19
+SOURCE = 19
 # Documents that share a row: of the output, and of the input of an encoder beside a
 # decoder.
 PARTS, SOURCE_PARTS = (13, 10), (8, 11)
 NEW = 12
+CACHED_STEPS = 8
+TOP = 20
+"""Log-probabilities that are compared at each step: as many as the engine returns."""
 
 
 class ParityCase(NamedTuple):
@@ -54,7 +60,7 @@ def case(name: str) -> ParityCase:
         model.save_pretrained(folder)
         values, tensors = compare.tensors_of(Path(folder))
     family, config = compare.read(values, tensors)
-    entries = family.list_entries(config)
+    entries = family.list_entries(config, tensors)
     return ParityCase(
         model,
         family,
@@ -251,6 +257,37 @@ def continued(name: str) -> tuple[list[list[int]], list[list[int]]]:
     return _ours_continued(name, texts), [
         _theirs_continued(name, prompt) for prompt in texts
     ]
+
+
+@cache
+def cached(name: str) -> float:
+    """The largest error of log-probabilities in steps through the engine's cache, each
+    of the likeliest tokens, over the largest that is compared; the other
+    implementation reads all tokens at once."""
+    import torch
+
+    built = case(name)
+    prompt = prompts(name)[0]
+    mesh = compare.one_device()
+    rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
+    model = built.config.build(rules=rules, dtype=jnp.float32)
+    params = compare.placed(built.params, mesh)
+    # Room for one sequence, in pages that the steps cross.
+    config = EngineConfig(page_size=4, max_sequences=1, max_length=128)
+    engine = Engine(model, params, config)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=CACHED_STEPS)
+    top = min(TOP, built.config.vocab_size)
+    request = GenerationRequest("0", tuple(prompt), sampling, top_logprobs=top)
+    steps = [step for output in engine.run([request]) for step in output.logprobs]
+    assert len(steps) == CACHED_STEPS
+    text = np.array([[*prompt, *(step.token_id for step in steps)]])
+    logits = theirs(built.model, Batch(text, None, None))[0, len(prompt) - 1 : -1]
+    want = torch.log_softmax(torch.from_numpy(logits), dim=-1).numpy()
+    errors: list[float] = []
+    for step, row in zip(steps, want, strict=True):
+        errors += [abs(logprob - row[token]) for token, logprob in step.top]
+    largest = max(abs(logprob) for step in steps for _, logprob in step.top)
+    return max(errors) / largest
 
 
 def _ours_continued(name: str, texts: list[list[int]]) -> list[list[int]]:

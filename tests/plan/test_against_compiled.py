@@ -41,6 +41,8 @@ MORE = (
     ("cp all-gather", "gqa_window", 0.01),
     ("cp ulysses", "mha", 0.02),
     ("fsdp", "pattern", 0.01),
+    ("tp+sp", "kinds", 0.03),
+    ("fsdp", "mtp", 0.03),
     ("tp+sp", "encoder_decoder", 0.01),
 )
 REST = (
@@ -54,6 +56,9 @@ REST = (
     ("tp+sp", "parallel_shared", 0.01),
     ("tp+sp", "encoder", 0.01),
     ("fsdp", "sandwich_experts", 0.01),
+    ("ep × fsdp × tp", "gated_experts", 0.03),
+    ("fsdp", "latent_experts", 0.01),
+    ("tp+sp", "latent_experts", 0.06),
 )
 # jax 0.10 gathers what leaves a program that is manual over `stage` alone.
 OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
@@ -182,7 +187,11 @@ def test_bytes_sent_and_products(layout, model, off):
     # Scores of one tile are computed once for two uses; beside maps and attention a
     # decoder beside an encoder makes biases of a table.
     exact = 1e-6
-    if model == "encoder_decoder":
+    if model in ("gated_experts", "latent_experts"):
+        # The gate is a product with one column; of what makes narrow vectors again a
+        # compiler shares some.
+        exact = 0.06
+    elif model == "encoder_decoder":
         exact = 1e-3
     elif shape.work.is_attention_recomputed(shape.remat):
         exact = 0.05

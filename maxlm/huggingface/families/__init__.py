@@ -35,6 +35,41 @@ FAMILIES = Registry[ModelFamily](
         "grok1": f"{_FOLDER}.grok:GROK1",
         "dbrx": f"{_FOLDER}.mosaic:DBRX",
         "deepseek_v2": f"{_FOLDER}.deepseek:DEEPSEEK_V2",
+        "deepseek_v3": f"{_FOLDER}.deepseek:DEEPSEEK_V3",
+        "gpt_oss": f"{_FOLDER}.gpt_oss:GPT_OSS",
+        "glm4_moe": f"{_FOLDER}.glm_moe:GLM4_MOE",
+        "qwen2_moe": f"{_FOLDER}.qwen_moe:QWEN2_MOE",
+        "dots1": f"{_FOLDER}.dots:DOTS1",
+        "llama4": f"{_FOLDER}.llama4:LLAMA4",
+        "minimax_m2": f"{_FOLDER}.minimax:MINIMAX_M2",
+        "granitemoe": f"{_FOLDER}.granite_moe:GRANITE_MOE",
+        "ernie4_5_moe": f"{_FOLDER}.ernie_moe:ERNIE4_5_MOE",
+        "exaone_moe": f"{_FOLDER}.exaone_moe:EXAONE_MOE",
+        "hunyuan_v1_moe": f"{_FOLDER}.hunyuan_moe:HUNYUAN_V1_MOE",
+        "ministral": f"{_FOLDER}.ministral:MINISTRAL",
+        "stablelm": f"{_FOLDER}.stablelm:STABLELM",
+        "starcoder2": f"{_FOLDER}.starcoder2:STARCODER2",
+        "cohere": f"{_FOLDER}.cohere:COHERE",
+        "glm": f"{_FOLDER}.glm:GLM",
+        "glm4": f"{_FOLDER}.glm:GLM4",
+        "ernie4_5": f"{_FOLDER}.ernie:ERNIE4_5",
+        "seed_oss": f"{_FOLDER}.seed_oss:SEED_OSS",
+        "mamba2": f"{_FOLDER}.mamba2:MAMBA2",
+        "nemotron_h": f"{_FOLDER}.nemotron_h:NEMOTRON_H",
+        "cohere2": f"{_FOLDER}.cohere:COHERE2",
+        "smollm3": f"{_FOLDER}.smollm3:SMOLLM3",
+        "olmo2": f"{_FOLDER}.olmo:OLMO2",
+        "olmo3": f"{_FOLDER}.olmo:OLMO3",
+        "exaone4": f"{_FOLDER}.exaone:EXAONE4",
+        "granite": f"{_FOLDER}.granite:GRANITE",
+        "hunyuan_v1_dense": f"{_FOLDER}.hunyuan:HUNYUAN_V1_DENSE",
+        "arcee": f"{_FOLDER}.arcee:ARCEE",
+        "nemotron": f"{_FOLDER}.nemotron:NEMOTRON",
+        "qwen3_next": f"{_FOLDER}.qwen_hybrid:QWEN3_NEXT",
+        "qwen3_5": f"{_FOLDER}.qwen_hybrid:QWEN3_5",
+        "qwen3_5_moe": f"{_FOLDER}.qwen_hybrid:QWEN3_5_MOE",
+        "olmo_hybrid": f"{_FOLDER}.olmo_hybrid:OLMO_HYBRID",
+        "kimi_linear": f"{_FOLDER}.kimi_linear:KIMI_LINEAR",
         "bert": f"{_FOLDER}.bert:BERT",
         "t5": f"{_FOLDER}.t5:T5",
         "bart": f"{_FOLDER}.bart:BART",
@@ -55,7 +90,7 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
         }
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
-        if kind not in (None, family.model_type):
+        if kind not in (None, family.model_type, *family.other_model_types):
             message = f"model_type={kind!r} is not that of {family.hf_architecture}"
             raise MaxlmError(
                 message, where=source, fix="take it from the published model"

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
-from maxlm.config import MaxlmError
+from maxlm.config import Config, MaxlmError
 from maxlm.huggingface.families.fields import (
     ConfigFields,
     put_nested,
@@ -23,11 +24,15 @@ from maxlm.huggingface.families.rope import (
     read_position_settings,
     write_position_settings,
 )
+from maxlm.huggingface.quantized import CONFIG_KEY
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.layers.moe import MoeConfig
 
 _HEAD = "lm_head.weight"
 _DEFAULT_LABELS = 2
 """Labels of a classifier in transformers whose config.json names none."""
+_MOST_FURTHER_LAYERS = 4
+"""Layers that predict further tokens; published models have up to three."""
 _SCORE_HEAD = {"score.weight": linear("heads.score.kernel")}
 
 
@@ -41,13 +46,34 @@ def _check_tensor_count(
     described = f"{layers:,} layers"
     fewest = layers
     if moe is not None and any("{expert}" in name for name in table):
-        layers -= config.dense_layers
+        layers = sum(
+            stack.num_layers
+            for stack in config.layer_stacks
+            if isinstance(stack.block.ffn, MoeConfig)
+        )
         described = f"{moe.num_experts:,} experts in each of {layers:,} layers"
         fewest = layers * moe.num_experts
     if fewest > num_tensors:
         message = f"{described}, where the files hold {num_tensors:,} tensors"
         fix = "take config.json and all files from the published model"
         raise MaxlmError(message, where="config.json", fix=fix)
+
+
+def _read_quantization(reader: ConfigReader) -> str | None:
+    """Checks how tensors are stored (``huggingface/quantized.py``); returns the name of
+    the method, None: plainly."""
+    if not reader.has(CONFIG_KEY):
+        return None
+    quantization = reader.read_nested(CONFIG_KEY)
+    method = quantization.choice("quant_method", ("mxfp4", "fp8"), "")
+    for key in ("modules_to_not_convert", "ignored_layers", "scale_fmt"):
+        quantization.ignore(key)  # which the files say themselves
+    if method == "fp8":
+        quantization.ignore("weight_block_size")  # read with the files
+        quantization.read_implemented("fmt", "e4m3", "float8_e4m3fn")
+        # How an engine multiplies; here weights are bf16.
+        quantization.ignore("activation_scheme")
+    return method
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,9 @@ class ModelFamily:
     ignored_tensors: Sequence[str] = ()
     """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other
     tasks' heads."""
+    layers_for_more_tokens: str = ""
+    """Name of a layer, with ``{layer}`` for its number, where files may hold layers
+    behind the last that predict further tokens: those are left out."""
     prefix: str = ""
     """Prefix of all names but the head's; some published files leave it out."""
     suffix_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -88,6 +117,9 @@ class ModelFamily:
     init_std_key: str | None = "initializer_range"
     """The deviation of initial weights there."""
     other_hf_architectures: Sequence[str] = ()
+    other_model_types: Sequence[str] = ()
+    """Other values of ``model_type`` in files of the same class, which are written
+    under the usual one."""
     architecture: str = "decoder"
     """The architecture of its models, as our configs name it."""
 
@@ -136,6 +168,35 @@ class ModelFamily:
             spelled.append(replace(entry, theirs=name, aliases=aliases))
         return spelled
 
+    def list_ignored_tensors(self, config: TransformerConfig) -> list[str]:
+        """Lists patterns of tensors that may be there without being used."""
+        return [*self.ignored_tensors, *self._list_further_layers(config)]
+
+    def describe_left_out(
+        self, config: TransformerConfig, names: Iterable[str]
+    ) -> list[str]:
+        """Describes tensors that were not used, for the user: one by one, but layers
+        that predict further tokens each in a line."""
+        notes: list[str] = []
+        others = list(names)
+        for pattern in self._list_further_layers(config):
+            matched = [name for name in others if fnmatchcase(name, pattern)]
+            others = [name for name in others if name not in matched]
+            if matched:
+                layer = f"{pattern.removesuffix('.*')} ({len(matched)} tensors)"
+                notes.append(f"left out: {layer}, which predicts further tokens")
+        return [*(f"left out: {name}" for name in others), *notes]
+
+    def _list_further_layers(self, config: TransformerConfig) -> list[str]:
+        """Lists patterns of layers behind the last, which predict further tokens."""
+        if not self.layers_for_more_tokens:
+            return []
+        first = config.num_layers
+        return [
+            f"{self.layers_for_more_tokens.format(layer=layer)}.*"
+            for layer in range(first, first + _MOST_FURTHER_LAYERS)
+        ]
+
     def find_missing_part(self, config: TransformerConfig) -> str | None:
         """Finds a part of a model's config that all models of the family have and this
         one does not, as "attention.latent"; None: it has them all, and
@@ -145,8 +206,12 @@ class ModelFamily:
             part = config
             parents = path.split(".")[:-1]
             for depth, name in enumerate(parents, 1):
-                part = getattr(part, name)
-                if part is None:
+                if isinstance(part, Mapping):
+                    part = part.get(name)
+                else:
+                    part = getattr(part, name)
+                # A choice may be a name where other models have settings.
+                if not isinstance(part, Config | Mapping):
                     return ".".join(parents[:depth])
         return None
 
@@ -180,7 +245,11 @@ class ModelFamily:
         does not implement, or one that is missing."""
         reader = ConfigReader(hf_config, source, frozenset(tensor_names))
         settings = self._read_settings(reader)
-        notes = reader.check_all_read(*self.ignored_keys)
+        notes: list[str] = []
+        method = _read_quantization(reader)
+        if method is not None:
+            notes.append(f"weights in {method} are read as bf16")
+        notes += reader.check_all_read(*self.ignored_keys)
         if "heads" in settings and self._lacks_language_head(reader.tensors):
             notes.append(
                 f"no {_HEAD}, as in a classifier of transformers: read as a tied model"
@@ -211,10 +280,12 @@ class ModelFamily:
                 settings["tie_embeddings"] = True
         # Sizes that follow from others where the file does not name them.
         d_model = settings["d_model"]
-        num_heads = settings["attention"]["num_heads"]
-        defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
-        attention = defaults | settings["attention"]
-        settings["attention"] = attention
+        attention = settings.get("attention", {})
+        if attention:
+            num_heads = attention["num_heads"]
+            defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
+            attention = defaults | attention
+            settings["attention"] = attention
         if "mlp" in settings:
             settings["mlp"].setdefault("d_ff", 4 * d_model)
         if self.rope_kwargs is not None:

@@ -1,14 +1,16 @@
 """Keys of config.json beside settings of ours: one table, read in both directions."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from maxlm.config import MaxlmError
+from maxlm.config import Config, MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
 from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
+from maxlm.models.architectures.pattern import LayerKind
 
+MixerT = TypeVar("MixerT", bound=Config)
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -16,6 +18,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
 }
@@ -107,6 +110,20 @@ def require_value(
     return ConfigField(read, ours, write if is_written else None)
 
 
+def map_inverse(ours: str, default: object = REQUIRED) -> ConfigField:
+    """Declares a number that divides what our setting multiplies."""
+    get_factor = attrgetter(ours)
+
+    def read(reader: ConfigReader, key: str) -> float:
+        return 1 / reader.number(key, default)
+
+    def write(config: TransformerConfig) -> float:
+        # Published divisors have few digits; two divisions have rounded them.
+        return round(1 / get_factor(config), 9)
+
+    return ConfigField(read, ours, write)
+
+
 def map_activation(ours: str, default: str) -> ConfigField:
     """Declares an activation's name; ``default`` is a name of Hugging Face's."""
 
@@ -158,14 +175,90 @@ SIZES = map_sizes(
 """Sizes under the names that most families have."""
 
 
+def find_mixer(config: TransformerConfig, mixer_class: type[MixerT]) -> MixerT:
+    """Returns the mixer of a class that layers of a model have."""
+    mixers = (mixer for mixer in config.list_mixers())
+    return next(mixer for mixer in mixers if isinstance(mixer, mixer_class))
+
+
+def map_in_mixer(
+    path: str, mixer_class: type[Config], keys: ConfigFields
+) -> ConfigFields:
+    """Declares keys that hold settings of a mixer.
+
+    Args:
+        path: where the mixer's settings are in a model's, as ``kinds.mamba.mixer``.
+        keys: settings as the mixer names them; what they write is asked of the mixer.
+    """
+
+    def place(field: ConfigField) -> ConfigField:
+        write_setting = field.write
+        ours = f"{path}.{field.ours}" if field.ours else ""
+        if write_setting is None:
+            return replace(field, ours=ours)
+
+        def write(config: TransformerConfig) -> Any:
+            return write_setting(find_mixer(config, mixer_class))
+
+        return replace(field, ours=ours, write=write)
+
+    return {key: place(field) for key, field in keys.items()}
+
+
+def ignore_key(value: object = None) -> ConfigField:
+    """Declares a key that says nothing of the maths; ``value`` is written, unless it is
+    None."""
+
+    def write(config: TransformerConfig) -> object:
+        return value
+
+    return ConfigField(
+        lambda reader, key: reader.ignore(key), write=None if value is None else write
+    )
+
+
+def name_layers(settings: dict[str, Any], kinds: Sequence[str]) -> None:
+    """Puts the shortest pattern of each layer's kind into a model's settings, whose
+    ``kinds`` may have more of them."""
+    period = find_period(kinds)
+    settings["pattern"] = list(kinds[:period])
+    settings["kinds"] = {
+        kind: kind_settings
+        for kind, kind_settings in settings["kinds"].items()
+        if kind in kinds
+    }
+
+
+def list_kind_names(config: TransformerConfig) -> list[str]:
+    """Returns the name of each layer's kind, of a model all of whose kinds have
+    names."""
+    pattern = config.pattern
+    return [str(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
+
+
+def find_period(kinds: Sequence[object]) -> int:
+    """Returns the fewest layers whose kinds, repeated, give the list."""
+    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
+    # of the whole length at the latest.
+    lengths = range(1, len(kinds) + 1)
+    return next(n for n in lengths if kinds[n:] == kinds[:-n])
+
+
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Reads our name of an activation."""
     return ACTIVATIONS[reader.choice(key, ACTIVATIONS, default)]
 
 
 def to_hf_activation(name: str) -> str:
-    """Returns the inverse of :func:`read_activation`."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+    """Returns the inverse of :func:`read_activation`. Raises MaxlmError: a unit of its
+    own, which has no name."""
+    for theirs, ours in ACTIVATIONS.items():
+        if ours == name:
+            return theirs
+    raise MaxlmError(
+        f"activation={name} has no name in config.json",
+        fix="write it under a family that has it, such as gpt_oss",
+    )
 
 
 def read_fields(
@@ -199,15 +292,11 @@ def put_nested(tree: dict[str, Any], path: str, value: object) -> None:
     tree[key] = value
 
 
-def read_layer_pattern(
-    reader: ConfigReader,
-    default_kinds: Sequence[str],
-    kind_settings: Mapping[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """Returns the shortest pattern that gives ``layer_types``, as settings of a
-    decoder; none where all layers are as the model says. ``default_kinds``: each
-    layer's kind where there is no such list. ``kind_settings``: of each kind, settings
-    of ``LayerKind``."""
+def read_layer_types(
+    reader: ConfigReader, default_kinds: Sequence[str], allowed: Collection[str]
+) -> Sequence[str]:
+    """Reads each layer's kind from ``layer_types``, or returns ``default_kinds`` where
+    there is no such list. ``allowed``: the kinds that are implemented."""
     num_layers = len(default_kinds)
     kinds = reader.names("layer_types") or default_kinds
     if len(kinds) != num_layers:
@@ -216,21 +305,40 @@ def read_layer_pattern(
             message, where=reader.where, fix="take it from the published model"
         )
     for kind in kinds:
-        if kind not in kind_settings:
-            fix = f"only {' and '.join(kind_settings)} can be converted"
+        if kind not in allowed:
+            fix = f"only {' and '.join(allowed)} can be converted"
             message = f"layer_types has {kind!r}, which is not implemented"
             raise MaxlmError(message, where=reader.where, fix=fix)
-    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
-    # of the whole length at the latest.
-    period = next(n for n in range(1, num_layers + 1) if kinds[n:] == kinds[:-n])
-    pattern = [kind_settings[kind] for kind in kinds[:period]]
+    return kinds
+
+
+def make_pattern(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the shortest pattern that gives these settings of ``LayerKind``, one a
+    layer, as settings of a decoder; none where all layers are as the model says."""
+    pattern = list(layers[: find_period(layers)])
     return {"pattern": pattern} if any(pattern) else {}
+
+
+def read_layer_pattern(
+    reader: ConfigReader,
+    default_kinds: Sequence[str],
+    kind_settings: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Returns the pattern of ``layer_types``, as :func:`make_pattern` does;
+    ``kind_settings``: of each kind, settings of ``LayerKind``."""
+    kinds = read_layer_types(reader, default_kinds, kind_settings)
+    return make_pattern([kind_settings[kind] for kind in kinds])
+
+
+def list_layer_kinds(config: TransformerConfig) -> list[LayerKind]:
+    """Lists every layer's kind."""
+    kinds = config.layer_kinds
+    return [kinds[layer % len(kinds)] for layer in range(config.num_layers)]
 
 
 def write_layer_types(config: TransformerConfig) -> tuple[list[str], int | None]:
     """Returns the kind of each layer by its window, and the window (None: no layer has
     one)."""
-    kinds = config.layer_kinds
-    windows = [kinds[layer % len(kinds)].window for layer in range(config.num_layers)]
+    windows = [kind.window for kind in list_layer_kinds(config)]
     window = next((window for window in windows if window is not None), None)
     return [GLOBAL if window is None else LOCAL for window in windows], window

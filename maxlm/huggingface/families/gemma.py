@@ -10,7 +10,6 @@ from maxlm.huggingface.families.fields import GLOBAL, LOCAL
 from maxlm.huggingface.families.names import copy
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
-from maxlm.models.layers.positions import PositionsConfig
 
 L = "model.layers.{layer}"
 SANDWICH = {
@@ -112,30 +111,20 @@ def _read_gemma2(reader: ConfigReader, settings: dict[str, Any]) -> None:
 def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     """Local layers have a theta of their own, and no scaling."""
     _read_local(reader, settings)
-    local_theta = reader.number("rope_local_base_freq", 10_000.0)
-    by_kind = reader.read_nested("rope_parameters")
-    local = by_kind.read_nested(LOCAL)
-    if by_kind.has(GLOBAL):
-        global_rope = by_kind.read_nested(GLOBAL)
-    else:
-        global_rope = reader.read_nested("rope_scaling")
-    head_dim = settings["attention"]["head_dim"]
-    settings["positions"] = rope.read_position_settings(
-        reader, head_dim, theta=1_000_000.0, rope_reader=global_rope
+    settings["positions"], local_positions = rope.read_positions_by_kind(
+        reader,
+        settings["attention"]["head_dim"],
+        theta=1_000_000.0,
+        local_theta=reader.number("rope_local_base_freq", 10_000.0),
     )
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):  # else the published code does not read it
         reader.read_implemented("_sliding_window_pattern", None, period)
     layer_numbers = range(1, settings["num_layers"] + 1)
     kinds = [LOCAL if number % period else GLOBAL for number in layer_numbers]
-    local.read_implemented("partial_rotary_factor", 1.0, None)
     local_settings = {
         "window": reader.size("sliding_window", 4096, nullable=True),
-        "positions": {
-            "kind": "rope",
-            "theta": local.number("rope_theta", local_theta),
-            "scaling": rope.read_scaling(local, None),
-        },
+        "positions": local_positions,
     }
     settings |= fields.read_layer_pattern(
         reader, kinds, {LOCAL: local_settings, GLOBAL: {}}
@@ -143,15 +132,7 @@ def _read_gemma3(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 
 def _write_gemma3(config: TransformerConfig) -> dict[str, Any]:
-    def write_rope(positions: PositionsConfig) -> dict[str, Any]:
-        scaling = rope.write_scaling(positions) or {"rope_type": "default"}
-        return {"rope_theta": positions.theta, **scaling}
-
-    by_kind = {GLOBAL: write_rope(config.positions)}
-    for kind in config.layer_kinds:
-        if kind.window is not None:  # else all layers are global
-            by_kind[LOCAL] = write_rope(kind.positions or config.positions)
-    return _write_local(config) | {"rope_parameters": by_kind}
+    return {**_write_local(config), **rope.write_positions_by_kind(config)}
 
 
 GEMMA = ModelFamily(

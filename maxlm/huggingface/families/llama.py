@@ -5,7 +5,15 @@ queries, SwiGLU."""
 
 from maxlm.huggingface.families import fields
 from maxlm.huggingface.families.family import ModelFamily
-from maxlm.huggingface.families.names import copy, linear, map_linears
+from maxlm.huggingface.families.names import (
+    NameTable,
+    TensorRule,
+    copy,
+    linear,
+    map_linears,
+    permute_rotary,
+)
+from maxlm.models.architectures.config import TransformerConfig
 
 L = "model.layers.{layer}"
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
@@ -23,6 +31,24 @@ ATTENTION = {
     f"{L}.self_attn.q_norm.weight": copy("attention.query_norm.scale"),
     f"{L}.self_attn.k_norm.weight": copy("attention.key_norm.scale"),
 }
+
+
+def map_paired_attention(config: TransformerConfig) -> NameTable:
+    """Returns attention's entries where the published code turns neighbouring
+    dimensions of a head, the first ones, and ours i with i + R/2: rows of queries and
+    keys are reordered, which loses nothing."""
+    attention = config.attention
+    rotary_dim = config.positions.rotary_dim or attention.head_dim
+    reordered: dict[str, TensorRule] = {}
+    for their_name in ("q_proj", "k_proj"):
+        for part in ("weight", "bias"):
+            name = f"{L}.self_attn.{their_name}.{part}"
+            reordered[name] = permute_rotary(
+                ATTENTION[name], rotary_dim, each_head=True, first=True
+            )
+    return {**ATTENTION, **reordered}
+
+
 SWIGLU_NAMES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 MLP = map_linears(f"{L}.mlp", "mlp", **SWIGLU_NAMES)
 TABLE = {**OUTER, **NORMS, **ATTENTION, **MLP}

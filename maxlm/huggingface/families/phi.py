@@ -1,7 +1,11 @@
-"""Phi-2 (Javaheripi et al. 2023; block of Gunasekar et al. 2023, arXiv 2306.11644) and
-Phi-3 (Abdin et al. 2024, arXiv 2404.14219)."""
+"""Phi-2 (Javaheripi et al. 2023; block of Gunasekar et al. 2023, arXiv 2306.11644),
+Phi-3 and 3.5 (Abdin et al. 2024, arXiv 2404.14219) and Phi-4 (Abdin et al. 2024, arXiv
+2412.08905; mini: Microsoft 2025, arXiv 2503.01743)."""
 
-from maxlm.huggingface.families import fields, gpt2, llama
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface.families import fields, gpt2, llama, rope
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import (
     QKV_KERNELS,
@@ -11,6 +15,9 @@ from maxlm.huggingface.families.names import (
     map_linears,
     map_norm,
 )
+from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.layers.rope import LongRopeScaling
 
 L = "model.layers.{layer}"
 PHI_TABLE = {
@@ -25,13 +32,16 @@ PHI_TABLE = {
     "lm_head.weight": linear("head.kernel"),
     "lm_head.bias": copy("head_bias"),
 }
+FUSED_MLP = {
+    f"{L}.mlp.gate_up_proj.weight": linear("mlp.gate.kernel", "mlp.up.kernel"),
+    f"{L}.mlp.down_proj.weight": linear("mlp.down.kernel"),
+}
 PHI3_TABLE = {
     **llama.OUTER,
     **llama.NORMS,
     f"{L}.self_attn.qkv_proj.weight": linear(*QKV_KERNELS),
     f"{L}.self_attn.o_proj.weight": linear("attention.out.kernel"),
-    f"{L}.mlp.gate_up_proj.weight": linear("mlp.gate.kernel", "mlp.up.kernel"),
-    f"{L}.mlp.down_proj.weight": linear("mlp.down.kernel"),
+    **FUSED_MLP,
 }
 
 PHI = ModelFamily(
@@ -54,6 +64,33 @@ PHI = ModelFamily(
     {**gpt2.BIASED, "placement": "parallel_shared", "head_bias": True},
     rope_kwargs={"partial": 0.5},
 )
+
+
+def _read_phi3(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    positions = rope.read_position_settings(
+        reader,
+        settings["attention"]["head_dim"],
+        partial=1.0,
+        original_positions=reader.size("original_max_position_embeddings", 4096),
+    )
+    scaling = positions["scaling"]
+    if scaling is not None and scaling["kind"] != "longrope":
+        message = f"rope_type of {scaling['kind']} is not implemented"
+        fix = "only longrope and default can be converted"
+        raise MaxlmError(message, where=reader.where, fix=fix)
+    settings["positions"] = positions
+
+
+def _write_phi3(config: TransformerConfig) -> dict[str, Any]:
+    positions = config.positions
+    values = rope.write_position_settings(positions, config.attention.head_dim)
+    if isinstance(positions.scaling, LongRopeScaling):
+        length = positions.scaling.original_length
+        values["original_max_position_embeddings"] = length
+    # The library's padding lies outside small vocabularies.
+    return {**values, "pad_token_id": None}
+
+
 PHI3 = ModelFamily(
     "phi3",
     "Phi3ForCausalLM",
@@ -64,8 +101,6 @@ PHI3 = ModelFamily(
         "sliding_window": fields.map_size("attention.window", None),
     },
     PHI3_TABLE,
-    rope_kwargs={"partial": 1.0},
-    ignored_keys=["original_max_position_embeddings"],  # of longrope, which is refused
-    # The library's padding lies outside small vocabularies.
-    write_extra=lambda config: {"pad_token_id": None},
+    read_extra=_read_phi3,
+    write_extra=_write_phi3,
 )

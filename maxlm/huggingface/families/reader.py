@@ -1,5 +1,6 @@
 """A published model's config.json, read so that nothing in it is passed over."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -37,8 +38,9 @@ _INERT = """
 # Matters in training alone, where maxlm has none.
 _DROPOUT = """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
-    classif_dropout decoder_layerdrop dropout dropout_rate embd_pdrop emb_pdrop encoder_layerdrop
-    ffn_pdrop hidden_dropout hidden_dropout_prob resid_pdrop summary_first_dropout
+    classif_dropout decoder_layerdrop dropout dropout_rate embd_pdrop embedding_dropout emb_pdrop
+    encoder_layerdrop ffn_pdrop hidden_dropout hidden_dropout_prob layerdrop resid_pdrop
+    residual_dropout summary_first_dropout
 """
 INERT, DROPOUT = frozenset(_INERT.split()), frozenset(_DROPOUT.split())
 
@@ -173,6 +175,21 @@ class ConfigReader:
             bound += f" and at most {most:g}"
         raise self._wrong(key, value, f"a number {bound}")
 
+    def bounds(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Reads the smallest and the largest value of something, 0 or more, in order;
+        the latter may be infinite."""
+        value = self._get(key, list(default))
+        numbers: list[float] = []
+        for bound in value if isinstance(value, list | tuple) else ():
+            # As transformers writes what JSON has no number for.
+            if bound == {"__float__": "Infinity"}:
+                bound = math.inf
+            if type(bound) in (int, float):
+                numbers.append(float(bound))
+        if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1]:
+            raise self._wrong(key, value, "two numbers from 0 on, in order")
+        return numbers[0], numbers[1]
+
     def flag(self, key: str, default: bool) -> bool:
         """Reads true or false; a null is false where that is the default; all else is
         refused."""
@@ -181,6 +198,16 @@ class ConfigReader:
         if type(value) is not bool:
             raise self._wrong(key, value, "true or false")
         return value
+
+    def flags(self, key: str) -> list[bool]:
+        """Reads a list of true and false, or of ones and zeros; none where it is absent
+        or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of 0 and 1")
+        if not all(type(value) in (bool, int) and value in (0, 1) for value in values):
+            raise self._wrong(key, values, "a list of 0 and 1")
+        return [bool(value) for value in values]
 
     def text(self, key: str, default: str, *, alias: str = "") -> str:
         """Reads a name; a null counts as absent."""
@@ -196,6 +223,26 @@ class ConfigReader:
             raise self._wrong(key, values, "a list of names")
         if not all(isinstance(value, str) for value in values):
             raise self._wrong(key, values, "a list of names")
+        return values
+
+    def numbers(self, key: str) -> list[float]:
+        """Reads a list of numbers above 0."""
+        values = self._get(key, REQUIRED)
+        is_list = isinstance(values, list)
+        if not is_list or not all(
+            type(value) in (int, float) and 0 < value <= sys.float_info.max
+            for value in values
+        ):
+            raise self._wrong(key, values, "a list of numbers above 0")
+        return [float(value) for value in values]
+
+    def sizes(self, key: str) -> list[int]:
+        """Reads a list of numbers of at least 1; none where it is absent or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of whole numbers")
+        if not all(type(value) is int and value > 0 for value in values):
+            raise self._wrong(key, values, "a list of whole numbers above 0")
         return values
 
     def mapping(self, key: str) -> Mapping[str, Any]:

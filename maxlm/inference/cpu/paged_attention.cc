@@ -40,7 +40,7 @@ struct Call {
   const int32_t *tables, *lengths, *limits, *starts;
   float *o, *lse;
   int64_t rows, heads, kv_heads, pages, page_size, features, value_features, value_dim;
-  int64_t bias_reach, window;
+  int64_t bias_reach, window, chunk;
   float scale, soft_cap;
 };
 
@@ -187,6 +187,8 @@ void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
     query.position = begin + index;
     query.end = std::min<int64_t>(query.position + 1, call.limits[row]);
     query.first = call.window ? std::max<int64_t>(0, query.position + 1 - call.window) : 0;
+    if (call.chunk)
+      query.first = std::max(query.first, query.position - query.position % call.chunk);
     query.q = call.q + (token * call.heads + query.head) * call.features;
     query.o = call.o + (token * call.heads + query.head) * call.value_dim;
     query.lse = call.lse + token * call.heads + query.head;
@@ -224,7 +226,8 @@ void AttendHead(const Call& call, const Work& work, int64_t kv_head) {
 ffi::Error Attend(ffi::ThreadPool pool, FloatBuffer q, FloatBuffer keys, FloatBuffer values,
                   IntegerBuffer tables, IntegerBuffer lengths, IntegerBuffer limits,
                   IntegerBuffer starts, FloatBuffer slopes, FloatBuffer sinks, FloatBuffer biases,
-                  int64_t window, float scale, float soft_cap, FloatResult o, FloatResult lse) {
+                  int64_t window, int64_t chunk, float scale, float soft_cap, FloatResult o,
+                  FloatResult lse) {
   // What a call goes without is an empty array.
   auto optional = [](FloatBuffer& x) { return x.element_count() ? x.typed_data() : nullptr; };
   Call call{};
@@ -250,6 +253,7 @@ ffi::Error Attend(ffi::ThreadPool pool, FloatBuffer q, FloatBuffer keys, FloatBu
   call.pages = tables.dimensions()[1];
   call.bias_reach = call.biases ? biases.dimensions()[1] / 2 : 0;
   call.window = window;
+  call.chunk = chunk;
   call.scale = scale;
   call.soft_cap = soft_cap;
   std::vector<Work> works;
@@ -279,5 +283,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<FloatBuffer>().Arg<FloatBuffer>().Arg<FloatBuffer>()
         .Arg<IntegerBuffer>().Arg<IntegerBuffer>().Arg<IntegerBuffer>().Arg<IntegerBuffer>()
         .Arg<FloatBuffer>().Arg<FloatBuffer>().Arg<FloatBuffer>()
-        .Attr<int64_t>("window").Attr<float>("scale").Attr<float>("soft_cap")
+        .Attr<int64_t>("window").Attr<int64_t>("chunk").Attr<float>("scale")
+        .Attr<float>("soft_cap")
         .Ret<FloatBuffer>().Ret<FloatBuffer>());

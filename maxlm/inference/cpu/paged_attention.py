@@ -57,6 +57,7 @@ def forward(
         operands.query_starts,
         *head_terms,
         window=np.int64(params.window or 0),
+        chunk=np.int64(params.chunk or 0),
         scale=np.float32(params.scale),
         soft_cap=np.float32(params.soft_cap or 0),
     )

@@ -86,7 +86,7 @@ def suggest_kind(name: str, kinds: Mapping[str, LayerKind]) -> str:
     return "give its settings in model.kinds"
 
 
-class Layer(NamedTuple):
+class PatternLayer(NamedTuple):
     """One layer of a model before it is built."""
 
     kind: LayerKind
@@ -137,7 +137,7 @@ class LayerRun(NamedTuple):
             taken[turn] += 1
 
 
-def make_run(name: str, period: Sequence[Layer], num_periods: int) -> LayerRun:
+def make_run(name: str, period: Sequence[PatternLayer], num_periods: int) -> LayerRun:
     """Joins the layers of a period, repeated so often, to a run. A run of layers alike
     in their modules has one stack of its own name; others have a stack for each sort,
     ``run.kind``, by the name of the first kind that has it."""
@@ -183,11 +183,11 @@ class Repeats(NamedTuple):
         return self.start + self.period * self.num_periods
 
 
-def find_repeats(layers: Sequence[Layer]) -> Repeats:
+def find_repeats(layers: Sequence[PatternLayer]) -> Repeats:
     """Returns the part of a list of layers whose scan saves the most bodies: the most
     layers beyond those of one period, the shortest such period, the first such part."""
     # Numbers of equal layers are equal, and faster to compare than their settings.
-    number_of_layer: dict[Layer, int] = {}
+    number_of_layer: dict[PatternLayer, int] = {}
     numbers = [
         number_of_layer.setdefault(layer, len(number_of_layer)) for layer in layers
     ]

@@ -6,7 +6,7 @@ model, N query heads, R the largest distance with a learnt bias.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,9 +203,13 @@ class Trunk(nnx.Module):
             stacks |= self._get_run_stacks(run)
         return stacks
 
+    def _get_run_module(self, name: str) -> Any:
+        """Returns a run's stack, or the module that holds all of its stacks."""
+        return getattr(self, name)
+
     def _get_run_stacks(self, run: LayerRun) -> dict[str, Block]:
         """Returns the stacks of a run by name."""
-        module = getattr(self, run.name)
+        module = self._get_run_module(run.name)
         if len(run.stacks) == 1:
             return {run.name: module}
         return {
@@ -249,7 +253,7 @@ class Trunk(nnx.Module):
             indices = jnp.arange(micro_batches, dtype=jnp.uint32)
             return run_circular_pipeline(
                 self.run_stage,
-                get_values(self.layers),
+                get_values(self._get_run_module("layers")),
                 x,
                 (context, indices),
                 micro_batches=micro_batches,
@@ -257,7 +261,7 @@ class Trunk(nnx.Module):
             )
         total = Aux()
         for run in self.config.layer_runs:
-            params = get_values(getattr(self, run.name))
+            params = get_values(self._get_run_module(run.name))
             x, aux = self._run_layers_of(run, params, x, context, encoder_output)
             total = total.plus(aux)
         return x, total
@@ -368,15 +372,16 @@ class Trunk(nnx.Module):
         """Returns positions, segment ids and angles for each kind of layer."""
         positions, segment_ids = tokens
         # Kinds of equal positions and heads share their angles, which are computed once.
-        rotary_by_settings: dict[RotarySettings | None, Rotary | None] = {None: None}
+        rotary_by_settings: dict[RotarySettings, Rotary] = {}
         contexts = []
         for kind in run.kinds:
             settings = self._get_rotary_settings(kind)
-            if settings not in rotary_by_settings:
-                rotary_by_settings[settings] = self._compute_rotary(
-                    settings, positions, lengths
-                )
-            rotary = rotary_by_settings[settings]
+            rotary = None
+            if settings is not None:
+                rotary = rotary_by_settings.get(settings)
+                if rotary is None:
+                    rotary = self._compute_rotary(settings, positions, lengths)
+                    rotary_by_settings[settings] = rotary
             contexts.append(KindContext(positions, segment_ids, rotary))
         return tuple(contexts)
 

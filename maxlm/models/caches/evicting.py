@@ -64,6 +64,7 @@ class EvictingCache(AttentionCache):
     scores: jax.Array | None
     """fp32 [D, R, K, M]: weights that the token was given; None: they do not matter."""
     config: EvictingCacheConfig = field(metadata={"static": True})
+    knows_chunks = True
 
     def attend_shard(
         self,
@@ -89,7 +90,7 @@ class EvictingCache(AttentionCache):
             value_dim=value_dim,
             shared_axes=tuple(set(head_axes) - set(kv_axes)),
         )
-        keep_best = partial(_keep_best, window=terms.window, attend=attend)
+        keep_best = partial(_keep_best, terms=terms, attend=attend)
 
         def advance(
             cache: EvictingCache, tokens: _NewTokens, rows: RowTokens
@@ -100,7 +101,7 @@ class EvictingCache(AttentionCache):
             cache = replace(cache, positions=positions)
             tokens_per_row = tokens.q.shape[1]
             if tokens_per_row == 1:
-                return _replace_one(cache, tokens, rows, terms.window, attend)
+                return _replace_one(cache, tokens, rows, terms, attend)
             # Row after row: one without tokens is skipped, and scores of queries with
             # all keys are in memory for one row at a time.
             return lax.map(
@@ -157,6 +158,8 @@ def _attend_rows(
     is_seen &= rows.live[:, None, :, None]
     if terms.window is not None:
         is_seen &= distance < terms.window
+    if terms.chunk is not None:
+        is_seen &= distance <= query_positions % terms.chunk
     scores = jnp.where(is_seen[:, :, None], scores, -jnp.inf)
 
     # Softmax, with a sink's exponential in the sum where heads have one. A query that
@@ -190,7 +193,7 @@ def _rank_tokens(
     positions: jax.Array,
     scores: jax.Array | None,
     lengths: jax.Array,
-    window: int | None,
+    terms: AttentionTerms,
 ) -> jax.Array:
     """Ranks tokens, fp32 [n, K, S], the higher the better; positions as of
     :func:`_attend_rows`, lengths int32 [n] the tokens of each row."""
@@ -203,9 +206,12 @@ def _rank_tokens(
         assert scores is not None
         is_recent = positions > ends - config.recent
         ranks = jnp.where(is_recent, jnp.inf, scores)
-    if window is not None:
-        # The next token will not see what is behind the window; scores are positive.
-        ranks = jnp.where(positions > ends - window + 1, ranks, -1.0)
+    # The next token will not see what is behind its window or its chunk; scores are
+    # positive.
+    if terms.window is not None:
+        ranks = jnp.where(positions > ends - terms.window + 1, ranks, -1.0)
+    if terms.chunk is not None:
+        ranks = jnp.where(positions > ends - ends % terms.chunk, ranks, -1.0)
     return jnp.where(positions > 0, ranks, -jnp.inf)
 
 
@@ -213,7 +219,7 @@ def _replace_one(
     cache: EvictingCache,
     tokens: _NewTokens,
     rows: RowTokens,
-    window: int | None,
+    terms: AttentionTerms,
     attend: _AttendRows,
 ) -> tuple[EvictingCache, jax.Array]:
     """Returns the cache with one token of each row in the place of another, then y [n,
@@ -223,7 +229,7 @@ def _replace_one(
 
     # The place of the token that matters least, [n, K].
     lengths = rows.positions[:, 0] + 1
-    ranks = _rank_tokens(config, cache.positions, cache.scores, lengths, window)
+    ranks = _rank_tokens(config, cache.positions, cache.scores, lengths, terms)
     is_worst = ranks == ranks.min(axis=-1, keepdims=True)
     # Of equally bad ones the oldest, and an empty place before any.
     largest = jnp.iinfo(jnp.int32).max
@@ -257,7 +263,7 @@ def _keep_best(
     tokens: _NewTokens,
     rows: RowTokens,
     *,
-    window: int | None,
+    terms: AttentionTerms,
     attend: _AttendRows,
 ) -> tuple[EvictingCache, jax.Array]:
     """Returns the cache with the best of what it has and of a chunk of each row, the
@@ -297,7 +303,7 @@ def _keep_best(
             scores = _average_neighbours(scores, config.pooling)
 
     # The M best, still newest first: their indices among the sorted, then among all.
-    ranks = _rank_tokens(config, positions, scores, lengths, window)
+    ranks = _rank_tokens(config, positions, scores, lengths, terms)
     _, best = lax.top_k(ranks, M)
     best = jnp.sort(best, axis=-1)
     best_unsorted = jnp.take_along_axis(order, best, axis=-1)[..., None]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from maxlm.config import MaxlmError
 from maxlm.models.caches.config import (
     CACHES,
     CacheConfig,
@@ -25,7 +26,12 @@ from maxlm.models.caches.config import (
     SnapKVCacheConfig,
 )
 from maxlm.models.caches.evicting import EvictingCache
-from maxlm.models.caches.layout import CacheArraySpec, CacheLayout, as_array
+from maxlm.models.caches.layout import (
+    CacheArraySpec,
+    CacheLayout,
+    LayerCache,
+    as_array,
+)
 from maxlm.models.caches.paged import AttentionCache, PagedCache
 from maxlm.models.caches.quantized import (
     QuantizedCache,
@@ -46,6 +52,8 @@ class KeyValueSizes:
     key_size: int
     value_size: int | None
     """None: all query heads share one head of keys, of which values are a part."""
+    chunk: int | None = None
+    """Positions of a chunk, whose tokens alone see each other; None: all do."""
 
     @property
     def sizes(self) -> list[int]:
@@ -88,12 +96,42 @@ def kv_cache_spec(
     num_kv_heads: int,
     key_size: int,
     value_size: int | None,
-) -> AttentionCache:
+    *,
+    chunk: int | None = None,
+    is_shared: bool = False,
+) -> LayerCache:
     """Returns a layer's cache of keys and values with a :class:`CacheArraySpec` for
-    each array. ``value_size`` None: all query heads share one head of keys, of which
-    values are a part. Raises MaxlmError: sizes that the cache cannot keep."""
-    sizes = KeyValueSizes(window, num_kv_heads, key_size, value_size)
-    return CACHES.get(layout.cache.kind).make_spec(layout, sizes)
+    each array.
+
+    Args:
+        value_size: None: all query heads share one head of keys, of which values are a
+            part.
+        chunk: positions of a chunk, whose tokens alone see each other; None: all do.
+        is_shared: whether the layer reads the cache of another one of the same sizes,
+            and so has none: an empty tree.
+
+    Raises:
+        MaxlmError: sizes that the cache cannot keep; a cache that does not know chunks,
+            or that no other layer can read.
+    """
+    kind = layout.cache.kind
+    sizes = KeyValueSizes(window, num_kv_heads, key_size, value_size, chunk)
+    spec = CACHES.get(kind).make_spec(layout, sizes)
+    if chunk is not None and not spec.knows_chunks:
+        raise MaxlmError(
+            f"a cache of kind={kind} for attention in chunks of {chunk} positions",
+            where="cache",
+            fix="use kind=paged",
+        )
+    if not is_shared:
+        return spec
+    if not spec.can_be_shared:
+        raise MaxlmError(
+            f"a cache of kind={kind} for layers that share keys and values",
+            where="cache",
+            fix="use kind=paged",
+        )
+    return ()
 
 
 def _list_page_specs(layout: CacheLayout, sizes: KeyValueSizes) -> list[CacheArraySpec]:

@@ -31,6 +31,11 @@ class AttentionCache:
     """Whether the cache may be split over the devices of the query heads where kv heads
     are too few for them: it then stores a copy of a kv head on each device whose
     queries read it. False: every device stores all kv heads."""
+    knows_chunks: ClassVar[bool] = False
+    """Whether the cache masks tokens of other chunks (``AttentionTerms.chunk``)."""
+    can_be_shared: ClassVar[bool] = False
+    """Whether layers can read it to which it does not belong, once it has a step's
+    tokens: :meth:`attend` without a key."""
 
     def attend_shard(
         self,
@@ -67,7 +72,8 @@ class AttentionCache:
             key, value: [D, S, K, H] and [D, S, K, Hv]. No value: it is the beginning of
                 the key, as in latent attention (MLA). No key: there is nothing to
                 store, as in attention to an encoder's output.
-            value_dim: Hv, where there is no value.
+            value_dim: Hv, where there is no value; None without a key: as many as the
+                queries have.
 
         Returns:
             [D, S, N, Hv], and the cache.
@@ -81,6 +87,9 @@ class AttentionCache:
             if self.copies_heads and key is not None and value is not None:
                 key = copy_kv_heads(key, rules)
                 value = copy_kv_heads(value, rules)
+                rules = rules.model_copy(update={"kv_heads": rules.heads})
+            elif self.copies_heads and key is None:
+                # Another layer has stored the copies.
                 rules = rules.model_copy(update={"kv_heads": rules.heads})
             elif num_kv_heads > 1:
                 # Each device attends for all query heads.
@@ -142,6 +151,8 @@ class PagedCache(AttentionCache):
     value: jax.Array | None
     """None: a token's value is the beginning of its key."""
     copies_heads = True
+    knows_chunks = True
+    can_be_shared = True
 
     def attend_shard(
         self,
@@ -155,16 +166,17 @@ class PagedCache(AttentionCache):
         value_dim: int | None,
     ) -> tuple[jax.Array, Self]:
         """See :class:`AttentionCache`."""
-        assert key is not None
         # slots [S], page_tables [b + F, M].
         slots, page_tables = batch.pages(terms.window)
         # Pages have room for more features than a head has where a kernel reads whole
         # lanes (`CacheLayout.feature_multiple`).
         page_features = self.key.shape[-1]
+        output_dim = value_dim or q.shape[-1]
         q = pad_features(q, page_features)
-        keys = write_pages(self.key, pad_features(key, page_features), slots)
+        keys = self.key
         values = self.value
-        output_dim = value_dim
+        if key is not None:
+            keys = write_pages(keys, pad_features(key, page_features), slots)
         if value is not None:
             assert values is not None
             output_dim = value.shape[-1]
@@ -180,6 +192,7 @@ class PagedCache(AttentionCache):
             kernel=batch.attention_kernel,
             value_dim=value_dim,
             window=terms.window,
+            chunk=terms.chunk,
             scale=terms.scale,
             soft_cap=terms.soft_cap,
             slopes=terms.slopes,

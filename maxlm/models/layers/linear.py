@@ -10,6 +10,7 @@ from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
     FusedKernel,
+    Initializer,
     Leaf,
     ModuleT,
     ParamReader,
@@ -36,6 +37,7 @@ class Linear(nnx.Module):
             their concatenation.
         std: standard deviation of the truncated normal initialiser; None: the
             context's ``init_std``.
+        initializer: another one in its place.
         role: "matrix" for hidden layers, "table" for an output head.
     """
 
@@ -47,16 +49,19 @@ class Linear(nnx.Module):
         *,
         bias: bool,
         std: float | None = None,
+        initializer: Initializer | None = None,
         role: Literal["matrix", "table"] = "matrix",
     ):
         self.rules = context.rules
         self.dtype = context.dtype
         self.product: LocalProduct | None = None
         """See :func:`set_product`."""
+        if initializer is None:
+            initializer = truncated_normal(context.init_std if std is None else std)
         self.kernel = declare(
             (*inputs.values(), *outputs.values()),
             (*inputs, *outputs),
-            truncated_normal(context.init_std if std is None else std),
+            initializer,
             role,
             contracting_dims=tuple(range(len(inputs))),
         )

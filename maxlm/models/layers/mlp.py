@@ -1,26 +1,74 @@
 """Position-wise feed-forward layers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.remat import save_inputs_only
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    # Primer (So et al. 2021, arXiv 2109.08668, §3): Nemotron, Arcee.
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
+
+
+class ClampedSwiglu(Config):
+    """A gated unit of bounded inputs (gpt-oss, arXiv 2508.10925, §2.2, and its published
+    code): ``(up + up_offset) · gate · sigmoid(alpha · gate)``, where first the gate is
+    cut off above ``limit`` and ``up`` at ± ``limit``."""
+
+    kind: Literal["clamped_swiglu"] = "clamped_swiglu"
+    alpha: float = Field(default=1.702, gt=0)
+    """Slope of the sigmoid; 1 is that of silu, 1.702 nearly that of gelu."""
+    limit: float = Field(default=7.0, gt=0)
+    """Bound of both projections."""
+    up_offset: float = 1.0
+    """Term added to ``up``: with 1 a unit whose ``up`` is 0 passes its gate on."""
+
+
+@dataclass(frozen=True)
+class HiddenActivation:
+    """Hidden layer of a feed-forward, from the projections that it is made of.
+
+    Args:
+        activation: element-wise, or a gated unit of its own.
+    """
+
+    activation: Activation | ClampedSwiglu
+
+    def __call__(self, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        """up [..., F] and maybe gate [..., F] → [..., F] in their dtype."""
+        unit = self.activation
+        if isinstance(unit, ClampedSwiglu):
+            assert gate is not None  # checked by the layer's config
+            gate = jnp.minimum(gate, unit.limit)
+            up = jnp.clip(up, -unit.limit, unit.limit)
+            return (up + unit.up_offset) * (gate * jax.nn.sigmoid(unit.alpha * gate))
+        activate = ACTIVATIONS[unit]
+        return activate(up) if gate is None else activate(gate) * up
+
+
+def check_gated(activation: Activation | ClampedSwiglu, gated: bool) -> None:
+    """Raises MaxlmError: an activation that needs a gate, in a layer without one."""
+    if isinstance(activation, ClampedSwiglu) and not gated:
+        raise MaxlmError(
+            f"activation.kind={activation.kind} without a gate", fix="set gated to true"
+        )
 
 
 class MlpConfig(Config):
@@ -30,12 +78,17 @@ class MlpConfig(Config):
 
     d_ff: int = Field(gt=0)
     """Width of the hidden layer."""
-    activation: Activation = "silu"
+    activation: Activation | ClampedSwiglu = "silu"
     gated: bool = True
     """Multiply the activated projection by a second, linear one: silu + gated is SwiGLU
     (Shazeer 2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for
     equal parameters."""
     bias: bool = False
+
+    @model_validator(mode="after")
+    def _gated_unit_has_a_gate(self):
+        check_gated(self.activation, self.gated)
+        return self
 
 
 class Mlp(nnx.Module):
@@ -67,15 +120,15 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""
-        activate = ACTIVATIONS[self.config.activation]
+        activate = save_inputs_only(HiddenActivation(self.config.activation))
 
         # The names are those by which remat policies keep values (models/remat.py).
         if self.gate is None:
             up = checkpoint_name(self.up(x), "mlp_up")
-            hidden = save_inputs_only(activate)(up)
+            hidden = activate(up)
         else:
             gate, up = project(x, self.gate, self.up)
             gate = checkpoint_name(gate, "mlp_gate")
             up = checkpoint_name(up, "mlp_up")
-            hidden = save_inputs_only(lambda gate, up: activate(gate) * up)(gate, up)
+            hidden = activate(up, gate)
         return self.down(hidden, seq_axis="residual")

@@ -5,7 +5,7 @@ are added, weighted by score. Parameters grow with the number of experts, work w
 alone.
 
 Shapes: B batch, S sequence, D model, E experts, F width of an expert, k experts of a
-token.
+token, C width of latent experts' inputs (D without them).
 """
 
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -22,7 +22,15 @@ from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
 from maxlm.models.costs import ExpertRouting, LayerCosts, group_matrices
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
+from maxlm.models.layers.linear import Linear
+from maxlm.models.layers.mlp import (
+    Activation,
+    ClampedSwiglu,
+    HiddenActivation,
+    Mlp,
+    MlpConfig,
+    check_gated,
+)
 from maxlm.models.params import declare, materialize, read_weight, truncated_normal
 from maxlm.parallel.dispatch import compute_expert_capacity
 from maxlm.parallel.experts import apply_experts
@@ -40,21 +48,39 @@ class MoeConfig(Config):
     """Routed experts that serve a token (k)."""
     d_ff: int = Field(gt=0)
     """Width of one expert's hidden layer."""
-    activation: Activation = "silu"
+    activation: Activation | ClampedSwiglu = "silu"
     gated: bool = True
     """Whether experts are gated, as in a dense layer: silu + gated is SwiGLU."""
+    bias: bool = False
+    """Offsets on the projections of all experts (gpt-oss); that of an expert's output
+    is weighted like the output."""
+    latent_dim: int | None = Field(default=None, gt=0)
+    """Width that tokens are squeezed to before routed experts, whose weighted sum is
+    widened again (Nemotron 3): rows that cross the wire and experts' matrices are as
+    much smaller. null: experts read the residual stream."""
     shared_experts: int = Field(default=0, ge=0)
     """Experts that serve every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, eq.
     9); n of them are one dense layer of width n · d_ff."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    shared_d_ff: int | None = Field(default=None, gt=0)
+    """Width of the shared experts' dense layer; null: shared_experts · d_ff."""
+    shared_gate: bool = False
+    """Multiply the shared experts' output by the sigmoid of a linear map of the token
+    to one number (Qwen2-MoE, Qwen3-Next)."""
+    router_bias: bool = False
+    """Offsets of the router's logits (gpt-oss)."""
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     """softmax: experts compete for a token (Mixtral, DeepSeek-V2, Qwen). sigmoid: each
-    is scored by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)."""
+    is scored by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15). sqrt_softplus: the same
+    without an upper bound, √ln(1 + e^logit) (DeepSeek-V4)."""
     renormalise: bool = True
-    """Divide a token's k weights by their sum (Mixtral, DeepSeek-V3). Otherwise they
-    are the scores themselves (DeepSeek-V2, OLMoE), small where scores are spread over
-    many experts."""
+    """Divide a token's k weights by their sum (Mixtral, DeepSeek-V3); with softmax that
+    is a softmax over the chosen logits alone (gpt-oss, Granite). Otherwise they are the
+    scores themselves (DeepSeek-V2, OLMoE), small where scores are spread over many
+    experts."""
     scale: float = Field(default=1.0, gt=0)
     """Factor on the weights after that; DeepSeek-V3 has 2.5."""
+    weigh_inputs: bool = False
+    """Multiply an expert's input by its weight, in place of its output (Llama 4)."""
     selection_bias: bool = False
     """A bias for each expert, added to scores to choose by and to nothing else, which a
     rule moves towards equal load: balance without a loss that pulls at the model (arXiv
@@ -87,6 +113,7 @@ class MoeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self):
+        check_gated(self.activation, self.gated)
         per_token = self.experts_per_token
         group_size = self.num_experts // self.groups
         if per_token > self.num_experts:
@@ -115,6 +142,11 @@ class MoeConfig(Config):
             raise MaxlmError(
                 f"group_score=top2 with groups of {group_size} expert",
                 fix="use group_score: max, or fewer groups",
+            )
+        if self.shared_experts == 0 and (self.shared_gate or self.shared_d_ff):
+            raise MaxlmError(
+                "shared_gate or shared_d_ff without shared experts",
+                fix="set shared_experts to 1, or leave them out",
             )
         return self
 
@@ -156,12 +188,17 @@ class MoeAux(NamedTuple):
 class Moe(nnx.Module):
     """``shared(x) + Σ_j weight_j · expert_j(x)`` over the k experts of each token.
 
-    Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, D, F], ``down`` [E, F, D],
-    ``shared`` (an :class:`Mlp`), and ``selection_bias`` [E]. The last learns by a rule:
-    its gradient is load − mean load, whatever the losses are, and it is declared
-    ``sign_update``: optimizers step against its sign by a fixed amount, which is
-    algorithm 1 of arXiv 2408.15664. Since the load is that of all devices and gradients
-    add up over micro-batches, the step does not depend on the layout.
+    Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, C, F], ``down`` [E, F, C],
+    ``shared`` (an :class:`Mlp`), and ``selection_bias`` [E]; where the config asks for
+    them ``router_bias`` [E], ``gate_bias`` and ``up_bias`` [E, F], ``down_bias`` [E,
+    C], ``shared_gate`` [D, 1], and the maps ``latent_down`` and ``latent_up`` between D
+    and C.
+
+    ``selection_bias`` learns by a rule: its gradient is load − mean load, whatever the
+    losses are, and it is declared ``sign_update``: optimizers step against its sign by
+    a fixed amount, which is algorithm 1 of arXiv 2408.15664. Since the load is that of
+    all devices and gradients add up over micro-batches, the step does not depend on the
+    layout.
     """
 
     name = "moe"
@@ -172,9 +209,10 @@ class Moe(nnx.Module):
         self.dtype = context.dtype
         d_model = context.d_model
         num_experts = config.num_experts
-        up_shape = (num_experts, d_model, config.d_ff)
+        input_dim = config.latent_dim or d_model
+        up_shape = (num_experts, input_dim, config.d_ff)
         up_axes = ("expert", "expert_embed", "mlp")
-        down_shape = (num_experts, config.d_ff, d_model)
+        down_shape = (num_experts, config.d_ff, input_dim)
         down_axes = ("expert", "mlp", "expert_embed")
         normal = truncated_normal(context.init_std)
         residual_normal = truncated_normal(context.residual_std)
@@ -197,26 +235,74 @@ class Moe(nnx.Module):
         self.down = declare(
             down_shape, down_axes, residual_normal, "matrix", contracting_dims=(1,)
         )
-        self.selection_bias = (
-            declare(
-                (num_experts,),
-                (None,),
-                jax.nn.initializers.zeros,
-                "vector",
-                sign_update=True,
+        self.router_bias = (
+            self._declare_vector((num_experts,), (None,))
+            if config.router_bias
+            else None
+        )
+        hidden_shape = (num_experts, config.d_ff)
+        hidden_axes = ("expert", "mlp")
+        self.gate_bias = (
+            self._declare_vector(hidden_shape, hidden_axes)
+            if config.bias and config.gated
+            else None
+        )
+        self.up_bias = (
+            self._declare_vector(hidden_shape, hidden_axes) if config.bias else None
+        )
+        self.down_bias = (
+            self._declare_vector((num_experts, input_dim), ("expert", "expert_embed"))
+            if config.bias
+            else None
+        )
+        residual = {"embed": d_model}
+        latent = {"latent": input_dim}
+        self.latent_down = (
+            Linear(residual, latent, context, bias=config.bias)
+            if config.latent_dim is not None
+            else None
+        )
+        self.latent_up = (
+            Linear(
+                latent, residual, context, bias=config.bias, std=context.residual_std
             )
+            if config.latent_dim is not None
+            else None
+        )
+        self.selection_bias = (
+            self._declare_vector((num_experts,), (None,), sign_update=True)
             if config.selection_bias
             else None
         )
         self.shared = self._build_shared(context) if config.shared_experts > 0 else None
+        # Like the router it classifies tokens.
+        self.shared_gate = (
+            declare(
+                (d_model, 1), ("embed", None), normal, "table", contracting_dims=(0,)
+            )
+            if config.shared_gate
+            else None
+        )
+
+    def _declare_vector(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        sign_update: bool = False,
+    ) -> nnx.Param:
+        """Declares offsets that begin as zeros."""
+        zeros = jax.nn.initializers.zeros
+        return declare(shape, axes, zeros, "vector", sign_update=sign_update)
 
     def _build_shared(self, context: BuildContext) -> Mlp:
         """Builds the experts that serve every token, as one dense layer."""
         config = self.config
         mlp_config = MlpConfig(
-            d_ff=config.shared_experts * config.d_ff,
+            d_ff=config.shared_d_ff or config.shared_experts * config.d_ff,
             activation=config.activation,
             gated=config.gated,
+            bias=config.bias,
         )
         return Mlp(mlp_config, context)
 
@@ -251,8 +337,13 @@ class Moe(nnx.Module):
             num_experts=config.num_experts,
             capacity_factor=config.capacity_factor if is_bounded else None,
             has_shared=self.shared is not None,
+            gates_shared=config.shared_gate,
+            input_dim=config.latent_dim,
         )
-        return LayerCosts(group_matrices(self), experts=experts)
+        gate_flops = 0
+        if self.shared_gate is not None:
+            gate_flops = 2 * self.shared_gate.get_value().shape[-2]
+        return LayerCosts(group_matrices(self), experts=experts, extra_flops=gate_flops)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None
@@ -297,21 +388,56 @@ class Moe(nnx.Module):
             excess_load = lax.stop_gradient(load - load.mean())
             loss += jnp.sum(excess_load * (bias - lax.stop_gradient(bias)))
 
-        y = self._apply_experts(x, routing.weights, expert_ids, capacity)
+        y = self._apply_latent_experts(x, routing.weights, expert_ids, capacity)
         if self.shared is not None:
-            y = y + self.shared(x)
+            y = y + self._gate_shared(x, self.shared(x))
         return y, MoeAux(loss, load, dropped)
 
     def _compute_logits(self, x: jax.Array) -> jax.Array:
         """Returns the router's logits [B, S, E] in fp32 or wider."""
-        logits_dtype = accumulation_dtype(self.dtype)
+        logits = self._classify(x, self.router)
+        if self.router_bias is not None:
+            logits += materialize(self.router_bias, self.rules, logits.dtype)
+        return logits
+
+    def _gate_shared(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Multiplies the shared experts' output y [B, S, D] by their gate, if there is
+        one."""
+        if self.shared_gate is None:
+            return y
+        gate = jax.nn.sigmoid(self._classify(x, self.shared_gate))
+        return y * gate.astype(y.dtype)
+
+    def _classify(self, x: jax.Array, table: nnx.Param) -> jax.Array:
+        """Multiplies x [B, S, D] by a table [D, classes] in fp32 or wider."""
+        dtype = accumulation_dtype(self.dtype)
         return jnp.einsum(
             "bsd,de->bse",
-            x.astype(logits_dtype),
-            materialize(self.router, self.rules, logits_dtype),
+            x.astype(dtype),
+            materialize(table, self.rules, dtype),
             precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
             out_sharding=make_spec((*get_layout(x)[:2], ())),
         )
+
+    def _apply_latent_experts(
+        self,
+        x: jax.Array,
+        token_weights: jax.Array,
+        expert_ids: jax.Array,
+        capacity: int | None,
+    ) -> jax.Array:
+        """Returns what :meth:`_apply_experts` does, through the narrow vectors that
+        latent experts read and write, if they are such."""
+        if self.latent_down is None or self.latent_up is None:
+            return self._apply_experts(x, token_weights, expert_ids, capacity)
+        latent = self.latent_down(x, seq_axis="residual")
+        token_layout = get_layout(latent)[:2]
+        latent_axes = get_layout(latent)[2]
+        # Experts read whole rows.
+        latent = reshard(latent, make_spec((*token_layout, ())))
+        y = self._apply_experts(latent, token_weights, expert_ids, capacity)
+        y = reshard(y, make_spec((*token_layout, latent_axes)))
+        return self.latent_up(y, seq_axis="residual")
 
     def _apply_experts(
         self,
@@ -320,11 +446,11 @@ class Moe(nnx.Module):
         expert_ids: jax.Array,
         capacity: int | None,
     ) -> jax.Array:
-        """Returns the weighted sum [B, S, D] of the routed experts' outputs;
+        """Returns the weighted sum [B, S, C] of the routed experts' outputs;
         ``capacity``: assignments of a sequence that an expert takes, None: all."""
         kernels = {}
         layouts = {}
-        for name, param in self._kernels().items():
+        for name, param in self._expert_params().items():
             weight = read_weight(param, self.rules, self.dtype)
             kernels[name] = weight.value
             layouts[name] = weight.compute_layout
@@ -333,15 +459,24 @@ class Moe(nnx.Module):
             token_weights,
             expert_ids,
             kernels,
-            activation=ACTIVATIONS[self.config.activation],
+            activation=HiddenActivation(self.config.activation),
             kernel_layouts=layouts,
             expert_capacity=capacity,
+            weigh_inputs=self.config.weigh_inputs,
         )
 
-    def _kernels(self) -> dict[str, nnx.Param]:
-        """The routed experts' kernels, by their names in ``parallel/experts.py``."""
-        kernels = {"up": self.up, "down": self.down}
-        return kernels if self.gate is None else {"gate": self.gate, **kernels}
+    def _expert_params(self) -> dict[str, nnx.Param]:
+        """Returns the routed experts' parameters, by their names in
+        ``parallel/experts.py``."""
+        params = {
+            "gate": self.gate,
+            "up": self.up,
+            "down": self.down,
+            "gate_bias": self.gate_bias,
+            "up_bias": self.up_bias,
+            "down_bias": self.down_bias,
+        }
+        return {name: param for name, param in params.items() if param is not None}
 
 
 class Routing(NamedTuple):
@@ -359,10 +494,15 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the
     bias, fp32 [E], is added to the scores that experts and groups are chosen by.
     Differentiable in the logits through scores and weights; not in the bias."""
-    score = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
-    scores = score(logits)
+    scores = _compute_scores(logits, config)
     # What experts are chosen by; the choice has no gradient.
-    ranking = lax.stop_gradient(scores if bias is None else scores + bias)
+    if bias is not None:
+        ranking = scores + bias
+    elif config.score == "softmax" or config.group_score == "top2":
+        ranking = scores
+    else:
+        ranking = logits  # in the same order, also where sigmoids are 1
+    ranking = lax.stop_gradient(ranking)
     if config.groups_per_token < config.groups:
         group_size = config.num_experts // config.groups
         # [B, S, groups, experts of a group]
@@ -384,6 +524,16 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     return Routing(scores, weights * config.scale, expert_ids)
 
 
+def _compute_scores(logits: jax.Array, config: MoeConfig) -> jax.Array:
+    """Returns each expert's score, of any shape [..., E], as ``MoeConfig.score`` says."""
+    if config.score == "softmax":
+        return jax.nn.softmax(logits)
+    if config.score == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    # Where the softplus underflows to 0 its root has no slope.
+    return jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, -80.0)))
+
+
 def router_loss(
     logits: jax.Array,
     scores: jax.Array,
@@ -402,7 +552,7 @@ def router_loss(
     loss = jnp.zeros((), jnp.float32)
     if config.balance_loss:
         shares = scores
-        if config.score == "sigmoid":  # DeepSeek-V3, eq. 19
+        if config.score != "softmax":  # DeepSeek-V3, eq. 19
             shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
         share_sums = jnp.where(mask[..., None], shares, 0.0).sum((0, 1))
         num_tokens = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)

@@ -9,7 +9,7 @@ way (docs/positions.md).
 Shapes: B batch, S sequence, N heads, H head dim, R dimensions that turn.
 """
 
-from math import ceil, floor, log, pi
+from math import ceil, floor, log, pi, sqrt
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 
 Factor = Annotated[float, Field(ge=1)]
 Length = Annotated[int, Field(gt=0)]
@@ -90,16 +90,62 @@ class Llama3Scaling(Config):
 
     @model_validator(mode="after")
     def _in_order(self):
-        if self.low_freq_factor >= self.high_freq_factor:
+        if self.low_freq_factor > self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} is not below "
+                f"low_freq_factor={self.low_freq_factor} is above "
                 f"high_freq_factor={self.high_freq_factor}"
             )
         return self
 
 
+class LongRopeScaling(Config):
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753, as Phi-3's published code has it):
+    the frequency of each pair of dimensions divided by a factor of its own, found by a
+    search; one list for sequences up to ``original_length``, one for longer ones. A
+    sequence's length is that of its row's longest document, in the engine its tokens
+    that are known, so that one that grows past ``original_length`` turns by the other
+    list from there on. Cosines and sines are multiplied by ``attention_factor``,
+    whatever the length."""
+
+    kind: Literal["longrope"] = "longrope"
+    factor: Factor
+    """The longest sequence over ``original_length``."""
+    original_length: Length
+    short_factors: tuple[PositiveFloat, ...]
+    """One for each pair of dimensions that turns."""
+    long_factors: tuple[PositiveFloat, ...]
+    attention_factor: float | None = Field(default=None, gt=0)
+    """null: √(1 + ln(factor) / ln(original_length))."""
+
+    @model_validator(mode="after")
+    def _same_pairs(self):
+        if len(self.short_factors) != len(self.long_factors):
+            raise ValueError(
+                f"{len(self.short_factors)} short_factors and "
+                f"{len(self.long_factors)} long_factors: give one of each a pair"
+            )
+        return self
+
+
+class ProportionalScaling(Config):
+    """Only the fastest ``share`` of a head's pairs turn, with the frequencies that they
+    have where all do; the others stay (Gemma 4's global layers). ``rotary_dim``, which
+    leaves out a head's last dimensions, makes other pairs and other frequencies."""
+
+    kind: Literal["proportional"] = "proportional"
+    share: float = Field(gt=0, le=1)
+    factor: Factor = 1.0
+    """What all frequencies are divided by."""
+
+
 Scaling = Annotated[
-    LinearScaling | NtkScaling | DynamicNtkScaling | YarnScaling | Llama3Scaling,
+    LinearScaling
+    | NtkScaling
+    | DynamicNtkScaling
+    | YarnScaling
+    | Llama3Scaling
+    | LongRopeScaling
+    | ProportionalScaling,
     Field(discriminator="kind"),
 ]
 
@@ -115,7 +161,8 @@ def compute_frequencies(
     theta: float, rotary_dim: int, scaling: Scaling | None = None
 ) -> np.ndarray:
     """Computes radians a token of each pair of dimensions, float64 [rotary_dim / 2], of
-    any scaling but the dynamic one, which counts as none here."""
+    sequences up to the original length: dynamic scaling counts as none here, LongRoPE
+    has its short factors."""
     if isinstance(scaling, NtkScaling):
         theta *= scaling.factor ** (rotary_dim / (rotary_dim - 2))
     plain = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
@@ -125,7 +172,40 @@ def compute_frequencies(
         return _scale_yarn(plain, theta, rotary_dim, scaling)
     if isinstance(scaling, Llama3Scaling):
         return _scale_llama3(plain, scaling)
+    if isinstance(scaling, LongRopeScaling):
+        return plain / _list_factors(scaling.short_factors, rotary_dim)
+    if isinstance(scaling, ProportionalScaling):
+        num_turning = int(scaling.share * rotary_dim // 2)
+        turns = np.arange(len(plain)) < num_turning
+        return np.where(turns, plain / scaling.factor, 0.0)
     return plain
+
+
+def _list_factors(factors: tuple[float, ...], rotary_dim: int) -> np.ndarray:
+    """Returns LongRoPE's factors, float64 [rotary_dim / 2]; raises MaxlmError where
+    they are not so many."""
+    if 2 * len(factors) != rotary_dim:
+        raise MaxlmError(
+            f"{len(factors)} factors of longrope for {rotary_dim} dimensions that turn",
+            where="positions.scaling",
+            fix=f"give {rotary_dim // 2}, one a pair",
+        )
+    return np.array(factors)
+
+
+def resize_scaling(scaling: Scaling | None, rotary_dim: int) -> Scaling | None:
+    """Returns the scaling for ``rotary_dim`` dimensions that turn: LongRoPE's factors are
+    spread over, or picked from, as many pairs."""
+    if not isinstance(scaling, LongRopeScaling):
+        return scaling
+    num_old = len(scaling.short_factors)
+    pairs = np.arange(rotary_dim // 2) * num_old // (rotary_dim // 2)
+    return scaling.model_copy(
+        update={
+            "short_factors": tuple(scaling.short_factors[pair] for pair in pairs),
+            "long_factors": tuple(scaling.long_factors[pair] for pair in pairs),
+        }
+    )
 
 
 def _scale_yarn(
@@ -156,7 +236,10 @@ def _scale_llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor
     # 1: as trained; 0: stretched.
-    unchanged = np.clip((turns - low) / (high - low), 0, 1)
+    if low == high:  # Llama 4 Scout: nothing is mixed
+        unchanged = np.where(turns < low, 0.0, 1.0)
+    else:
+        unchanged = np.clip((turns - low) / (high - low), 0, 1)
     return plain * unchanged + plain / scaling.factor * (1 - unchanged)
 
 
@@ -168,6 +251,10 @@ def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 def rope_attention_factor(scaling: Scaling | None) -> float:
     """Returns the factor on cosines and sines."""
+    if isinstance(scaling, LongRopeScaling):
+        if scaling.attention_factor is not None:
+            return scaling.attention_factor
+        return sqrt(1 + log(scaling.factor) / log(scaling.original_length))
     if not isinstance(scaling, YarnScaling):
         return 1.0
     if scaling.attention_factor is not None:
@@ -197,14 +284,20 @@ def compute_rotary(
         lengths: int [B, S], the tokens of each token's sequence; None: one more than a
             row's last position.
     """
+    frequencies = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
+    if isinstance(scaling, DynamicNtkScaling | LongRopeScaling) and lengths is None:
+        lengths = 1 + positions.max(axis=1, keepdims=True)
     if isinstance(scaling, DynamicNtkScaling):
-        if lengths is None:
-            lengths = 1 + positions.max(axis=1, keepdims=True)
+        assert lengths is not None
         frequencies = _compute_dynamic_frequencies(
             theta, rotary_dim, scaling, lengths, dtype
         )
-    else:
-        frequencies = compute_frequencies(theta, rotary_dim, scaling).astype(dtype)
+    elif isinstance(scaling, LongRopeScaling):
+        assert lengths is not None
+        plain = compute_frequencies(theta, rotary_dim)
+        long = plain / _list_factors(scaling.long_factors, rotary_dim)
+        is_long = (lengths > scaling.original_length)[..., None, None]
+        frequencies = jnp.where(is_long, long.astype(dtype), frequencies)
     angles = positions[..., None, None].astype(dtype) * frequencies
     scale = rope_attention_factor(scaling)
     return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)

@@ -18,6 +18,7 @@ SUPPORTED = {
     "latent": CASES["latent"],
     "window": WINDOWED,
     "ragged": CASES["ragged"],
+    "chunks of positions": CASES["chunks of positions"],
     "mixed, limits": CASES["mixed, limits"],
     "a long chunk": PagedCase(
         [(300, 1), (400, 170), (3, 5)],

@@ -1,0 +1,64 @@
+"""Models like a case's, of sizes drawn at random: none a power of two but by chance."""
+
+import random
+from typing import Any
+
+LENGTH = 23
+"""Tokens of the rows that models are compared on; they have as many positions."""
+Values = dict[str, Any]
+
+
+def draw_settings(architecture: str, settings: Values, draw: random.Random) -> Values:
+    """Draws other sizes for the arguments of a config of transformers."""
+    heads = draw.randint(1, 7)
+    head_dim = 4 * draw.randint(1, 3)
+    free = {"head_dim", "d_kv", "qk_rope_head_dim"} & settings.keys()
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    layers = draw.randint(3, 5)
+    sizes = {
+        "hidden_size n_embd d_model": heads
+        * (draw.randint(3, 11) if free else head_dim),
+        "num_attention_heads n_head n_heads num_heads": heads,
+        "encoder_attention_heads decoder_attention_heads": heads,
+        "num_key_value_heads kv_n_heads num_kv_heads": draw.choice(divisors),
+        "head_dim d_kv": head_dim,
+        "num_hidden_layers n_layer n_layers num_decoder_layers decoder_layers": layers,
+        "num_layers encoder_layers": draw.randint(1, 3),
+        "intermediate_size n_inner d_ff ffn_hidden_size ffn_dim": draw.randint(5, 70),
+        "encoder_ffn_dim decoder_ffn_dim": draw.randint(5, 70),
+        "n_positions max_position_embeddings": draw.randint(LENGTH, 67),
+        "sliding_window query_pre_attn_scalar": draw.randint(2, 13),
+        # An odd one fails in transformers.
+        "q_lora_rank kv_lora_rank": 2 * draw.randint(1, 9),
+        "type_vocab_size moe_intermediate_size v_head_dim": draw.randint(1, 9),
+        "vocab_size": draw.randint(19, 211),
+    }
+    by_key = {key: size for keys, size in sizes.items() for key in keys.split()}
+    if "kv_lora_rank" in settings:
+        by_key["num_key_value_heads"] = heads
+
+    def resize(key: str, value: Any) -> Any:
+        if isinstance(value, dict) and key.endswith("_config"):
+            return {
+                inner: resize(inner, inner_value)
+                for inner, inner_value in value.items()
+            }
+        return by_key.get(key, value) if value is not None else None
+
+    values = {key: resize(key, value) for key, value in settings.items()}
+    if "moe_layers" in values:
+        values["moe_layers"] = [number for number in range(layers) if number % 3]
+    for key in ("layer_types", "no_rope_layers"):
+        if key in values:
+            kinds = values[key]
+            values[key] = [kinds[layer % len(kinds)] for layer in range(layers)]
+    # The heads drawn have an even number of dimensions in each half.
+    for key in ("partial_rotary_factor", "rotary_pct"):
+        if key in values:
+            values[key] = 0.5
+    can_be_untied = ("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm", "Cohere", "Ernie")
+    if architecture.startswith(can_be_untied):
+        values["tie_word_embeddings"] = draw.random() < 0.5
+    if architecture.startswith(("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm")):
+        values["rms_norm_eps"] = 10.0 ** -draw.randint(2, 7)
+    return values

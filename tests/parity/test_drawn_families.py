@@ -1,0 +1,49 @@
+"""Families of decoders at sizes drawn at random: logits, steps through the engine's
+cache, and files there and back."""
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from maxlm.run.convert import convert  # noqa: E402
+from tests.parity import compare, measure  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+CASES = (
+    *("ministral", "stablelm", "starcoder2", "cohere", "glm", "glm4", "ernie4_5"),
+    *("seed_oss", "cohere_plus", "cohere2", "smollm3", "olmo2", "olmo3", "exaone4"),
+    *("granite", "hunyuan_v1_dense", "arcee", "nemotron"),
+    *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
+    *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
+)
+NAMES = [f"{case}@{number}" for case in CASES for number in range(1, 5)]
+drawn = pytest.mark.parametrize("name", NAMES)
+
+
+@drawn
+def test_logits(name):
+    assert measure.single(name) < 1e-5
+
+
+@drawn
+def test_steps_through_the_cache(name):
+    assert measure.cached(name) < 1e-5
+
+
+@drawn
+def test_files_come_back_bit_for_bit(name: str, tmp_path: Path):
+    """In bf16, as weights are published."""
+    first, run, again = (tmp_path / part for part in ("first", "run", "again"))
+    measure.build(name).to(torch.bfloat16).save_pretrained(first)
+    convert(first, run)
+    convert(run, again)
+    there = compare.tensors_of(first)[1]
+    back = compare.tensors_of(again)[1]
+    assert back.keys() == there.keys()
+    for key, tensor in there.items():
+        assert (back[key].dtype, back[key].shape) == (tensor.dtype, tensor.shape), key
+        assert back[key].tobytes() == tensor.tobytes(), key
