@@ -70,12 +70,16 @@ def place_items(
 def read_item_file(path: Path) -> dict[str, np.ndarray]:
     """Reads arrays [items, ...] by name from an .npz file. Raises MaxlmError: it is
     none."""
+    fix = "write it with numpy.savez"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays}
-    except (OSError, ValueError, EOFError, BadZipFile, TypeError) as error:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            message = "one array without a name, as in .npy"
+            raise MaxlmError(message, where=str(path), fix=fix)
+        with loaded:
+            return {name: loaded[name] for name in loaded}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         message = f"cannot be read as .npz: {error}"
-        fix = "write it with numpy.savez"
         raise MaxlmError(message, where=str(path), fix=fix) from None
 
 

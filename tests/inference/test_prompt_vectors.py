@@ -26,16 +26,24 @@ PROMPT = (5, 65, 65, 9, 11, 65, 3, 8, 65)
 PLACES = (1, 2, 5, 8)
 
 
-def make_engine(config: DecoderConfig, where: Any, **settings: Any) -> Engine:
-    sizes = {"max_sequences": 2, "max_length": 24, "page_size": 4, "prefill_tokens": 8}
-    engine_config = EngineConfig(**(sizes | settings))
+def make_engine(
+    config: DecoderConfig, where: Any, *, accepts_embeddings: bool = False
+) -> Engine:
+    settings = EngineConfig(
+        max_sequences=2,
+        max_length=24,
+        page_size=4,
+        prefill_tokens=8,
+        accepts_embeddings=accepts_embeddings,
+    )
     params = placed_params(config, where)
-    return Engine(decoder(config, where), params, engine_config)
+    return Engine(decoder(config, where), params, settings)
 
 
-def generate(engine: Engine, **fields: Any) -> list[int]:
-    prompt = fields.pop("prompt", PROMPT)
-    request = GenerationRequest("a", prompt, GREEDY, **fields)
+def generate(engine: Engine, fields: Any = None) -> list[int]:
+    """Continues ``PROMPT``, or the prompt among the fields of a request."""
+    settings = {"prompt_tokens": PROMPT, "sampling": GREEDY, **(fields or {})}
+    request = GenerationRequest("a", **settings)
     return [token for output in engine.run([request]) for token in output.token_ids]
 
 
@@ -52,15 +60,16 @@ def test_rows_of_the_table_as_vectors_generate_what_their_tokens_do(axes, mesh):
         tokens[place] = int(random.integers(1, VOCAB))
     table = np.asarray(engine.params["embedding"]["table"])
     vectors = table[[tokens[place] for place in PLACES]]
-    expected = generate(engine, prompt=tuple(tokens))
-    generated = generate(engine, embeddings=vectors, embedding_places=PLACES)
+    expected = generate(engine, {"prompt_tokens": tuple(tokens)})
+    fields = {"embeddings": vectors, "embedding_places": PLACES}
+    generated = generate(engine, fields)
     assert generated == expected
     # The same prompt without them is another, whatever is cached.
     assert generate(engine) != expected
     # With all programs compiled beforehand, vectors compile nothing.
     engine.warm_up()
     num_compiled = engine.stats().compilations_total
-    assert generate(engine, embeddings=vectors, embedding_places=PLACES) == expected
+    assert generate(engine, fields) == expected
     assert engine.stats().compilations_total == num_compiled
 
 
@@ -70,11 +79,11 @@ def test_items_and_their_vectors_generate_the_same(one_device_mesh):
     random = np.random.default_rng(1)
     items = random.normal(size=(len(PLACES), WIDTH)).astype(np.float32)
     kernel = np.asarray(engine.params["frontend"]["projection"]["kernel"])
-    generated = generate(engine, items={"embeddings": items})
-    assert generated == generate(engine, embeddings=items @ kernel)
-    assert generated != generate(engine, items={"embeddings": -items})
+    generated = generate(engine, {"items": {"embeddings": items}})
+    assert generated == generate(engine, {"embeddings": items @ kernel})
+    assert generated != generate(engine, {"items": {"embeddings": -items}})
     # Text alone needs none; a placeholder does.
-    assert len(generate(engine, prompt=(5, 9, 11))) == 4
+    assert len(generate(engine, {"prompt_tokens": (5, 9, 11)})) == 4
     for fields, message in (
         ({}, "0 vectors for 4 places"),
         ({"items": {"embeddings": items[:3]}}, "3 vectors for 4 places"),
@@ -91,7 +100,7 @@ def test_items_and_their_vectors_generate_the_same(one_device_mesh):
         ),
     ):
         with pytest.raises(MaxlmError, match=message) as caught:
-            generate(engine, **fields)
+            generate(engine, fields)
         assert str(caught.value).startswith("request a: ")
     assert not engine.has_work
 
@@ -103,9 +112,9 @@ def test_a_model_without_a_frontend_takes_vectors_where_its_engine_says(
     engine = make_engine(PLAIN, one_device_mesh)
     vectors = np.zeros((1, 20), np.float32)
     with pytest.raises(MaxlmError, match="accepts_embeddings=true"):
-        generate(engine, embeddings=vectors, embedding_places=(1,))
+        generate(engine, {"embeddings": vectors, "embedding_places": (1,)})
     with pytest.raises(MaxlmError, match=r"items .* without a frontend"):
-        generate(engine, items={"embeddings": vectors})
+        generate(engine, {"items": {"embeddings": vectors}})
 
 
 def test_prefixes_are_shared_up_to_the_first_vector_that_differs():
