@@ -43,8 +43,15 @@ def make_row(num_items: int, prompt: str, completion: str, start: int = 0) -> An
     return row
 
 
-def make_source(folder, rows, frontend=FRONTEND, seq_len=16, **settings: Any) -> Any:
-    task = make_task(folder, rows, kind="sft", examples_per_row=None, **settings)
+def make_source(
+    folder: Any,
+    rows: list[Any],
+    frontend: FrontendConfig = FRONTEND,
+    seq_len: int = 16,
+    settings: Any = None,
+) -> Any:
+    settings = {"kind": "sft", "examples_per_row": None, **(settings or {})}
+    task = make_task(folder, rows, **settings)
     inputs = make_inputs(seq_len, 1)
     inputs = SourceInputs(**{**vars(inputs), "frontend": frontend})
     return task.batch_source(inputs)
@@ -77,7 +84,7 @@ def test_a_text_has_its_placeholders_where_it_says(prompt, expected, tmp_path):
 
 def test_placeholders_are_not_learnt_with_the_prompt(tmp_path):
     row = make_row(1, "5 96 6", "7")
-    batch = make_source(tmp_path, [row], learn_prompt=True).rows(0, [0])
+    batch = make_source(tmp_path, [row], settings={"learn_prompt": True}).rows(0, [0])
     assert batch["tokens"][0, :5].tolist() == [5, 96, 96, 6, 7]
     assert batch["weights"][0, :5].tolist() == [0, 0, 1, 1, 1]
 
@@ -119,7 +126,8 @@ def test_no_row_has_more_items_than_room(tmp_path):
 
 def test_an_example_whose_placeholders_are_cut_off_is_left_out(tmp_path):
     rows = [make_row(3, "5", "6 7 8 9"), make_row(1, "5", "7")]
-    source = make_source(tmp_path, rows, max_length=8, too_long="cut_start")
+    settings = {"max_length": 8, "too_long": "cut_start"}
+    source = make_source(tmp_path, rows, settings=settings)
     assert source.rows_per_epoch == 1
     assert source.rows(0, [0])["frontend.vector_numbers"].max() == 2
 

@@ -228,6 +228,10 @@ class TransformerConfig(Config):
                 where="frontend",
                 fix="set it to null, or use a decoder",
             )
+        if self.mtp is not None:
+            # Its modules read the tokens that follow, and would read placeholders.
+            message = "a frontend beside mtp, which reads tokens alone"
+            raise MaxlmError(message, where="mtp", fix="set one of them to null")
         if frontend.placeholder_id >= self.vocab_size:
             message = f"{frontend.placeholder_id} is no row of the model's table, "
             message += f"vocab_size={self.vocab_size}"
