@@ -239,8 +239,8 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     two products, and what layers state beside, take their forward FLOPs and twice as
     many backward.
     """
-    outer_kernels = (*work.non_layer_kernels, work.head)
-    weights = float(sum(kernel.size for kernel in outer_kernels))
+    outer_size = sum(kernel.size for kernel in work.non_layer_kernels)
+    weights = float(outer_size + work.head_passes * work.head.size)
     met_share = work.config.model.active_expert_fraction
     # Forward FLOPs beside weights.
     full = 0.0

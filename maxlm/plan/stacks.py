@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import TrunkSpec, strip_stack_name
+from maxlm.models.architectures.mtp import MTP
 from maxlm.models.architectures.pattern import LayerRun, LayerStack
 from maxlm.models.blocks import Placement
 from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
@@ -34,6 +35,8 @@ class Kernel:
     """Whether the backward pass needs the product as it was before a norm or a clip."""
     is_trained: bool = True
     """Whether it has a gradient."""
+    is_scanned: bool = True
+    """Whether its layer is run in a scan, whose backward pass gathers it again."""
 
     @property
     def size(self) -> int:
@@ -68,6 +71,7 @@ def make_kernel(
         num_input_dims=len(spec.contracting_dims),
         needs_raw_output=needs_raw_output,
         is_trained=name in trained_names,
+        is_scanned=stack != MTP,
     )
 
 
@@ -104,7 +108,8 @@ class MatmulGroup:
         group, adds: for a norm behind it, or for the branch after it."""
         if self.placement == "pre":
             return not self.is_last_branch
-        return self.placement in ("sandwich", "post", "output")
+        # With the norm on the stream itself, the next layer's norm reads the last sum.
+        return self.placement in ("sandwich", "post", "output", "normed")
 
     @property
     def name(self) -> str:

@@ -284,6 +284,8 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
         tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
     parts = []
     for kernel, tokens in tokens_of_kernel.items():
+        if kernel is work.head:
+            tokens = tokens * work.head_passes
         num_shards = split.num_shards(split.compute, kernel.axes)
         forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
         backward_products = 1 + int(kernel.is_trained)
@@ -424,7 +426,14 @@ def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     forward = shape.per_stage(elements) * work.dtype_bytes
     # fp32 logits, in four passes.
     logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
-    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
+    loss = (
+        4
+        * work.head_passes
+        * shape.loss_calls
+        * shape.embedding_loss_tokens
+        * logits_width
+        * FP32
+    )
     stored = count_stored_bytes(shape)
     # Gradients are as large as the parameters.
     gradients = stored["parameters"]

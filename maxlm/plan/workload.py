@@ -166,6 +166,10 @@ class RunWorkload:
         }
         """Parameters in which rows are looked up, that of tokens first, with the tokens
         of every way it is read for each of the batch's."""
+        if config.mtp is not None:
+            # Each module looks its tokens up, too.
+            token_table = next(iter(self.embedding_lookup_rates))
+            self.embedding_lookup_rates[token_table] += (1.0,) * config.mtp.num_modules
         head_parameter = "head.kernel"
         if config.tie_embeddings:
             head_parameter = next(iter(self.embedding_lookup_rates))
@@ -177,6 +181,10 @@ class RunWorkload:
             is_trained=head_parameter in self.trained_base_names,
         )
         """The output head [D, V], tied or not."""
+        num_ahead = 0 if config.mtp is None else config.mtp.num_modules
+        self.head_passes = 1 + num_ahead
+        """Times that each token's logits are made: of the next token, and of each that
+        is predicted further ahead."""
 
     def _read_frozen_models(self, dtype: DTypeLike) -> None:
         config = self.config

@@ -18,6 +18,7 @@ from maxlm.data.loader.mixture import Mixing
 from maxlm.data.loader.packing import TokenSource
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import ModelConfig
+from maxlm.models.architectures.mtp import AheadPredictions
 from maxlm.models.aux import Aux
 from maxlm.models.frontends import (
     ARRAY_PREFIX,
@@ -71,6 +72,18 @@ class BoundModel(Protocol):
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs: ...
 
+    def predict_ahead(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        targets: jax.Array,
+        weights: jax.Array,
+    ) -> AheadPredictions | None:
+        """Returns what modules of ``model.mtp`` predict beside the next token; None:
+        there are none."""
+        ...
+
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [..., S, D] by one of ``model.heads``, fp32."""
         ...
@@ -123,7 +136,8 @@ class Task(Config):
     """Whether its cross-entropy says how well text is compressed, in bits per byte."""
     reads_frontend: ClassVar[bool] = False
     """Whether its batches have the arrays of the model's frontend, if it has one
-    (:mod:`maxlm.models.frontends`)."""
+    (:mod:`maxlm.models.frontends`), which its loss reads. A subclass with a ``loss`` or
+    ``prepare_batch`` of its own declares it anew, too."""
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
     """The mesh axes, of those that reshape a batch, that its loss supports. A subclass
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
@@ -134,6 +148,8 @@ class Task(Config):
         reads_batches = "loss" in cls.__dict__ or "prepare_batch" in cls.__dict__
         if reads_batches and "mesh_axes" not in cls.__dict__:
             cls.mesh_axes = frozenset()
+        if reads_batches and "reads_frontend" not in cls.__dict__:
+            cls.reads_frontend = False
 
     # A Literal of its own in each subclass, which no wider type than Any allows.
     kind: Any

@@ -13,9 +13,11 @@ from pydantic import Field
 
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader.batches import make_batches, make_one_pass_batches
+from maxlm.models.architectures.mtp import AheadPredictions
 from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.task import (
+    BoundModel,
     DeviceBatch,
     LossResult,
     SourceInputs,
@@ -91,7 +93,31 @@ class TokenPredictionTask(Task):
             chunk_tokens=self.chunk_tokens,
         )
         sums = {"tokens": weights.sum(), "cross_entropy": cross_entropy}
+        ahead = model.predict_ahead(
+            hidden, batch["positions"], batch["segment_ids"], batch["targets"], weights
+        )
+        if ahead is not None:
+            mean_loss = self._compute_ahead_loss(model, ahead)
+            loss += ahead.loss_weight * mean_loss
+            sums["mtp_cross_entropy"] = mean_loss
+            aux = aux.plus(ahead.aux)
         return loss + aux.loss, sums | aux.sums
+
+    def _compute_ahead_loss(
+        self, model: BoundModel, ahead: AheadPredictions
+    ) -> jax.Array:
+        """Returns the mean of the cross-entropies of ``model.mtp``'s modules, each
+        summed over tokens."""
+        losses = [
+            fused_cross_entropy_loss(
+                model.prepare_logits(module.hidden),
+                module.targets,
+                module.weights,
+                chunk_tokens=self.chunk_tokens,
+            )[0]
+            for module in ahead.predictions
+        ]
+        return jnp.stack(losses).mean()
 
 
 class TextTask(TokenPredictionTask):

@@ -9,11 +9,14 @@ Shapes: R rows, T tokens, F channels, N numbers of state a channel.
 """
 
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.chips import choose_backend
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.params import ScanParams
 
@@ -28,6 +31,7 @@ __all__ = [
 
 CHUNK_TOKENS = 64
 """Tokens of a chunk, where the caller does not say."""
+_KERNELS = {"tpu": ("tpu",), "xla": ()}
 
 
 def selective_scan(
@@ -43,6 +47,7 @@ def selective_scan(
     initial_state: jax.Array | None = None,
     live: jax.Array | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes ``h[t] = exp(dt[t] · A) · h[t − 1] + dt[t] · x[t] · B[t]`` and ``y[t] =
     C[t] · h[t] + D · x[t]``, for each channel by itself.
@@ -65,14 +70,18 @@ def selective_scan(
         live: bool [R, T]; tokens that are not live leave h as it is. They come last in
             a row, and may hold anything. None: all are.
         chunk_tokens: tokens whose states exist at once in the backward pass; a row
-            longer than this is scanned in equal parts of at most so many.
+            longer than this is scanned in equal parts of at most so many. The TPU's
+            kernel has chunks of its own, whose states are not in HBM.
+        backend: "tpu" or "xla". None: what the program is for, by the
+            current mesh's devices or the default device.
 
     Returns:
         y [R, T, F] in x's dtype (of tokens that are not live: anything), and h after
         the last live token, fp32 [R, F, N].
 
     Raises:
-        ValueError: shapes that do not belong together, or chunk_tokens < 1.
+        ValueError: shapes that do not belong together, chunk_tokens < 1, or a backend
+            that is not known or has no kernel for these types.
     """
     _check(x, dt, A, B, C, D, dt_bias, starts, initial_state, live)
     if chunk_tokens < 1:
@@ -99,7 +108,13 @@ def selective_scan(
         return y[:, None], state
     state = initial_state.astype(state_dtype)
     params = ScanParams(x, dt, A, B, C, D, dt_bias, starts, state)
-    return _scan(params, chunk_tokens)
+    name = choose_backend(
+        backend,
+        _KERNELS,
+        lambda name: _import_kernel(name).supports(params),
+        f"a selective scan of {x.dtype}",
+    )
+    return _scan(params, _ScanCall(name, chunk_tokens))
 
 
 def selective_scan_step(
@@ -179,10 +194,16 @@ def summarize_scan(
     Args: as for :func:`selective_scan`.
     """
     state_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    step_sizes = xla.compute_step_sizes(dt, dt_bias, state_dtype)
-    if live is not None:
-        step_sizes = jnp.where(live[:, :, None], step_sizes, 0)
-    decay = jnp.exp(jnp.sum(step_sizes, axis=1)[:, :, None] * A)
+
+    # The backward pass keeps no step sizes.
+    @jax.checkpoint
+    def sum_steps(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
+        step_sizes = xla.compute_step_sizes(dt, dt_bias, state_dtype)
+        if live is not None:
+            step_sizes = jnp.where(live[:, :, None], step_sizes, 0)
+        return jnp.sum(step_sizes, axis=1)
+
+    decay = jnp.exp(sum_steps(dt, dt_bias)[:, :, None] * A)
     if starts is not None:
         has_start = jnp.any(starts if live is None else starts & live, axis=1)
         decay = jnp.where(has_start[:, None, None], 0, decay)
@@ -208,32 +229,48 @@ def combine_scans(first: ScanSummary, second: ScanSummary) -> ScanSummary:
     )
 
 
+class _ScanCall(NamedTuple):
+    """Everything static about one call."""
+
+    backend: str
+    """The module that scans."""
+    chunk_tokens: int
+
+
+def _import_kernel(name: str) -> ModuleType:
+    # Pallas is slow to import.
+    return import_module(f"{__name__}.{name}")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(params: ScanParams, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
-    y, state, _ = xla.scan_forward(params, chunk_tokens, keeps_states=False)
+def _scan(params: ScanParams, call: _ScanCall) -> tuple[jax.Array, jax.Array]:
+    kernel = _import_kernel(call.backend)
+    y, state, _ = kernel.scan_forward(params, call.chunk_tokens, keeps_states=False)
     return y, state
 
 
 class _Residuals(NamedTuple):
     params: ScanParams
     states: jax.Array
-    """fp32 [chunks, R, N, F], before each chunk."""
+    """Before each chunk, in the layout of the module that scans."""
 
 
-def _forward(params: ScanParams, chunk_tokens: int):
-    y, state, states = xla.scan_forward(params, chunk_tokens, keeps_states=True)
-    assert states is not None
+def _forward(params: ScanParams, call: _ScanCall):
+    kernel = _import_kernel(call.backend)
+    y, state, states = kernel.scan_forward(params, call.chunk_tokens, keeps_states=True)
     return (y, state), _Residuals(params, states)
 
 
 def _backward(
-    chunk_tokens: int,
+    call: _ScanCall,
     residuals: _Residuals,
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[ScanParams]:
+    kernel = _import_kernel(call.backend)
     params, states = residuals
     d_y, d_state = cotangents
-    return (xla.scan_backward(params, states, d_y, d_state, chunk_tokens),)
+    gradients = kernel.scan_backward(params, states, d_y, d_state, call.chunk_tokens)
+    return (gradients,)
 
 
 _scan.defvjp(_forward, _backward)

@@ -250,6 +250,28 @@ def test_a_mesh_trains_as_one_device_does(parts, make_config):
             assert result[name] == pytest.approx(expected[name], rel=2e-5), (step, name)
 
 
+@pytest.mark.more
+def test_a_run_may_start_from_a_model_of_text_and_train_the_frontend_alone(
+    make_config, tmp_path, tokenizer_folder
+):
+    tiny.write_text(tmp_path / "text")
+    settings = tiny.settings(tmp_path, str(tmp_path / "text")) | {"name": "text"}
+    settings["model"] |= {"embedding_scale": 3.0}
+    settings |= {"tokenizer": {"path": tokenizer_folder}, "train": {"steps": 1}}
+    settings["compute_dtype"] = "float32"
+    base = train(RunConfig.model_validate(settings))
+    parts = {"steps": 2, "start_from": str(base.folder), "trainable": ["frontend.*"]}
+    tuned = train(make_config("tuned", 2, train=parts))
+    before = flatten_names(base.state.params)
+    fresh = flatten_names(tuned.setup.init_train_state().params)
+    for name, value in flatten_names(tuned.state.params).items():
+        if name.startswith("frontend."):
+            assert name not in before
+            assert not np.array_equal(value, fresh[name]), name
+        else:
+            np.testing.assert_array_equal(value, before[name])
+
+
 def test_the_plan_counts_the_frontend(make_config):
     config = make_config("plan", 1)
     plain_model = config.model.model_copy(update={"frontend": None})

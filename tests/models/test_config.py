@@ -50,7 +50,7 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
             {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}},
             "not beyond",
         ),
-        ({}, {"positions": {"scaling": FAR}}, "low_freq_factor=4.0 is not below"),
+        ({}, {"positions": {"scaling": FAR}}, "low_freq_factor=4.0 is above"),
         (
             {},
             {"attention": {"num_kv_heads": 4, "latent": LATENT | {"rotary_dim": 3}}},

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.models.layers.moe import MoeConfig
+from maxlm.models.layers.moe import MoeConfig, route
 from maxlm.models.params import bind, flatten_names, param_specs, stack_layers
 from maxlm.optim.config import OptimizerConfig
 from maxlm.optim.optimizer import make_optimizer
@@ -109,6 +109,13 @@ def test_the_router_works_in_fp32_when_the_layer_does_not(one_device_mesh):
     np.testing.assert_allclose(np.asarray(y, np.float64), want[0], atol=0.15)
 
 
+def test_scores_have_finite_slopes_where_they_vanish():
+    config = MoeConfig(**SMALL, score="sqrt_softplus")
+    logits = jnp.linspace(-300.0, 300.0, 8)[None, None]
+    slopes = jax.grad(lambda x: route(x, None, config).weights.sum())(logits)
+    assert np.isfinite(slopes).all()
+
+
 @pytest.mark.parametrize("kind", ["muon", "adafactor"])
 def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
     specs = param_specs(
@@ -152,6 +159,11 @@ def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
         (
             {"groups": 8, "groups_per_token": 8, "group_score": "top2"},
             "groups of 1 expert",
+        ),
+        ({"shared_gate": True}, "shared_gate or shared_d_ff without shared experts"),
+        (
+            {"gated": False, "activation": {"kind": "clamped_swiglu"}},
+            "activation.kind=clamped_swiglu without a gate",
         ),
     ],
 )

@@ -17,6 +17,8 @@ CASES = (
     *("ministral", "stablelm", "starcoder2", "cohere", "glm", "glm4", "ernie4_5"),
     *("seed_oss", "cohere_plus", "cohere2", "smollm3", "olmo2", "olmo3", "exaone4"),
     *("granite", "hunyuan_v1_dense", "arcee", "nemotron"),
+    *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
+    *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
 )
 NAMES = [f"{case}@{number}" for case in CASES for number in range(1, 5)]
 drawn = pytest.mark.parametrize("name", NAMES)

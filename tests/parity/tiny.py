@@ -57,6 +57,10 @@ def randomize(model: Any, *, untie: bool = False) -> Any:
     with torch.no_grad():
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_()
+        # Biases that experts are chosen with are no parameters there.
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape))
         for parameter in model.parameters():
             spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
             noise = spread * torch.randn(parameter.shape)

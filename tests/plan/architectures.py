@@ -58,6 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "pattern": ["wide", "narrow", "wide", "expert"],
     },
+    # Two modules behind the layers, each with the model's head.
+    "mtp": {"attention": _HEADS, "mlp": {"d_ff": 72}, "mtp": {"num_modules": 2}},
     "parallel_shared": {
         "attention": _HEADS,
         "mlp": _PLAIN,

@@ -42,6 +42,7 @@ MORE = (
     ("cp ulysses", "mha", 0.02),
     ("fsdp", "pattern", 0.01),
     ("tp+sp", "kinds", 0.03),
+    ("fsdp", "mtp", 0.03),
     ("tp+sp", "encoder_decoder", 0.01),
 )
 REST = (

@@ -61,7 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": _EXPERTS | {"z_loss": 1e-3},
     },
     # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent
-    # attention with a dense layer before those with experts (DeepSeek-V2).
+    # attention with a dense layer before those with experts and modules behind them that
+    # predict further tokens (DeepSeek-V3).
     PATTERN: _BASE
     | {
         "num_layers": 5,
@@ -88,8 +89,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10, "sinks": True}
         | {"latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}},
         "mlp": {"d_ff": 48},
-        "moe": _EXPERTS,
+        # With every part that experts may have.
+        "moe": _EXPERTS
+        | {"activation": {"kind": "clamped_swiglu"}, "bias": True, "router_bias": True}
+        | {"shared_gate": True, "shared_d_ff": 24, "latent_dim": 16}
+        | {"score": "sigmoid", "selection_bias": True},
         "dense_layers": 1,
+        "mtp": {"num_modules": 2},
     },
     # Layers of other modules by turns, each with parameters of its own shapes.
     KINDS: _BASE
@@ -215,7 +221,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA),
+        (*ALL, KINDS, GATED, MAMBA, LATENT),
         fsdp=2,
         context=2,
         tensor=2,

@@ -1,5 +1,7 @@
 """DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, many
-small experts with shared ones beside them, a dense layer first."""
+small experts with shared ones beside them, a dense layer first. DeepSeek-V3 and R1
+(DeepSeek-AI 2024, arXiv 2412.19437) and Kimi K2 (Kimi Team 2025, arXiv 2507.20534):
+experts scored by sigmoids, chosen with a bias that balances them, from few groups."""
 
 from typing import Any
 
@@ -17,8 +19,16 @@ from maxlm.huggingface.families.names import (
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
 
-A = "model.layers.{layer}.self_attn"
-S = "model.layers.{layer}.mlp.shared_experts"
+L = "model.layers.{layer}"
+A = f"{L}.self_attn"
+SHARED_EXPERTS = map_linears(
+    f"{L}.mlp.shared_experts", "moe.shared", **llama.SWIGLU_NAMES
+)
+SELECTION_BIAS = {
+    f"{L}.mlp.gate.e_score_correction_bias": copy("moe.selection_bias"),
+}
+_LATENT_NORM_EPS = 1e-6
+"""That of the norms of narrow vectors, whatever the file says of the others."""
 
 
 def _table(config: TransformerConfig) -> NameTable:
@@ -53,7 +63,77 @@ def _table(config: TransformerConfig) -> NameTable:
             "attention.key_up.kernel", "attention.value_up.kernel"
         ),
         **map_linear(f"{A}.o_proj", "attention.out"),
-        **map_linears(S, "moe.shared", **llama.SWIGLU_NAMES),
+        **SHARED_EXPERTS,
+    }
+
+
+def _v3_table(config: TransformerConfig) -> NameTable:
+    return {**_table(config), **SELECTION_BIAS}
+
+
+def map_sigmoid_routing(
+    *, groups: int | None, groups_per_token: int | None
+) -> fields.ConfigFields:
+    """Declares the keys of experts that are scored by sigmoids; ``groups`` and
+    ``groups_per_token``: where the file does not say."""
+    return {
+        "num_experts_per_tok": fields.map_size("moe.experts_per_token"),
+        "moe_intermediate_size": fields.map_size("moe.d_ff"),
+        "hidden_act": fields.require_value("silu", ours="moe.activation"),
+        "n_group": fields.map_size("moe.groups", groups),
+        "topk_group": fields.map_size("moe.groups_per_token", groups_per_token),
+        "routed_scaling_factor": fields.map_number("moe.scale", 1.0),
+    }
+
+
+SIGMOID_ROUTING = {
+    "moe.score": "sigmoid",
+    "moe.selection_bias": True,
+    "moe.group_score": "top2",
+    # Beside the bias, in training; DeepSeek-V3's (§4.2), which it takes by sequence.
+    "moe.balance_loss": 0.0001,
+}
+"""What the published code has without a key."""
+
+
+def read_dense_layers(
+    reader: ConfigReader, settings: dict[str, Any], default: int
+) -> None:
+    """Reads the number of first layers that are dense, and their width."""
+    dense_layers = reader.size("first_k_dense_replace", default, least=0)
+    settings["dense_layers"] = dense_layers
+    d_ff = reader.size("intermediate_size")
+    if dense_layers:
+        settings["mlp"] = {"d_ff": d_ff}
+
+
+def write_dense_layers(config: TransformerConfig) -> dict[str, Any]:
+    """Writes what :func:`read_dense_layers` reads."""
+    moe = config.moe
+    assert moe is not None
+    mlp = config.mlp
+    # Without dense layers nothing reads the width.
+    d_ff = moe.d_ff if mlp is None else mlp.d_ff
+    return {"first_k_dense_replace": config.dense_layers, "intermediate_size": d_ff}
+
+
+def _read_v3(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    attention = settings["attention"]
+    reader.read_implemented("num_key_value_heads", attention["num_heads"])
+    latent = attention["latent"]
+    # Here a head's size counts the dimensions that turn, too.
+    attention["head_dim"] = reader.size("qk_nope_head_dim") + latent["rotary_dim"]
+    if settings["norm"]["eps"] != _LATENT_NORM_EPS:
+        latent["norm_eps"] = _LATENT_NORM_EPS
+    read_dense_layers(reader, settings, 3)
+
+
+def _write_v3(config: TransformerConfig) -> dict[str, Any]:
+    attention = config.attention
+    return {
+        "num_key_value_heads": attention.num_heads,
+        "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
+        **write_dense_layers(config),
     }
 
 
@@ -132,4 +212,40 @@ DEEPSEEK_V2 = ModelFamily(
     write_extra=_write,
     ignored_tensors=llama.BUFFERS,
     ignored_keys=["head_dim", "qk_head_dim"],  # which follow from others
+)
+DEEPSEEK_V3 = ModelFamily(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    {
+        **fields.SIZES,
+        **map_sigmoid_routing(groups=8, groups_per_token=4),
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "q_lora_rank": fields.map_size("attention.latent.q_rank", nullable=True),
+        "kv_lora_rank": fields.map_size("attention.latent.kv_rank"),
+        "qk_rope_head_dim": fields.map_size("attention.latent.rotary_dim"),
+        "v_head_dim": fields.map_size("attention.latent.value_dim"),
+        "n_routed_experts": fields.map_size("moe.num_experts"),
+        "n_shared_experts": fields.map_size("moe.shared_experts", 1),
+        "norm_topk_prob": fields.map_flag("moe.renormalise", True),
+        "routed_scaling_factor": fields.map_number("moe.scale", 2.5),
+        "rms_norm_eps": fields.map_number("norm.eps", 1e-6),
+        "tie_word_embeddings": fields.map_flag("tie_embeddings", False),
+        "scoring_func": fields.require_value("sigmoid"),
+        "topk_method": fields.require_value("noaux_tc"),
+        "moe_layer_freq": fields.require_value(1),
+        "rope_interleave": fields.require_value(True),
+    },
+    _v3_table,
+    SIGMOID_ROUTING,
+    rope_kwargs={},
+    read_extra=_read_v3,
+    write_extra=_write_v3,
+    ignored_tensors=llama.BUFFERS,
+    layers_for_more_tokens=L,
+    other_model_types=["kimi_k2"],
+    ignored_keys=[
+        *("head_dim", "qk_head_dim"),  # which follow from others
+        # Of losses, and of layers that transformers drops too.
+        *("aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers"),
+    ],
 )

@@ -117,6 +117,9 @@ class ModelFamily:
     init_std_key: str | None = "initializer_range"
     """The deviation of initial weights there."""
     other_hf_architectures: Sequence[str] = ()
+    other_model_types: Sequence[str] = ()
+    """Other values of ``model_type`` in files of the same class, which are written
+    under the usual one."""
     architecture: str = "decoder"
     """The architecture of its models, as our configs name it."""
 
@@ -180,8 +183,8 @@ class ModelFamily:
             matched = [name for name in others if fnmatchcase(name, pattern)]
             others = [name for name in others if name not in matched]
             if matched:
-                tensors = f"{len(matched)} tensors of {pattern.removesuffix('.*')}"
-                notes.append(f"left out: {tensors}, which predicts further tokens")
+                layer = f"{pattern.removesuffix('.*')} ({len(matched)} tensors)"
+                notes.append(f"left out: {layer}, which predicts further tokens")
         return [*(f"left out: {name}" for name in others), *notes]
 
     def _list_further_layers(self, config: TransformerConfig) -> list[str]:

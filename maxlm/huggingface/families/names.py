@@ -347,6 +347,25 @@ def take_turns(*ours: str) -> TensorRule:
     return TensorRule(ours, make_conversion)
 
 
+def join_experts(*ours: str, inputs_first: bool) -> TensorRule:
+    """Returns the rule of all experts' matrices in one tensor, ours [E, inputs, outputs]
+    each: [E, inputs, outputs of each, side by side], or of another orientation [E,
+    outputs of each, one above the other, inputs]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        num_experts, inputs, outputs = pieces[0].shape
+        shape = (num_experts, inputs, len(pieces) * outputs)
+        axes = (0, 1, 2) if inputs_first else (0, 2, 1)
+        # Swapping two axes is its own inverse.
+        return TensorConversion(
+            tuple(shape[axis] for axis in axes),
+            lambda whole: np.split(whole.transpose(axes), len(pieces), axis=2),
+            lambda parts: np.concatenate(parts, axis=2).transpose(axes),
+        )
+
+    return TensorRule(ours, make_conversion)
+
+
 def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
     model = config.build(rules=AxisRules(), dtype=np.float32)

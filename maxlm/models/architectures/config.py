@@ -22,7 +22,9 @@ from pydantic import (
 )
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
+    LONGEST_SINGLE_PERIOD,
     FeedForwardChoice,
     KindName,
     LayerKind,
@@ -145,7 +147,8 @@ class TransformerConfig(Config):
     norm: NormConfig = NormConfig()
     placement: Placement = "pre"
     """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
-    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), parallel
+    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), normed
+    (norm(x) + f(norm(x)): MiniMax-01), parallel
     (attention and MLP side by side, a norm each: Falcon-40B) or parallel_shared (with
     one norm for both: Falcon-7B, Phi-2)."""
     residual_scale: float = Field(default=1.0, gt=0)
@@ -169,6 +172,9 @@ class TransformerConfig(Config):
     frontend: FrontendChoice | None = None
     """Inputs beside tokens (patches of images, vectors of another model) and what turns
     them into vectors, by the kind it is registered with; null: tokens alone."""
+    mtp: MtpConfig | None = None
+    """Modules behind the layers that predict tokens further ahead, whose losses join
+    the model's (DeepSeek-V3); null: none."""
     heads: Mapping[HeadName, PositiveInt] = {}
     """Further linear maps of the final hidden states, their widths by name, such as
     `score: 1` of a reward model."""
@@ -222,6 +228,10 @@ class TransformerConfig(Config):
                 where="frontend",
                 fix="set it to null, or use a decoder",
             )
+        if self.mtp is not None:
+            # Its modules read the tokens that follow, and would read placeholders.
+            message = "a frontend beside mtp, which reads tokens alone"
+            raise MaxlmError(message, where="mtp", fix="set one of them to null")
         if frontend.placeholder_id >= self.vocab_size:
             message = f"{frontend.placeholder_id} is no row of the model's table, "
             message += f"vocab_size={self.vocab_size}"
@@ -432,6 +442,8 @@ class TransformerConfig(Config):
             norm=kind.norm or self.norm,
             placement=kind.placement or self.placement,
             residual_scale=self.residual_scale,
+            mixer_scales=kind.mixer_scales,
+            ffn_scales=kind.ffn_scales,
         )
         if block.mixer is None and block.ffn is None:
             raise MaxlmError(
@@ -471,7 +483,8 @@ class TransformerConfig(Config):
         last = period[:num_left]
 
         are_unlike = len({layer.block for layer in period}) > 1
-        if are_unlike and num_periods == 1:
+        is_list = num_periods == 1 and len(period) > LONGEST_SINGLE_PERIOD
+        if are_unlike and is_list:
             # A list of all layers: some part of it may repeat all the same.
             layers = first + period + last
             repeats = find_repeats(layers)
@@ -493,6 +506,15 @@ class TransformerConfig(Config):
             runs.append(make_run(last_name, last, 1))
         return tuple(runs)
 
+    def list_layer_numbers(self, stack_name: str) -> tuple[int, ...]:
+        """Lists the places in the model, from 0 on, of a stack's layers."""
+        places = (place for run in self.layer_runs for place in run.iterate_places())
+        return tuple(
+            number
+            for number, place in enumerate(places)
+            if place.stack.name == stack_name
+        )
+
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The stacks of layers of all runs."""
@@ -501,7 +523,17 @@ class TransformerConfig(Config):
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
-        return (TrunkSpec(self.layer_runs),)
+        return (TrunkSpec((*self.layer_runs, *self.mtp_runs)),)
+
+    @property
+    def mtp_runs(self) -> tuple[LayerRun, ...]:
+        """The modules of ``mtp`` as a run of layers of the last kind, if there are
+        any."""
+        if self.mtp is None:
+            return ()
+        last = self.layer_runs[-1]
+        block = last.stacks[last.turns[-1]].block
+        return (make_mtp_run(self.mtp.num_modules, last.kinds[-1], block),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""

@@ -12,7 +12,13 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from maxlm.config import Config
-from maxlm.models.blocks import BlockConfig, FeedForwardConfig, MixerConfig, Placement
+from maxlm.models.blocks import (
+    BlockConfig,
+    BranchScales,
+    FeedForwardConfig,
+    MixerConfig,
+    Placement,
+)
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.norm import NormConfig
@@ -21,6 +27,11 @@ from maxlm.models.layers.positions import PositionsConfig
 LONGEST_PERIOD = 64
 """Most layers of a period that is looked for in a pattern that does not repeat from
 layer 0 on. Published patterns have at most a dozen."""
+
+LONGEST_SINGLE_PERIOD = 12
+"""Most layers of a pattern that is one period even if it never repeats, so that a
+shallow model's parameters have the names of a deeper one's. A longer pattern is a list
+of layers. Published periods have at most 8."""
 
 KindName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -69,6 +80,10 @@ class LayerKind(Config):
     """Norms in place of the model's."""
     placement: Placement | None = None
     """Placement of norms in place of the model's."""
+    mixer_scales: BranchScales = BranchScales()
+    """Factors on what the mixer's output is added to, and on the output (MiniMax-01)."""
+    ffn_scales: BranchScales = BranchScales()
+    """The same of the feed-forward."""
 
 
 PatternEntry = Annotated[

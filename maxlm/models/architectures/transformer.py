@@ -15,6 +15,13 @@ from jax.sharding import reshard
 from jax.typing import DTypeLike
 
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.mtp import (
+    MTP,
+    AheadPrediction,
+    AheadPredictions,
+    MtpBlock,
+    list_tokens_ahead,
+)
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block
@@ -33,8 +40,10 @@ from maxlm.models.params import (
     materialize,
     read_weight,
     replace_virtual,
+    stack_layers,
     take_stacked_layer,
 )
+from maxlm.models.remat import apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.linear import multiply_head
@@ -94,6 +103,7 @@ class Transformer(Trunk):
             }
         )
         self.frontend = self._build_frontend()
+        self.mtp = self._build_mtp()
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
 
@@ -101,6 +111,23 @@ class Transformer(Trunk):
         residual = {"embed": self.config.d_model}
         vocabulary = {"vocab": self.config.vocab_size}
         return Linear(residual, vocabulary, self.context, bias=False, role="table")
+
+    def _build_mtp(self) -> MtpBlock | None:
+        """Builds the modules that predict tokens further ahead, as one stack."""
+        config = self.config
+        if config.mtp is None:
+            return None
+        (run,) = config.mtp_runs
+        (stack,) = run.stacks
+        return stack_layers(MtpBlock(stack.block, self.context), stack.num_layers)
+
+    @property
+    def stacks(self) -> dict[str, Block]:
+        """See :attr:`Trunk.stacks`; the modules of ``mtp`` are one more."""
+        stacks = super().stacks
+        if self.mtp is not None:
+            stacks[MTP] = self.mtp
+        return stacks
 
     def _build_frontend(self) -> Frontend | None:
         config = self.config.frontend
@@ -265,6 +292,61 @@ class Transformer(Trunk):
                 new_caches.setdefault(name, []).append(cache)
         caches = {name: tuple(layers) for name, layers in new_caches.items()}
         return self.apply_final_norm(x), caches
+
+    def predict_ahead(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        targets: jax.Array,
+        weights: jax.Array,
+    ) -> AheadPredictions | None:
+        """Runs the modules of ``mtp``, for training; differentiable in reverse mode.
+
+        Args:
+            hidden: [B, S, D], behind the final norm.
+            targets: int [B, S]: the token after each.
+            weights: fp32 [B, S]: of its loss.
+
+        Returns:
+            Each module's prediction; None: the model has no modules.
+        """
+        config = self.config.mtp
+        if self.mtp is None or config is None:
+            return None
+        steps = list_tokens_ahead(
+            targets,
+            weights,
+            segment_ids,
+            config.num_modules,
+            self.rules,
+            balanced=self.parallel.balance_sequence,
+        )
+        (run,) = self.config.mtp_runs
+        biases = self.compute_biases()
+        (context,) = self._list_contexts(run, (positions, segment_ids))
+        inputs = self._make_attention_inputs(run.kinds[0], context, biases)
+        params = get_values(self.mtp)
+
+        def run_module(
+            params: Params, hidden: jax.Array, embedded: jax.Array
+        ) -> tuple[jax.Array, Aux]:
+            assert self.mtp is not None
+            block = bind(self.mtp, params)
+            x = block.join_inputs(hidden, embedded)
+            x, _, aux = block(x, inputs)
+            return block.output_norm(x), aux
+
+        run_module = apply_remat(run_module, self.config.remat, is_loop_body=False)
+        predictions = []
+        total = Aux()
+        for index, step in enumerate(steps):
+            embedded = self.embed(step.inputs, positions)
+            module_params = take_stacked_layer(params, index)
+            hidden, aux = run_module(module_params, hidden, embedded)
+            total = total.plus(aux)
+            predictions.append(AheadPrediction(hidden, step.targets, step.weights))
+        return AheadPredictions(tuple(predictions), config.loss_weight, total)
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
         """Returns the maps from hidden states to logits; training fuses them with the

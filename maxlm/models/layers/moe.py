@@ -496,7 +496,13 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     Differentiable in the logits through scores and weights; not in the bias."""
     scores = _compute_scores(logits, config)
     # What experts are chosen by; the choice has no gradient.
-    ranking = lax.stop_gradient(scores if bias is None else scores + bias)
+    if bias is not None:
+        ranking = scores + bias
+    elif config.score == "softmax" or config.group_score == "top2":
+        ranking = scores
+    else:
+        ranking = logits  # in the same order, also where sigmoids are 1
+    ranking = lax.stop_gradient(ranking)
     if config.groups_per_token < config.groups:
         group_size = config.num_experts // config.groups
         # [B, S, groups, experts of a group]

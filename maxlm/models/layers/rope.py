@@ -90,9 +90,9 @@ class Llama3Scaling(Config):
 
     @model_validator(mode="after")
     def _in_order(self):
-        if self.low_freq_factor >= self.high_freq_factor:
+        if self.low_freq_factor > self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} is not below "
+                f"low_freq_factor={self.low_freq_factor} is above "
                 f"high_freq_factor={self.high_freq_factor}"
             )
         return self
@@ -236,7 +236,10 @@ def _scale_llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor
     # 1: as trained; 0: stretched.
-    unchanged = np.clip((turns - low) / (high - low), 0, 1)
+    if low == high:  # Llama 4 Scout: nothing is mixed
+        unchanged = np.where(turns < low, 0.0, 1.0)
+    else:
+        unchanged = np.clip((turns - low) / (high - low), 0, 1)
     return plain * unchanged + plain / scaling.factor * (1 - unchanged)
 
 
