@@ -41,6 +41,7 @@ from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
+from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
 from maxlm.models.params import (
     Params,
     ParamSpec,
@@ -71,8 +72,10 @@ class Mixer(Protocol):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps [B, S, D] to the same; returns also the cache with these tokens in it,
-        or None where there is none."""
+        """Maps [B, S, D] to the same; returns also the cache with these tokens in it.
+        Without a cache the second result is None, what other layers may read
+        (:class:`~maxlm.models.layers.attend.KeysValues`), or an :class:`Aux`: what the
+        layer adds to the loss and the log."""
         ...
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
@@ -142,6 +145,10 @@ MIXERS = Registry[RegisteredMixer]("mixer")
 MIXERS.register(
     "attention",
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
+)
+MIXERS.register(
+    "sparse_attention",
+    RegisteredMixer(SparseAttentionConfig, SparseAttention, ("stage",)),
 )
 MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
 MIXERS.register(
@@ -283,6 +290,8 @@ class Block(nnx.Module):
             ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
             y, cache = self.mixer(mixer_input, inputs, cache)
             z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
+            if isinstance(cache, Aux):
+                aux = aux.plus(cache)
             return x + self._scale(y) + self._scale(z), cache, aux
 
         if self.mixer is not None:
@@ -299,6 +308,8 @@ class Block(nnx.Module):
             ffn_input = self._norm_before(self.mlp_norm, x)
             y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
             x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
+        if isinstance(cache, Aux):
+            aux = aux.plus(cache)
         return x, cache, aux
 
     def costs(self) -> tuple[BranchCosts, ...]:
