@@ -64,23 +64,25 @@ def _forward(function, operands, context, specs, saved_name):
 
     def local(operands, context):
         y, backward = jax.vjp(lambda operands: function(operands, context), operands)
-        residuals, kept = split_residuals(backward, (operands, context))
+        residuals, local_arrays = split_residuals(backward, (operands, context))
         traced.append(residuals)
         # An axis of devices, each with its own.
-        return y, tuple(array[None] for array in kept)
+        return y, tuple(array[None] for array in local_arrays)
 
     out_specs = specs.result, PartitionSpec(_find_free_axes())
     run = map_shards(local, (specs.operands, specs.context), out_specs)
-    y, kept = run(operands, context)
+    y, local_arrays = run(operands, context)
     if saved_name is not None:
         # Named here and not outside, where only the result could be.
-        y, kept = jax.tree.map(lambda a: checkpoint_name(a, saved_name), (y, kept))
-    return y, (operands, context, kept, traced[-1])
+        y, local_arrays = jax.tree.map(
+            lambda a: checkpoint_name(a, saved_name), (y, local_arrays)
+        )
+    return y, (operands, context, local_arrays, traced[-1])
 
 
 def _backward(function, specs, saved_name, saved, d_y):
     del function, saved_name
-    operands, context, kept, residuals = saved
+    operands, context, local_arrays, residuals = saved
     free_axes = _find_free_axes()
     all_split_axes: set[str] = set()
     for spec in jax.tree.leaves(specs.operands):
@@ -92,14 +94,16 @@ def _backward(function, specs, saved_name, saved, d_y):
         axes = tuple(axis for axis in free_axes if axis in copied_axes)
         return lax.psum(gradient, axes) if axes else gradient
 
-    def local(operands, context, kept, d_y):
-        backward = residuals.join((operands, context), [array[0] for array in kept])
+    def local(operands, context, local_arrays, d_y):
+        backward = residuals.join(
+            (operands, context), [array[0] for array in local_arrays]
+        )
         (gradients,) = backward(d_y)
         return jax.tree.map(sum_copies, specs.operands, gradients)
 
     in_specs = specs.operands, specs.context, PartitionSpec(free_axes), specs.result
     run = map_shards(local, in_specs, specs.operands)
-    return run(operands, context, kept, d_y), None
+    return run(operands, context, local_arrays, d_y), None
 
 
 run_on_shards.defvjp(_forward, _backward)

@@ -24,6 +24,7 @@ from pydantic import (
 from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
+    LONGEST_SINGLE_PERIOD,
     FeedForwardChoice,
     KindName,
     LayerKind,
@@ -475,7 +476,8 @@ class TransformerConfig(Config):
         last = period[:num_left]
 
         are_unlike = len({layer.block for layer in period}) > 1
-        if are_unlike and num_periods == 1:
+        is_list = num_periods == 1 and len(period) > LONGEST_SINGLE_PERIOD
+        if are_unlike and is_list:
             # A list of all layers: some part of it may repeat all the same.
             layers = first + period + last
             repeats = find_repeats(layers)
