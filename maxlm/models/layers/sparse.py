@@ -12,6 +12,7 @@ Shapes: B batch, S queries, T keys, D model, N query heads, H head dim, Hv value
 latent dims, P rotary dims, I heads of the indexer, J their size, Q queries of a tile.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -297,7 +298,9 @@ class SparseAttention(nnx.Module):
         ]
         groups.append(MatrixGroup(("index_query.kernel",), "latent"))
         groups.append(MatrixGroup(("index_key.kernel", "index_weight.kernel")))
-        return LayerCosts(tuple(groups), main.attention)
+        assert main.attention is not None
+        index_dim = self.config.index_heads * self.config.index_dim
+        return LayerCosts(tuple(groups), replace(main.attention, index_dim=index_dim))
 
 
 def score_index(query: jax.Array, weight: jax.Array, key: jax.Array) -> jax.Array:
