@@ -88,7 +88,7 @@ def reference(params, x):
 
     def rms(row, name):
         size = np.sqrt(np.mean(row**2) + 1e-5)
-        return row / size * p[f"main.{name}.scale"]
+        return row / size * p[f"{name}.scale"]
 
     def turn(row, position):
         rotated = row.copy()
@@ -105,11 +105,11 @@ def reference(params, x):
         vectors, keys, index_keys = [], [], []
         for s, row in enumerate(np.float64(x[b])):
             at = POSITIONS[b, s]
-            vector = rms(row @ p["main.key_down.kernel"], "key_norm")
-            shared = turn(row @ p["main.key_rotary.kernel"], at)
-            plain = np.einsum("c,cnh->nh", vector, p["main.key_up.kernel"])
+            vector = rms(row @ p["key_down.kernel"], "key_norm")
+            shared = turn(row @ p["key_rotary.kernel"], at)
+            plain = np.einsum("c,cnh->nh", vector, p["key_up.kernel"])
             keys.append([np.append(head, shared) for head in plain])
-            vectors.append(np.einsum("c,cnh->nh", vector, p["main.value_up.kernel"]))
+            vectors.append(np.einsum("c,cnh->nh", vector, p["value_up.kernel"]))
             key = row @ p["index_key.kernel"]
             key = (key - key.mean()) / np.sqrt(key.var() + 1e-6)
             key = key * p["index_key_norm.scale"] + p["index_key_norm.bias"]
@@ -117,7 +117,7 @@ def reference(params, x):
             if SEGMENTS[b, s] == 0:
                 continue
 
-            narrow = rms(row @ p["main.query_down.kernel"], "query_norm")
+            narrow = rms(row @ p["query_down.kernel"], "query_norm")
             index_weight = row @ p["index_weight.kernel"] / np.sqrt(4 * 6)
             index_query = (narrow @ p["index_query.kernel"]).reshape(4, 6)
             seen = [t for t in range(s + 1) if SEGMENTS[b, t] == SEGMENTS[b, s]]
@@ -130,7 +130,7 @@ def reference(params, x):
                 for t in seen
             }
             chosen = sorted(seen, key=lambda t: (-scores[t], t))[: CONFIG.top_k]
-            query = np.einsum("r,rnh->nh", narrow, p["main.query.kernel"])
+            query = np.einsum("r,rnh->nh", narrow, p["query.kernel"])
             mean_weights = np.zeros(len(chosen))
             for n in range(3):
                 q = np.append(query[n, :3], turn(query[n, 3:], at))
@@ -140,7 +140,7 @@ def reference(params, x):
                 head = sum(
                     w * vectors[t][n] for w, t in zip(weights, chosen, strict=True)
                 )
-                y[b, s] += head @ p["main.out.kernel"][n]
+                y[b, s] += head @ p["out.kernel"][n]
             index = np.exp([scores[t] for t in chosen])
             index /= index.sum()
             loss += np.sum(mean_weights * np.log(mean_weights / index))

@@ -475,7 +475,7 @@ def test_sparse_attention_as_deepseek_v32_has_it(top_k):
     y, _ = there(torch.tensor(draw_inputs()), turn(plain_frequencies(P)), causal_mask())
     order = [*range(0, P, 2), *range(1, P, 2)]
     indexer = there.indexer
-    flat = {f"main.{n}": x for n, x in latent_weights(there, order).items()}
+    flat = latent_weights(there, order)
     flat |= {
         "index_query.kernel": array(indexer.wq_b.weight).T,
         "index_key.kernel": array(indexer.wk.weight).T,

@@ -58,7 +58,7 @@ class SparseCache(NamedTuple):
         *,
         rules: AxisRules,
         scale: float,
-        top_k: int,
+        top_k: int | None,
         value_dim: int,
     ) -> tuple[jax.Array, "SparseCache"]:
         """Attends to those ``top_k`` of each sequence's earlier tokens and these that
@@ -68,6 +68,7 @@ class SparseCache(NamedTuple):
             q: [D, S, N, C + P], split as heads are.
             key: [D, S, 1, C + P].
             index: of the tokens, whole on the devices that share heads.
+            top_k: None: all.
             value_dim: C.
 
         Returns:
@@ -93,7 +94,7 @@ def _attend_shard(
     batch: RaggedBatch,
     *,
     scale: float,
-    top_k: int,
+    top_k: int | None,
     value_dim: int,
 ) -> tuple[jax.Array, SparseCache]:
     """Does what :meth:`SparseCache.attend_chosen` does on one device, whose part of D
@@ -138,7 +139,8 @@ def _attend_shard(
         is_seen = (place <= positions[:, None]) & is_live[:, None]
         scores = jnp.where(is_seen, scores, -jnp.inf)
         # Of equal scores the earliest token's comes first.
-        best_scores, best = lax.top_k(scores, min(top_k, keys.shape[1]))
+        num_chosen = min(top_k or keys.shape[1], keys.shape[1])
+        best_scores, best = lax.top_k(scores, num_chosen)
 
         # The chosen vectors, [n, k, C + P].
         page = jnp.take_along_axis(tables, best // page_size, axis=1)

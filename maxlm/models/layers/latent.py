@@ -12,9 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.build_context import BuildContext
-from maxlm.models.caches import CacheLayout
+from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.caches.kinds import kv_cache_spec
-from maxlm.models.caches.paged import AttentionCache
 from maxlm.models.costs import AttentionCosts, LayerCosts, MatrixGroup
 from maxlm.models.layers.attend import (
     AttentionInputs,
@@ -124,8 +123,8 @@ class LatentAttention(nnx.Module):
         self,
         x: jax.Array,
         inputs: AttentionInputs,
-        cache: AttentionCache | None = None,
-    ) -> tuple[jax.Array, AttentionCache | None]:
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """See :class:`~maxlm.models.layers.attention.Attention`. Without
         ``inputs.rotary`` the rotary dimensions are like the others, but for the key that
         all heads share (Kimi Linear)."""
@@ -220,7 +219,7 @@ class LatentAttention(nnx.Module):
         """Maps outputs of heads [B, S, N, Hv], behind their gate, to [B, S, D]."""
         return self.out(apply_output_gate(y, gate), seq_axis="residual")
 
-    def cache_spec(self, layout: CacheLayout, window: int | None) -> AttentionCache:
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
         """A layer's cache of vectors with the shared rotary keys behind them;
         attention's values are the vectors."""
         return kv_cache_spec(

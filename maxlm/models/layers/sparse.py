@@ -18,14 +18,13 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
-from maxlm.models.caches import CacheLayout
+from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.paged import PagedCache
 from maxlm.models.caches.sparse import IndexTokens, SparseCache
@@ -91,6 +90,11 @@ class SparseAttentionConfig(Config):
                 )
         return self
 
+    @property
+    def num_attended(self) -> int | None:
+        """Most tokens that a token attends to; None: all before it."""
+        return None if self.warm_up else self.top_k
+
     def shrunk(self, head_dim: int, seq_len: int) -> Self:
         """Returns the same kind with small heads, for a smoke run of sequences of
         ``seq_len``, a quarter of which a token attends to."""
@@ -132,18 +136,15 @@ class _Keys(NamedTuple):
     """int32 [B, T]."""
 
 
-class SparseAttention(nnx.Module):
+class SparseAttention(LatentAttention):
     """Latent attention with an indexer (arXiv 2512.02556, eq. 1 and 2).
 
-    Parameters beside those of :class:`~maxlm.models.layers.latent.LatentAttention`,
-    which are under ``main``:
+    Parameters beside those of :class:`~maxlm.models.layers.latent.LatentAttention`:
 
     - ``index_query`` [q_rank, I, J];
     - ``index_key`` [D, J] and ``index_key_norm``, a LayerNorm;
     - ``index_weight`` [D, I].
     """
-
-    name = "attention"
 
     def __init__(
         self, config: SparseAttentionConfig, norm: NormConfig, context: BuildContext
@@ -152,10 +153,9 @@ class SparseAttention(nnx.Module):
         latent = attention.latent
         assert latent is not None
         assert latent.q_rank is not None
-        self.config = config
-        # The indexer is whole on every device that has heads: it is small.
-        self.rules = context.rules
-        self.main = LatentAttention(attention, norm, context)
+        super().__init__(attention, norm, context)
+        self.sparse = config
+        # The indexer is small, and whole on every device that has heads.
         residual = {"embed": context.d_model}
         index_heads = {None: config.index_heads}
         self.index_query = Linear(
@@ -173,29 +173,29 @@ class SparseAttention(nnx.Module):
         self,
         x: jax.Array,
         inputs: AttentionInputs,
-        cache: SparseCache | None = None,
-    ) -> tuple[jax.Array, SparseCache | Aux]:
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | Aux]:
         """See :class:`~maxlm.models.blocks.Mixer`; without a cache the second result is
         what the layer adds to the loss."""
-        projections = self.main.project_input(x, inputs)
+        projections = self.project_input(x, inputs)
         index = self._project_index(x, projections, inputs)
         if cache is not None:
             assert inputs.batch is not None
-            q, key = self.main.make_vectors(projections)
+            q, key = self.make_vectors(projections)
             y, cache = cache.attend_chosen(
                 q,
                 key,
                 index,
                 inputs.batch,
-                rules=self.main.shared_rules,
+                rules=self.shared_rules,
                 scale=inputs.scale,
-                top_k=self.config.top_k,
-                value_dim=self.main.latent.kv_rank,
+                top_k=self.sparse.num_attended,
+                value_dim=self.latent.kv_rank,
             )
-            y = self.main.make_head_outputs(y)
-            return self.main.finish(y, projections.gate), cache
+            y = self.make_head_outputs(y)
+            return self.finish(y, projections.gate), cache
 
-        q, k, v = self.main.make_heads(projections)
+        q, k, v = self.make_heads(projections)
         segments = inputs.segment_ids
         if segments is None:
             segments = jnp.ones_like(inputs.positions)
@@ -207,15 +207,15 @@ class SparseAttention(nnx.Module):
         queries = _Scored(q, index.query, index.weight, place, segments)
         keys = _Keys(k, v, index.key, segments)
         y, loss = self._attend_in_tiles(queries, keys, inputs.scale)
-        aux = Aux(self.config.loss_weight * loss, {"index_loss": loss})
-        return self.main.finish(y, projections.gate), aux
+        aux = Aux(self.sparse.loss_weight * loss, {"index_loss": loss})
+        return self.finish(y, projections.gate), aux
 
     def _project_index(
         self, x: jax.Array, projections: LatentProjections, inputs: AttentionInputs
     ) -> IndexTokens:
         """Makes the indexer's queries, keys and weights of heads. What it reads has no
         gradient."""
-        config = self.config
+        config = self.sparse
         assert projections.query_vector is not None
         query = self.index_query(lax.stop_gradient(projections.query_vector))
         query = query.reshape(*query.shape[:2], config.index_heads, config.index_dim)
@@ -250,7 +250,7 @@ class SparseAttention(nnx.Module):
             partial(
                 _attend_tile,
                 scale=scale,
-                top_k=None if self.config.warm_up else self.config.top_k,
+                top_k=self.sparse.num_attended,
             )
         )
 
@@ -266,12 +266,12 @@ class SparseAttention(nnx.Module):
     def cache_spec(self, layout: CacheLayout, window: int | None) -> SparseCache:
         """A layer's cache: vectors as latent attention keeps them, and the indexer's
         keys. Raises MaxlmError: a cache of another kind than pages."""
-        vectors = self.main.cache_spec(layout, window)
+        vectors = super().cache_spec(layout, window)
         index_keys = kv_cache_spec(
             layout,
             window,
             num_kv_heads=1,
-            key_size=self.config.index_dim,
+            key_size=self.sparse.index_dim,
             value_size=None,
         )
         if not isinstance(vectors, PagedCache) or not isinstance(
@@ -287,19 +287,12 @@ class SparseAttention(nnx.Module):
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`. Scores are of all pairs, as
         training computes them."""
-        main = self.main.costs()
-        groups = [
-            MatrixGroup(
-                tuple(f"main.{name}" for name in group.names),
-                group.input_features,
-                tuple(f"main.{name}" for name in group.needs_raw_output),
-            )
-            for group in main.matrices
-        ]
+        main = super().costs()
+        groups = list(main.matrices)
         groups.append(MatrixGroup(("index_query.kernel",), "latent"))
         groups.append(MatrixGroup(("index_key.kernel", "index_weight.kernel")))
         assert main.attention is not None
-        index_dim = self.config.index_heads * self.config.index_dim
+        index_dim = self.sparse.index_heads * self.sparse.index_dim
         return LayerCosts(tuple(groups), replace(main.attention, index_dim=index_dim))
 
 
