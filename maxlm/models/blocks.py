@@ -43,12 +43,8 @@ from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-<<<<<<< HEAD
 from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
-||||||| e9e3852a
-=======
 from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
->>>>>>> n-attn
 from maxlm.models.params import (
     Params,
     ParamSpec,
@@ -335,16 +331,10 @@ class Block(nnx.Module):
             ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
             y, cache = self.mixer(mixer_input, inputs, cache)
             z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-<<<<<<< HEAD
-            x = x + self._scale(y, self.mixer_scales)
-            return x + self._scale(z, self.ffn_scales), cache, aux
-||||||| e9e3852a
-            return x + self._scale(y) + self._scale(z), cache, aux
-=======
             if isinstance(cache, Aux):
                 aux = aux.plus(cache)
-            return x + self._scale(y) + self._scale(z), cache, aux
->>>>>>> n-attn
+            x = x + self._scale(y, self.mixer_scales)
+            return x + self._scale(z, self.ffn_scales), cache, aux
 
         if self.mixer is not None:
             mixer_input = self._norm_before(self.attention_norm, x)
@@ -363,19 +353,13 @@ class Block(nnx.Module):
         if self.ffn is not None:
             ffn_input = self._norm_before(self.mlp_norm, x)
             y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-<<<<<<< HEAD
             if self.placement == "normed":
                 x = ffn_input
             x = self._add_branch(
                 x, y, self.mlp_norm, self.mlp_post_norm, self.ffn_scales
             )
-||||||| e9e3852a
-            x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
-=======
-            x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
         if isinstance(cache, Aux):
             aux = aux.plus(cache)
->>>>>>> n-attn
         return x, cache, aux
 
     def costs(self) -> tuple[BranchCosts, ...]:
