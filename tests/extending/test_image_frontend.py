@@ -34,7 +34,8 @@ from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.run.config import RunConfig
 from maxlm.run.load import load_run
-from maxlm.tasks import TASKS, ClmTask, SourceInputs
+from maxlm.tasks import TASKS, SourceInputs
+from maxlm.tasks.text import TokenPredictionTask
 from maxlm.train.program import train_model
 from tests.train import tiny
 
@@ -120,13 +121,13 @@ class CaptionSource:
 
 
 @TASKS.register("captions")
-class CaptionTask(ClmTask):
+class CaptionTask(TokenPredictionTask):
     """Predicts captions from images."""
 
     reads_text: ClassVar[bool] = False
     reads_frontend: ClassVar[bool] = True
 
-    kind: Literal["captions"] = "captions"  # pyright: ignore
+    kind: Literal["captions"] = "captions"
 
     def batch_source(self, inputs: SourceInputs) -> CaptionSource:
         assert isinstance(inputs.frontend, ImagesConfig)

@@ -55,9 +55,9 @@ class FrontendCosts:
     """Costs of a frontend, as it states them for the plan. How large its matrices are
     follows from their declarations."""
 
-    rows_per_item: float = 1.0
-    """Rows that each matrix multiplies, of an item: 1 for a patch, the number of its
-    patches for an image whose layers see them all."""
+    rows_per_item: float
+    """Rows that each matrix multiplies, of an item: of an image its patches, if all of
+    them go through."""
     extra_flops: float = 0.0
     """Forward FLOPs of an item beside matrices, such as those of attention's
     scores."""
@@ -67,8 +67,8 @@ class Frontend(Protocol):
     """A module (``flax.nnx.Module``) whose parameters are ``frontend....`` of the
     model's.
 
-    It may state its ``costs()``, a :class:`FrontendCosts`; otherwise its matrices see
-    each item once.
+    It may state its ``costs()``, a :class:`FrontendCosts`; otherwise its matrices
+    multiply a row for each vector.
     """
 
     def encode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -84,12 +84,6 @@ class Frontend(Protocol):
             ``embedding_scale``, before positions and norms.
         """
         ...
-
-
-def get_frontend_costs(frontend: Frontend | None) -> FrontendCosts:
-    """Returns a frontend's own ``costs()``, or those of one that states none."""
-    count_costs: Callable[[], FrontendCosts] | None = getattr(frontend, "costs", None)
-    return FrontendCosts() if count_costs is None else count_costs()
 
 
 class FrontendConfig(Config):
@@ -215,6 +209,14 @@ class FrontendConfig(Config):
         """Returns the same for a table of at most so many rows."""
         placeholder_id = min(self.placeholder_id, vocab_size - 1)
         return self.model_copy(update={"placeholder_id": placeholder_id})
+
+
+def get_frontend_costs(frontend: Frontend, config: FrontendConfig) -> FrontendCosts:
+    """Returns a frontend's own ``costs()``, or those of one that states none."""
+    count_costs: Callable[[], FrontendCosts] | None = getattr(frontend, "costs", None)
+    if count_costs is None:
+        return FrontendCosts(rows_per_item=config.vectors_per_item)
+    return count_costs()
 
 
 @dataclass(frozen=True)
