@@ -96,12 +96,13 @@ def _find_period(names: Sequence[str]) -> int:
 
 def _read_layers_with_positions(reader: ConfigReader, num_layers: int) -> list[bool]:
     interval = reader.size("no_rope_layer_interval", 4)
-    flags = reader.values.get("no_rope_layers") or []
+    flags = reader.values.get("no_rope_layers")
     reader.ignore("no_rope_layers")
     if not flags:
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
     # In spite of its name 1 marks a layer with positions.
-    if any(flag not in (0, 1) for flag in flags) or len(flags) < num_layers:
+    is_list = isinstance(flags, list) and all(flag in (0, 1) for flag in flags)
+    if not is_list or len(flags) < num_layers:
         expected = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
         reader.read_implemented("no_rope_layers", expected)
     return [bool(flag) for flag in flags[:num_layers]]
