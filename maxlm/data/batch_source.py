@@ -19,6 +19,9 @@ weights      1 where the target counts; 0 at a document's last token and in padd
 segment_ids  1, 2, ... for the row's pieces; 0 in padding.
 positions    0, 1, ... within each piece. A piece that continues a cut document starts at 0 again,
              as attention cannot see what came before it.
+
+A row may have arrays of other shapes and dtypes besides, such as a frontend's
+(:mod:`maxlm.models.frontends`).
 """
 
 
@@ -31,6 +34,10 @@ class BatchArraySpec:
     dtype: DTypeLike
     axes: tuple[str | None, ...]
     """The logical axis of each dimension (a field of AxisRules, or None)."""
+    is_appended: bool = False
+    """Whether an example has any number of entries along the first axis, which stand
+    behind those of the row's examples before it. Otherwise an array without the axis
+    "seq" has one for each example."""
 
     @classmethod
     def of_tokens(cls, length: int, dtype: DTypeLike = np.int32) -> "BatchArraySpec":

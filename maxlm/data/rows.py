@@ -22,10 +22,13 @@ from maxlm.data.row_files import RowFiles
 Encode = Callable[[dict[str, Any]], Mapping[str, Any]]
 """A row of a file to arrays by name; pure, and pickles. Along "seq", always the first
 axis, an array is as long as the example, at most a row's length; one without "seq" is
-the example's entry of the row's array."""
+the example's entry of the row's array, or its entries where the array is appended."""
 
 # Examples that are packed together: bounds the memory and the time of packing.
 PACKING_BLOCK = 16384
+# Ends of the names of arrays that number something of an example from 1 on, 0 being
+# none; numbers go on from example to example.
+_NUMBERED = ("segment_ids", "vector_numbers")
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,23 @@ class RowSource:
     def _fill(self, batch: Batch, i: int, examples: Sequence[int]) -> None:
         """Write examples into row i, which is zeros, one after the other."""
         start = 0
-        num_segments = dict.fromkeys(self.arrays, 0)
+        # Of each array: the entries so far, or the largest number.
+        counts = dict.fromkeys(self.arrays, 0)
         for number, example in enumerate(examples):
             values, length = self._read_example(example)
             for name, array in self.arrays.items():
+                count_before = counts[name]
                 value = values[name]
+                if array.is_appended:
+                    counts[name] += len(value)
+                    batch[name][i, count_before : counts[name]] = value
+                    continue
                 if "seq" not in array.axes:
                     batch[name][i, number] = value
                     continue
-                if name.endswith("segment_ids"):
-                    num_segments_before = num_segments[name]
-                    num_segments[name] += int(value.max(initial=0))
-                    value = value + num_segments_before
+                if name.endswith(_NUMBERED):
+                    counts[name] += int(value.max(initial=0))
+                    value = np.where(value > 0, value + count_before, 0)
                 batch[name][i, start : start + len(value)] = value
             start += length
 
@@ -155,8 +163,10 @@ def make_row_source(
         arrays: a row's, which ``encode`` fills, but for ``segment_ids`` and
             ``positions``: where it leaves them out, they number the examples of a row
             from 1 and the tokens of each from 0. Segments that it does number, from 1
-            on, in ``*segment_ids``, are numbered on from example to example. An array
-            without the axis "seq" has its examples along its first. Zeros pad all else.
+            on, in ``*segment_ids``, are numbered on from example to example, and so are
+            vectors in ``*vector_numbers``. An array without the axis "seq" has its
+            examples along its first, or entries of theirs where it is appended. Zeros
+            pad all else.
         examples: the rows of the file to read; None: all.
         lengths: tokens of each of ``examples``; needed if several share a row.
         examples_per_row: the most that share a row, each in the fullest row that has

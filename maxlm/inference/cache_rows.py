@@ -51,8 +51,8 @@ class CacheRows:
 
     def match_prefix(self, sequence: RunningSequence) -> list[PrefixNode]:
         """Return the nodes of the prefix that a sequence need not compute."""
-        tokens = sequence.tokens[: self._count_matchable(sequence)]
-        return self.tree.match(tokens, sequence.cache_key)
+        ids = sequence.list_cache_ids(0, self._count_matchable(sequence))
+        return self.tree.match(ids, sequence.cache_key)
 
     def is_computing_prefix(self, sequence: RunningSequence) -> bool:
         """Return whether a running sequence is computing more of this one's prefix than
@@ -66,7 +66,9 @@ class CacheRows:
             # The end of the next page that the other one fills.
             num_pages = max(num_matched, other.num_computed) // page_size
             end = (num_pages + 1) * page_size
-            if end < num_matchable and other.tokens[:end] == sequence.tokens[:end]:
+            if end >= num_matchable:
+                continue
+            if other.list_cache_ids(0, end) == sequence.list_cache_ids(0, end):
                 return True
         return False
 
@@ -243,9 +245,9 @@ class CacheRows:
         while node is not None and node.depth < num_full_pages:
             index = node.depth  # of the first page that the tree does not have
             first_token = index * page_size
-            tokens = tuple(sequence.tokens[first_token : first_token + page_size])
+            ids = sequence.list_cache_ids(first_token, first_token + page_size)
             pages = [int(table[row, index]) for table in self.page_tables]
-            node = self.tree.extend(node, tokens, pages)
+            node = self.tree.extend(node, tuple(ids), pages)
             # Where the tree had these tokens already, the pages are the tree's.
             for table, page in zip(self.page_tables, node.pages, strict=True):
                 table[row, index] = page

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
@@ -37,6 +38,7 @@ from maxlm.inference.model_runner import (
     describe_arrays,
 )
 from maxlm.inference.outputs import OutputBuilder
+from maxlm.inference.prompt_vectors import ChunkVectors, PromptEncoder
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.inference.sampling import MAX_STOP_IDS
 from maxlm.inference.scheduler import Scheduler
@@ -186,6 +188,18 @@ class Engine:
         if self._draft_runner is not None:
             self._runners.append(self._draft_runner)
 
+        self._prompt_encoder = PromptEncoder(
+            model,
+            self._runner.params,
+            self.mesh,
+            self.num_shards,
+            accepts_embeddings=config.accepts_embeddings,
+        )
+        chunk_vectors = None
+        if self._prompt_encoder.is_used:
+            by_shard = NamedSharding(self.mesh, model.rules.spec("batch"))
+            chunk_vectors = ChunkVectors(model.config.d_model, model.dtype, by_shard)
+
         # What goes to the devices, and what becomes of the tokens that come back.
         self._inputs = InputBuilder(
             row_config,
@@ -194,6 +208,7 @@ class Engine:
             num_drafts=0 if speculation is None else speculation.num_drafts,
             all_rows=has_row_caches(cache_specs) or has_encoder,
             adapters=self._adapters,
+            chunk_vectors=chunk_vectors,
         )
         self._grammars: GrammarCompiler | None = None
         self._outputs = OutputBuilder(tokenizer)
@@ -215,7 +230,8 @@ class Engine:
         """Takes a request; its outputs come from :meth:`step`. ``branching``: one token
         a step and no text, for :meth:`branch` to be called between. Raises MaxlmError
         where it can never run here: too long, a token that the model does not have, a
-        stop string without a tokenizer."""
+        stop string without a tokenizer, vectors that do not fit the prompt. Items of
+        the model's frontend are encoded at once."""
         where = f"request {request.request_id}"
         vocab_size = self.model.config.vocab_size
         for token in chain(request.prompt_tokens, *request.continuations):
@@ -246,7 +262,8 @@ class Engine:
         cache_key = None
         if request.adapter is not None:
             cache_key = self._adapters.get_load_number(request.adapter)
-        for sequence in self.scheduler.add(request, cache_key):
+        vectors = self._prompt_encoder.encode(request)
+        for sequence in self.scheduler.add(request, cache_key, vectors):
             sequence.is_branching = branching
             if branching:  # the caller replaces sequences after every token
                 sequence.needs_host = True
@@ -400,8 +417,12 @@ class Engine:
 
         def compile_program(shape: StepSizes) -> None:
             with jax.set_mesh(self.mesh):
-                for runner in self._runners:
-                    runner.compile(shape, inputs[shape])
+                self._runner.compile(shape, inputs[shape])
+                if self._draft_runner is not None:
+                    draft_inputs = inputs[shape]._replace(
+                        chunk_vectors=None, chunk_vector_numbers=None
+                    )
+                    self._draft_runner.compile(shape, draft_inputs)
 
         self._compiler = BackgroundCompiler(compile_program, inputs)
         self._compiler.start()
@@ -455,6 +476,8 @@ class Engine:
         self._num_steps += 1
         # Where there are drafts, drawing them has put these tokens in its caches.
         if self._draft_runner is not None and not plan.drafts:
+            # It reads placeholders in place of vectors, which are the model's own.
+            inputs = inputs._replace(chunk_vectors=None, chunk_vector_numbers=None)
             self._draft_runner.run(shape, inputs)
         return outputs
 

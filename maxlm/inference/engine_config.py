@@ -57,6 +57,9 @@ class EngineConfig(Config):
     them."""
     max_adapter_rank: int = Field(default=16, gt=0)
     """Their largest rank; each takes memory and time as if it had this one."""
+    accepts_embeddings: bool = False
+    """Whether requests may have vectors in place of tokens' embeddings where the model
+    has no frontend; where it has one they always may."""
 
     @model_validator(mode="before")
     @classmethod

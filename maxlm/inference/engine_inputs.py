@@ -11,6 +11,7 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.adapter_slots import AdapterSlots
 from maxlm.inference.banned_sequences import TokenMatcher, fill_draft_masks
 from maxlm.inference.engine_config import EngineConfig
+from maxlm.inference.prompt_vectors import ChunkVectors
 from maxlm.inference.requests import TokenLogprob
 from maxlm.inference.sampling import RowSettings, stack_settings
 from maxlm.inference.sequences import PrefillChunk, RunningSequence, ScheduledStep
@@ -53,6 +54,8 @@ class InputBuilder:
     """Whether every step has all rows, so that caches kept by row are not cut."""
     adapters: AdapterSlots
     """Those that requests may name."""
+    chunk_vectors: ChunkVectors | None = None
+    """What puts vectors in place of tokens on the devices; None: no prompt has any."""
     is_warm: bool = False
     """Whether no shape is chosen but those of `list_shapes`."""
 
@@ -192,6 +195,7 @@ class InputBuilder:
             needs_logprobs=np.bool_(needs_logprobs),
             adapter_masks=self._adapter_masks,
         )
+        inputs = self._add_vectors(inputs, plan)
         # Tokens to compute.
         for sequence, num_tokens in plan.decode:
             place = (sequence.shard, sequence.row)
@@ -220,6 +224,33 @@ class InputBuilder:
                 masks = inputs.allowed[shard, place : place + num_row_results]
                 fill_draft_masks(matcher, masks, draft)
         return inputs
+
+    def _add_vectors(self, inputs: StepInputs, plan: ScheduledStep) -> StepInputs:
+        """Adds the vectors in place of tokens of a plan's chunks."""
+        num_shards, num_tokens = inputs.chunk_tokens.shape
+        if self.chunk_vectors is None or not num_tokens:
+            return inputs
+        numbers = np.zeros((num_shards, num_tokens), np.int32)
+        values = None
+        for chunk, shard, _, begin in _place_chunks(plan):
+            vectors = chunk.sequence.vectors
+            if vectors is None:
+                continue
+            stop = chunk.start + chunk.num_tokens
+            first, last = np.searchsorted(vectors.places, [chunk.start, stop])
+            places = begin + vectors.places[first:last] - chunk.start
+            if not len(places):
+                continue
+            if values is None:
+                values = self.chunk_vectors.allocate(num_shards, num_tokens)
+            values[shard, places] = vectors.values[first:last]
+            # Each token's vector stands at the token's own place.
+            numbers[shard, places] = 1 + places
+        if values is None:
+            on_devices = self.chunk_vectors.get_zeros(num_shards, num_tokens)
+        else:
+            on_devices = self.chunk_vectors.put(values)
+        return inputs._replace(chunk_vectors=on_devices, chunk_vector_numbers=numbers)
 
     def read_results(
         self, result: StepOutputs, shape: StepSizes, plan: ScheduledStep

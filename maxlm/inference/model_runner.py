@@ -14,6 +14,7 @@ from jax.sharding import reshard
 from maxlm.inference.adapter_slots import write_columns
 from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.params import prepare_params
+from maxlm.inference.prompt_vectors import encode_items
 from maxlm.inference.sequences import PageCopy, RowCopy, RunningSequence
 from maxlm.inference.step import (
     EngineSpec,
@@ -184,6 +185,7 @@ def count_compilations() -> int:
         copy_pages,
         copy_rows,
         encode_row,
+        encode_items,
         write_columns,
     )
     return sum(program._cache_size() for program in programs)

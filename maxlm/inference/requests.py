@@ -1,7 +1,10 @@
 """Requests to the engine, and what it answers with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from maxlm.config.sampling import SamplingConfig
 
@@ -55,6 +58,15 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     """Log-probabilities of each token of the prompt but the first, likewise; with
     ``continuations`` of their tokens alone."""
+    items: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
+    """Arrays [items, ...] for the model's frontend by name, whose vectors stand at the
+    prompt's placeholders; None: it has none, or ``embeddings``."""
+    embeddings: np.ndarray | None = field(default=None, compare=False)
+    """Vectors [n, d_model] in place of the embeddings of some of the prompt's
+    tokens."""
+    embedding_places: tuple[int, ...] | None = None
+    """Indices of these tokens in the prompt, ascending; None: those of the frontend's
+    placeholders."""
 
 
 class TokenLogprob(NamedTuple):

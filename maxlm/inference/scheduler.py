@@ -12,6 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.inference.cache_rows import CacheRows
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.pages import count_spanned_pages
+from maxlm.inference.prompt_vectors import PromptVectors
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.sequences import (
     DecodeRow,
@@ -85,11 +86,14 @@ class Scheduler:
         return [sequence for shard in self._shards for sequence in shard.running]
 
     def add(
-        self, request: GenerationRequest, cache_key: Hashable = None
+        self,
+        request: GenerationRequest,
+        cache_key: Hashable = None,
+        vectors: PromptVectors | None = None,
     ) -> list[RunningSequence]:
         """Queue a request and return its sequences. Requests with different
-        ``cache_key`` share no pages (other adapters). Raises MaxlmError: it can never
-        run."""
+        ``cache_key`` share no pages (other adapters). ``vectors``: in place of some of
+        the prompt's tokens. Raises MaxlmError: it can never run."""
         encoder_tokens = ()
         tokens = request.prompt_tokens
         if self.decoder_start_id is not None:
@@ -119,6 +123,7 @@ class Scheduler:
                 encoder_tokens=encoder_tokens,
                 cache_key=cache_key,
                 num_virtual_tokens=num_virtual,
+                vectors=vectors,
                 needs_host=needs_host,
             )
             for index, prompt in enumerate(prompts)

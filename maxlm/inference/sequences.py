@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from maxlm.inference.pages import PrefixNode
+from maxlm.inference.prompt_vectors import PromptVectors
 from maxlm.inference.requests import GenerationRequest
 
 
@@ -31,6 +32,8 @@ class RunningSequence:
     num_virtual_tokens: int = 0
     """Dummy tokens that stand before the prompt's; see
     :mod:`maxlm.adapters.virtual_tokens`."""
+    vectors: PromptVectors | None = None
+    """In place of some of the prompt's tokens."""
     needs_host: bool = False
     """Whether its next token depends on what the host does with the last one (a
     grammar, banned sequences)."""
@@ -61,6 +64,16 @@ class RunningSequence:
     node: PrefixNode | None = field(default=None, init=False, repr=False)
     """Its deepest node in the prefix tree; None: it shares nothing."""
 
+    def list_cache_ids(self, start: int, stop: int) -> list[int]:
+        """Lists some tokens by the ids that caches tell apart: their own, and those of
+        vectors in their places."""
+        ids = self.tokens[start:stop]
+        if self.vectors is not None:
+            for place, cache_id in self.vectors.cache_ids.items():
+                if start <= place < stop and place < len(self.tokens):
+                    ids[place - start] = cache_id
+        return ids
+
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
@@ -80,8 +93,12 @@ class RunningSequence:
     @property
     def is_decoding(self) -> bool:
         """Whether it goes on token by token; continuations are read, however long they
-        are."""
-        return self.num_to_compute == 1 and not self.request.continuations
+        are, and so is a prompt's last token that has a vector: rows that decode have
+        tokens alone."""
+        if self.num_to_compute != 1 or self.request.continuations:
+            return False
+        vectors = self.vectors
+        return vectors is None or int(vectors.places[-1]) != len(self.tokens) - 1
 
     @property
     def num_tokens_left(self) -> int:

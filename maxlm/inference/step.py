@@ -35,6 +35,7 @@ from maxlm.inference.sampling import (
 )
 from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
 from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.models.frontends import InputVectors
 from maxlm.models.layers.linear import set_product
 from maxlm.models.params import Params, bind
 from maxlm.parallel.decode_kernels import DecodeKernels, PagedKernel
@@ -133,6 +134,12 @@ class StepInputs(NamedTuple):
     adapter_masks: Array | None = None
     """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no
     slots."""
+    chunk_vectors: jax.Array | None = None
+    """[D, C, d_model] in the compute dtype: vectors in place of tokens of the chunks,
+    at their places; None: the engine takes none, or there are no chunks."""
+    chunk_vector_numbers: Array | None = None
+    """int32 [D, C]: for each token of the chunks 1 + its place where it has a vector,
+    else 0."""
 
 
 class StepOutputs(NamedTuple):
@@ -397,7 +404,7 @@ def _run_once(
     row_tokens = _merge_row_tokens(inputs.tokens, rules)
     tokens = jnp.concatenate([row_tokens, inputs.chunk_tokens], axis=1)
     hidden, caches = bound.forward_with_cache(
-        tokens, batch, state.caches, state.cross_cache
+        tokens, batch, state.caches, state.cross_cache, _get_vectors(inputs)
     )
     state = state._replace(caches=caches)
 
@@ -444,6 +451,16 @@ def _run_once(
     in_specs = (PartitionSpec(), *(by_shard,) * len(arrays))
     drawn = map_shards(sample, in_specs, by_shard)(flags, *arrays)
     return state, chunk_states, DrawnTokens(*drawn)
+
+
+def _get_vectors(inputs: StepInputs) -> InputVectors | None:
+    """Returns the vectors in place of a step's tokens [D, b·G + C]."""
+    if inputs.chunk_vectors is None:
+        return None
+    _, b, G = inputs.tokens.shape
+    # Rows that decode have tokens alone.
+    numbers = jnp.pad(inputs.chunk_vector_numbers, ((0, 0), (b * G, 0)))
+    return InputVectors(inputs.chunk_vectors, numbers)
 
 
 def _sample_shard(

@@ -141,10 +141,9 @@ def require_context(
     seq_shards = prod(sizes[axis] for axis in seq_axes)
     is_whole = np.equal(seq_shards, 1)
 
-    num_chunks = seq_shards * (2 if balanced else 1)
-    divides = seq_len % num_chunks == 0
-    refuse = partial(_length_error, seq_len, seq_shards, balanced)
-    yield Requirement(is_whole | divides, refuse)
+    yield from require_split_length(
+        seq_len, rules=rules, sizes=sizes, balanced=balanced
+    )
 
     split = _describe_axes(head_axes + seq_axes, sizes)
     message = f"ulysses splits query heads, and {num_heads} do not divide over {split}"
@@ -152,6 +151,19 @@ def require_context(
     refuse = partial(MaxlmError, message, where="parallel.context", fix=fix)
     divides = num_heads % (head_shards * seq_shards) == 0
     yield Requirement(is_whole | (method != "ulysses") | divides, refuse)
+
+
+def require_split_length(
+    seq_len: int, *, rules: AxisRules, sizes: Mapping[str, Count], balanced: bool
+) -> Iterator[Requirement]:
+    """Requires that rows of so many tokens divide over the devices that share them;
+    arguments are those of :func:`require_context`."""
+    seq_shards = prod(sizes[axis] for axis in rules.mesh_axes("seq"))
+    num_chunks = seq_shards * (2 if balanced else 1)
+    is_whole = np.equal(seq_shards, 1)
+    divides = seq_len % num_chunks == 0
+    refuse = partial(_length_error, seq_len, seq_shards, balanced)
+    yield Requirement(is_whole | divides, refuse)
 
 
 def require_keys_beside_queries(

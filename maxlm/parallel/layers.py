@@ -39,13 +39,23 @@ class LayerTurn(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Residuals:
-    """Places of the pieces of a period's backward pass."""
+class Residuals:
+    """Places of the pieces of a backward pass, as ``jax.vjp`` returns it: a tree of
+    arrays."""
 
     tree: Any  # a PyTreeDef, which is no type to a checker
     places: tuple[int, ...]
     """Place of each leaf: i ≥ 0, among what is known without being kept; −1 − i, among
-    what was stacked."""
+    what was kept."""
+
+    def join(self, known: PyTree, stacked: Sequence[jax.Array]) -> PyTree:
+        """Returns the backward pass; inverts :func:`split_residuals`."""
+        arrays = jax.tree.leaves(known)
+        leaves = [
+            arrays[place] if place >= 0 else stacked[-1 - place]
+            for place in self.places
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 def scan_layers(
@@ -144,7 +154,7 @@ def _scan(
 
 def _forward(turns, params, carry, context, shared):
     # A scan may trace its body more than once; the last trace is the one that runs.
-    traced: list[_Residuals] = []
+    traced: list[Residuals] = []
 
     def body(carry, period_params):
         cast_params = _cast_period(turns, period_params)
@@ -155,7 +165,7 @@ def _forward(turns, params, carry, context, shared):
             return carry
 
         carry, backward = jax.vjp(run_period, cast_params, carry, shared)
-        residuals, stacked = _split_residuals(backward, (cast_params, context, shared))
+        residuals, stacked = split_residuals(backward, (cast_params, context, shared))
         traced.append(residuals)
         return carry, stacked
 
@@ -163,11 +173,11 @@ def _forward(turns, params, carry, context, shared):
     return out, (params, context, shared, stacked, traced[-1])
 
 
-def _split_residuals(
+def split_residuals(
     backward: PyTree, known: PyTree
-) -> tuple[_Residuals, tuple[jax.Array, ...]]:
-    """Splits a backward pass, a tree of arrays, into places and what is not known
-    anyway, each array once."""
+) -> tuple[Residuals, tuple[jax.Array, ...]]:
+    """Splits a backward pass, a tree of arrays, into places and what is to be kept: not
+    known anyway, each array once."""
     leaves, tree = jax.tree.flatten(backward)
     # By identity: an array that the pass reads as it is, is the same tracer.
     known_places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(known))}
@@ -179,7 +189,7 @@ def _split_residuals(
         else:
             stacked.setdefault(id(leaf), leaf)
             places.append(-1 - list(stacked).index(id(leaf)))
-    return _Residuals(tree, tuple(places)), tuple(stacked.values())
+    return Residuals(tree, tuple(places)), tuple(stacked.values())
 
 
 def _cast_period(
@@ -234,12 +244,7 @@ def _backward(turns, saved, d_carry):
         d_carry, d_shared = carry
         period_params, period_stacked = inputs
         cast_params = _cast_period(turns, period_params)
-        known = jax.tree.leaves((cast_params, context, shared))
-        leaves = [
-            known[place] if place >= 0 else period_stacked[-1 - place]
-            for place in residuals.places
-        ]
-        backward = jax.tree.unflatten(residuals.tree, leaves)
+        backward = residuals.join((cast_params, context, shared), period_stacked)
         d_layers, d_carry, d_shared_terms = backward(d_carry)
         d_shared = jax.tree.map(jnp.add, d_shared, d_shared_terms)
         return (d_carry, d_shared), _join_turns(d_layers, turns, len(params))

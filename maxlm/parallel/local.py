@@ -13,7 +13,7 @@ The only place that calls ``shard_map``. Two rules hold for everything run throu
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,15 @@ Dims = tuple[Axes, ...]
 DeviceGroups = list[list[int]]
 """Groups of devices, by their numbers along some axes, that exchange among
 themselves."""
+
+
+class SplitArray(NamedTuple):
+    """An array, and how its dimensions are split over devices."""
+
+    value: jax.Array
+    axes: tuple[str | None, ...]
+    """Logical axes: of all dimensions of a parameter; of those behind the first two of
+    tokens, [B, S] or [D, S]."""
 
 
 def map_shards(

@@ -239,12 +239,17 @@ def count_training_flops_per_token(work: RunWorkload) -> TrainingFlopsPerToken:
     two products, and what layers state beside, take their forward FLOPs and twice as
     many backward.
     """
-    outer_kernels = (*work.non_layer_kernels, work.head)
-    weights = float(sum(kernel.size for kernel in outer_kernels))
+    outer_size = sum(kernel.size for kernel in work.non_layer_kernels)
+    weights = float(outer_size + work.head_passes * work.head.size)
     met_share = work.config.model.active_expert_fraction
     # Forward FLOPs beside weights.
     full = 0.0
     causal = 0.0
+    if work.frontend is not None:
+        frontend_size = sum(kernel.size for kernel in work.frontend.kernels)
+        weights += frontend_size * work.frontend.rows_per_token
+        full += work.frontend.extra_flops_per_token
+        causal += work.frontend.extra_flops_per_token
     for stack in work.stacks:
         layer_tokens = stack.num_layers * stack.token_ratio
         # Weights that a token is multiplied with.

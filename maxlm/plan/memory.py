@@ -18,6 +18,7 @@ else they count.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,8 +118,19 @@ _KEPT_STREAM_ARRAYS = {
     # The outputs of the norms before branches and the inputs of those after them, and
     # the stream between the branches.
     "sandwich": 5,
+    # Both norms' inputs, and the stream between the branches.
+    "output": 3,
     # Both norms' outputs; or that of the one that both branches read.
     "parallel": 2,
+    "parallel_shared": 1,
+}
+# The same of a layer with one branch alone.
+_KEPT_ONE_BRANCH_ARRAYS = {
+    "pre": 1,
+    "post": 1,
+    "sandwich": 2,
+    "output": 1,
+    "parallel": 1,
     "parallel_shared": 1,
 }
 # With cross-attention also its norm's output, and the stream after it.
@@ -175,26 +187,37 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
     trained_bytes = split.local_bytes(split.gradients, work.select_trained(work.specs))
     gradient_sums = np.where(sums_gradients, trained_bytes, 0.0)
 
-    # While a stack is differentiated, the stacks before it still wait with what their
-    # forward passes have kept.
-    kept_by_stack = [
-        _count_saved_bytes(shape, stack) + _count_scan_inputs(shape, stack)
-        for stack in stacks
+    # While a run of layers is differentiated, the runs before it still wait with what
+    # their forward passes have kept. The layers of a run take turns in its stacks.
+    runs: dict[str, list[StackCosts]] = {}
+    for stack in stacks:
+        runs.setdefault(stack.run_name, []).append(stack)
+    kept_by_run = []
+    for run in runs.values():
+        saved_bytes = _count_stage_inputs(shape)
+        for stack in run:
+            saved_bytes += _count_saved_bytes(shape, stack)
+            saved_bytes += _count_scan_inputs(shape, stack)
+        kept_by_run.append(saved_bytes)
+    kept_by_run[0] = kept_by_run[0] + _count_frontend_bytes(shape)
+    kept_so_far = list(accumulate(kept_by_run))
+    run_gradients = [
+        sum(_count_stack_gradients(shape, stack) for stack in run)
+        for run in runs.values()
     ]
-    kept_so_far = list(accumulate(kept_by_stack))
-    stack_gradients = [_count_stack_gradients(shape, stack) for stack in stacks]
 
     phases: dict[str, _Phase] = {}
-    for i, stack in enumerate(stacks):
-        # Gradients of later stacks are complete; or they are among the sums already.
-        later = sum(stack_gradients[i + 1 :], start=0.0)
+    for i, run in enumerate(runs.values()):
+        # Gradients of later runs are complete; or they are among the sums already.
+        later = sum(run_gradients[i + 1 :], start=0.0)
         later = np.where(sums_gradients, 0.0, later)
-        gradients = stack_gradients[i] + later + gradient_sums
-        sliced = _list_sliced_layers(shape, stack)
-        for name, working_set in list_layer_working_sets(shape, stack).items():
-            if len(stacks) > 1:
-                name = f"{name}, {stack.name}"
-            phases[name] = _Phase(gradients, kept_so_far[i], working_set | sliced)
+        gradients = run_gradients[i] + later + gradient_sums
+        sliced = _list_sliced_layers(shape, run)
+        for stack in run:
+            for name, working_set in list_layer_working_sets(shape, stack).items():
+                if len(stacks) > 1:
+                    name = f"{name}, {stack.name}"
+                phases[name] = _Phase(gradients, kept_so_far[i], working_set | sliced)
 
     # The loss stands between the forward passes of all layers and their backward
     # passes.
@@ -203,7 +226,7 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
 
     outer_specs = work.select_trained(work.non_layer_specs)
     outer_gradients = split.local_bytes(split.gradients, outer_specs)
-    all_gradients = sum(stack_gradients) + gradient_sums + outer_gradients
+    all_gradients = sum(run_gradients) + gradient_sums + outer_gradients
     update_working_set = list_update_working_set(shape)
     phases["the update"] = _Phase(all_gradients, 0.0, update_working_set)
     return phases
@@ -219,33 +242,38 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
     average = 0.0
     if config.train.ema_decay is not None:
         average = parameters
-    arrays = config.task.batch_arrays(config.data.seq_len).values()
+    # Each device has its share of a batch's rows, and of the sequence of arrays that
+    # have one.
     row_bytes = sum(
-        np.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays
+        np.prod(array.shape)
+        * np.dtype(array.dtype).itemsize
+        / split.num_shards(split.compute, ("batch", *array.axes))
+        for array in config.batch_arrays.values()
     )
-    # Each device has its share of a batch's rows and of their sequence.
-    token_axes = (*split.compute.batch, *split.compute.seq)
     return {
         "parameters": parameters,
         "optimizer": split.local_bytes(split.optimizer, work.optimizer),
         "average": average,
         "frozen": split.local_bytes(split.storage, work.frozen_specs),
-        "batch": config.data.batch_size * row_bytes / split.num_devices(token_axes),
+        "batch": config.data.batch_size * row_bytes,
     }
 
 
-def _list_sliced_layers(shape: StepShape, stack: StackCosts) -> WorkingSet:
-    """Lists what a scan whose turns have several layers takes out of their stack at
+def _list_sliced_layers(shape: StepShape, run: list[StackCosts]) -> WorkingSet:
+    """Lists what a scan whose turns have several layers of a stack takes out of it at
     once. A turn of one layer needs no copy; nor does a single turn, which takes
     all."""
-    if not 1 < stack.period < stack.num_layers:
+    sliced_bytes = 0.0
+    for stack in run:
+        if not 1 < stack.period < stack.num_layers:
+            continue
+        stored = shape.split.local_bytes(shape.split.storage, stack.specs.values())
+        gradients = _count_stack_gradients(shape, stack)
+        turn_share = stack.period / stack.num_layers
+        sliced_bytes += (stored + gradients) * turn_share
+    if isinstance(sliced_bytes, float) and not sliced_bytes:
         return {}
-    stored = shape.split.local_bytes(shape.split.storage, stack.specs.values())
-    gradients = _count_stack_gradients(shape, stack)
-    turn_share = stack.period / stack.num_layers
-    return {
-        "parameters of a turn's layers, gradients": (stored + gradients) * turn_share
-    }
+    return {"parameters of a turn's layers, gradients": sliced_bytes}
 
 
 def _count_stack_gradients(shape: StepShape, stack: StackCosts) -> Number:
@@ -260,6 +288,24 @@ def _count_stack_gradients(shape: StepShape, stack: StackCosts) -> Number:
     return sum(count_bytes(spec) for spec in shape.work.select_trained(stack.specs))
 
 
+def _count_frontend_bytes(shape: StepShape) -> Number:
+    """Counts what a frontend's matrices write, which is kept until its backward pass;
+    of all micro-batches at once where these run together through a pipeline."""
+    frontend = shape.work.frontend
+    if frontend is None:
+        return 0.0
+    split = shape.split
+    width = 0.0
+    for kernel in frontend.kernels:
+        output_size = prod(kernel.shape[kernel.num_input_dims :])
+        output_axes = kernel.axes[kernel.num_input_dims :]
+        width += output_size / split.num_shards(split.compute, output_axes)
+    is_spread = shape.pipelined & (not shape.one_f_one_b)
+    micro_batches_at_once = np.where(is_spread, shape.micro_batches, 1.0)
+    rows = micro_batches_at_once * shape.count_frontend_rows()
+    return rows * width * shape.work.dtype_bytes
+
+
 def _count_layers_at_once(shape: StepShape, stack: StackCosts) -> Number:
     """Counts the layers of a stack that a device differentiates without a break: its
     stage's, or one group of them (the circular schedule)."""
@@ -267,13 +313,19 @@ def _count_layers_at_once(shape: StepShape, stack: StackCosts) -> Number:
 
 
 def _count_scan_inputs(shape: StepShape, stack: StackCosts) -> Number:
-    """Counts layers' inputs, which the scan keeps under any policy; of a pipeline,
-    stages' inputs too; and an encoder's output for layers that look at it."""
+    """Counts layers' inputs, which the scan keeps under any policy; and an encoder's
+    output for layers that look at it."""
     work = shape.work
-    stages = shape.stages
-    # A micro-batch in the residual stream; the sizes below count such arrays.
-    stream = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
     layer_inputs = _count_layers_at_once(shape, stack) * stack.token_ratio
+    encoder_outputs = 0.0
+    if stack.cross_attention:
+        encoder_outputs = work.tokens_per_row.encoder_tokens_per_decoder_token
+    return _count_input_bytes(shape) * (layer_inputs + encoder_outputs)
+
+
+def _count_stage_inputs(shape: StepShape) -> Number:
+    """Counts stages' inputs in a pipeline."""
+    stages = shape.stages
     if shape.one_f_one_b:
         # As many micro-batches' as parallel/pipeline.py has room for.
         stage_inputs = 2 * stages - 1
@@ -281,11 +333,13 @@ def _count_scan_inputs(shape: StepShape, stack: StackCosts) -> Number:
         # Every turn's input, and three arrays of all micro-batches, spread over the
         # stages: what goes in, what comes out, and its gradient.
         stage_inputs = shape.pipeline_iterations + 3 * shape.micro_batches / stages
-    pipelined_inputs = np.where(shape.pipelined, stage_inputs, 0)
-    encoder_outputs = 0.0
-    if stack.cross_attention:
-        encoder_outputs = work.tokens_per_row.encoder_tokens_per_decoder_token
-    return stream * (layer_inputs + encoder_outputs + pipelined_inputs)
+    return _count_input_bytes(shape) * np.where(shape.pipelined, stage_inputs, 0)
+
+
+def _count_input_bytes(shape: StepShape) -> Number:
+    """Counts bytes of a micro-batch in the residual stream."""
+    work = shape.work
+    return shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
 
 
 def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
@@ -300,7 +354,10 @@ def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
     expert_bytes = 0.0
     if shape.remat == "none":
         branch_elements += _count_unnamed_elements(shape, stack)
-        stream_arrays = _KEPT_STREAM_ARRAYS[model.placement]
+        if stack.num_branches == 1:
+            stream_arrays = _KEPT_ONE_BRANCH_ARRAYS[stack.placement]
+        else:
+            stream_arrays = _KEPT_STREAM_ARRAYS[stack.placement]
         if stack.cross_attention:
             stream_arrays += _KEPT_CROSS_ATTENTION_STREAM_ARRAYS
         stream_elements = model.d_model * stream_arrays
@@ -405,8 +462,12 @@ def list_layer_working_sets(
         sets["a layer's attention"] = _list_attention_arrays(
             shape, stack, self_heads, stack.token_ratio, has_biases
         )
-    else:
+    elif any(branch.branch == "mixer" for branch in stack.branches):
         sets["a layer's mixer"] = _list_mixer_arrays(shape, stack)
+    if any(branch.costs.working_elements for branch in stack.branches):
+        # The mixer's phase is the only one so far.
+        for arrays in sets.values():
+            arrays |= _list_stated_arrays(shape, stack)
     cross_heads = stack.heads("cross_attention")
     if cross_heads is not None:
         sets["a layer's cross-attention"] = _list_attention_arrays(
@@ -420,7 +481,7 @@ def list_layer_working_sets(
 
     stream = _count_stream_bytes(shape, stack)
     # Arrays that all branches of a layer share.
-    if work.config.model.placement == "sandwich":
+    if stack.placement in ("sandwich", "output"):
         # A branch's output and its gradient, in fp32 as the norm after it reads them.
         fp32_branch = 2 * stream / work.dtype_bytes * FP32
         for arrays in sets.values():
@@ -538,6 +599,25 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     }
 
 
+def _list_stated_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
+    """Lists the arrays that a layer's mixer states itself
+    (``LayerCosts.working_elements``)."""
+    split = shape.split
+    elements = 0.0
+    row_tokens = shape.work.tokens_per_row.decoder / split.num_shards(
+        split.compute, ("seq",)
+    )
+    for branch in stack.branches:
+        costs = branch.costs
+        if branch.branch == "mixer" and costs.working_elements:
+            num_shards = split.num_shards(split.compute, costs.flops_axes)
+            block_share = np.minimum(1.0, costs.block_tokens / row_tokens)
+            stated = costs.working_elements + block_share * costs.block_elements
+            elements += stated / num_shards
+    tokens = shape.micro_batch_tokens * stack.token_ratio
+    return {"states and chunks of the mixer": tokens * elements * FP32}
+
+
 def _list_attention_arrays(
     shape: StepShape,
     stack: StackCosts,
@@ -559,7 +639,7 @@ def _list_attention_arrays(
     tokens = shape.micro_batch_tokens * stack.token_ratio
 
     tile_scores = 0.0
-    if has_biases or not shape.fused_attention:
+    if has_biases or heads.index_dim or not shape.fused_attention:
         # A tile of queries with all keys, in fp32: scores, weights and their gradient.
         # A row has 16 tiles, but none of less than 128 queries (tile_size of
         # pallas_kernels/attention/tiles.py).

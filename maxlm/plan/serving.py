@@ -55,6 +55,7 @@ from maxlm.plan.timing import (
 )
 from maxlm.plan.workload import (
     FP32,
+    FRONTEND_PREFIX,
     MeshPartitioning,
     Number,
     RunWorkload,
@@ -218,7 +219,8 @@ class ServedModel:
             looked_up = looked_up[1:]
         total = 0
         for name, size in self.weight_bytes.items():
-            if name in looked_up:
+            # A frontend runs once a prompt.
+            if name in looked_up or name.startswith(FRONTEND_PREFIX):
                 continue
             is_expert = "expert" in work.specs[name].axes
             total += size * (met_share if is_expert else 1.0)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import TrunkSpec, strip_stack_name
-from maxlm.models.architectures.pattern import LayerStack
+from maxlm.models.architectures.mtp import MTP
+from maxlm.models.architectures.pattern import LayerRun, LayerStack
+from maxlm.models.blocks import Placement
 from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
 from maxlm.models.params import (
     ParamSpec,
@@ -33,6 +35,8 @@ class Kernel:
     """Whether the backward pass needs the product as it was before a norm or a clip."""
     is_trained: bool = True
     """Whether it has a gradient."""
+    is_scanned: bool = True
+    """Whether its layer is run in a scan, whose backward pass gathers it again."""
 
     @property
     def size(self) -> int:
@@ -51,16 +55,23 @@ class Kernel:
 
 
 def make_kernel(
-    name: str, spec: ParamSpec, trained_names: Set[str], needs_raw_output: bool = False
+    name: str,
+    spec: ParamSpec,
+    trained_names: Set[str],
+    needs_raw_output: bool = False,
+    *,
+    stack: str = "",
 ) -> Kernel:
-    """Makes the kernel of one layer from the declaration of a whole stack's."""
+    """Makes the kernel of one layer from the declaration of a whole stack's, of that
+    name."""
     return Kernel(
-        name=strip_stack_name(name).removesuffix(".kernel"),
+        name=strip_stack_name(name, stack).removesuffix(".kernel"),
         shape=spec.shape[spec.num_layer_axes :],
         axes=spec.axes[spec.num_layer_axes :],
         num_input_dims=len(spec.contracting_dims),
         needs_raw_output=needs_raw_output,
         is_trained=name in trained_names,
+        is_scanned=stack != MTP,
     )
 
 
@@ -74,6 +85,31 @@ class MatmulGroup:
     input_features: FeatureKind
     token_ratio: float
     """Tokens that it maps for each of the batch: an encoder may have more or fewer."""
+    placement: Placement = "pre"
+    """Placement of its layer's norms."""
+    is_last_branch: bool = True
+    """Whether no other branch follows its own in the layer."""
+
+    @property
+    def is_parallel_to_attention(self) -> bool:
+        """Whether its branch joins the stream with attention's, and has the same
+        gradient."""
+        is_parallel = self.placement in ("parallel", "parallel_shared")
+        return self.branch == "ffn" and is_parallel
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether its input is that of attention."""
+        return self.is_parallel_to_attention and self.placement == "parallel_shared"
+
+    @property
+    def backward_needs_output(self) -> bool:
+        """Whether the backward pass needs what the branch, of which this is the last
+        group, adds: for a norm behind it, or for the branch after it."""
+        if self.placement == "pre":
+            return not self.is_last_branch
+        # With the norm on the stream itself, the next layer's norm reads the last sum.
+        return self.placement in ("sandwich", "post", "output", "normed")
 
     @property
     def name(self) -> str:
@@ -143,15 +179,19 @@ class StackCosts:
         self,
         model: Model,
         trunk: TrunkSpec,
+        run: LayerRun,
         part: LayerStack,
         seq_len: int,
         encoder_len: int,
         trained_names: Set[str],
     ):
         self.name = f"{trunk.prefix}{part.name}"
+        self.run_name = f"{trunk.prefix}{run.name}"
+        """The scan that runs its layers, by turns with those of other stacks."""
         self.num_layers = part.num_layers
         self.period = len(part.kinds)
-        """Layers that one turn of the scan runs."""
+        """Layers that one turn of the scan takes from the stack."""
+        self.placement: Placement = part.block.placement
         encoder_rate = encoder_len / seq_len
         self.token_ratio = encoder_rate if trunk.is_encoder else 1.0
         """Tokens that go through for each of the batch."""
@@ -161,6 +201,7 @@ class StackCosts:
         self.base_specs = self._select_own(flatten_names(select_base_params(tree)))
         """Parameters without those that an adapter adds."""
         self.branches = model.trunks[trunk.prefix].stacks[part.name].costs()
+        self.num_branches = len(self.branches)
         self.cross_attention = any(
             branch.branch == "cross_attention" for branch in self.branches
         )
@@ -174,7 +215,9 @@ class StackCosts:
             experts = branch.costs.experts
             if experts is not None:
                 path = f"{self.name}.{branch.module}.{experts.router}"
-                self.router = make_kernel(path, self.base_specs[path], trained_names)
+                self.router = make_kernel(
+                    path, self.base_specs[path], trained_names, stack=self.name
+                )
                 self.experts = experts
         has_biases = model.config.positions.kind == "relative"
         self.attention_layer_counts = self._count_attention_layers(
@@ -204,7 +247,8 @@ class StackCosts:
             if spec.role == "matrix" and id(spec) not in base
         }
         return tuple(
-            make_kernel(name, spec, self.specs.keys()) for name, spec in added.items()
+            make_kernel(name, spec, self.specs.keys(), stack=self.name)
+            for name, spec in added.items()
         )
 
     def _count_attention_layers(
@@ -252,6 +296,7 @@ class StackCosts:
         groups = []
         specs = self.base_specs
         missing = {name for name, spec in specs.items() if spec.role == "matrix"}
+        has_ffn = any(branch.branch == "ffn" for branch in self.branches)
         for branch in self.branches:
             for matrices in branch.costs.matrices:
                 kernels = []
@@ -259,7 +304,13 @@ class StackCosts:
                     name = f"{self.name}.{branch.module}.{matrix}"
                     needs_raw = matrix in matrices.needs_raw_output
                     kernels.append(
-                        make_kernel(name, specs[name], trained_names, needs_raw)
+                        make_kernel(
+                            name,
+                            specs[name],
+                            trained_names,
+                            needs_raw,
+                            stack=self.name,
+                        )
                     )
                     missing.discard(name)
                 reads_encoder = matrices.input_features == "memory"
@@ -268,6 +319,8 @@ class StackCosts:
                     branch=branch.branch,
                     input_features=matrices.input_features,
                     token_ratio=encoder_rate if reads_encoder else self.token_ratio,
+                    placement=self.placement,
+                    is_last_branch=branch.branch == "ffn" or not has_ffn,
                 )
                 groups.append(group)
         if missing:

@@ -56,8 +56,18 @@ _STREAM_PASSES = {
     "pre": 2 * _NORM + 2 * _ADD_BRANCH,
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
+    "output": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
+}
+# Of a layer with one branch alone.
+_ONE_BRANCH_PASSES = {
+    "pre": _NORM + _ADD_BRANCH,
+    "post": _NORM + _ADD_BRANCH,
+    "sandwich": 2 * _NORM + _ADD_BRANCH,
+    "output": _NORM + _ADD_BRANCH,
+    "parallel": _NORM + _ADD_BRANCH,
+    "parallel_shared": _NORM + _ADD_BRANCH,
 }
 _CROSS_ATTENTION_PASSES = _NORM + _ADD_BRANCH
 # A map that changes each element alone reads and writes it.
@@ -259,11 +269,18 @@ def _count_attention_flops(shape: StepShape) -> _PassFlops:
         forward += 2 * scores * (key_dim + value_dim)
         # Scores, and gradients of weights, queries, keys and values.
         backward += 2 * scores * (3 * key_dim + 2 * value_dim)
+        # An indexer's scores, which each device that shares heads computes alike, and
+        # gradients of its queries and keys.
+        head_ways = shape.split.num_devices(shape.split.compute.heads)
+        pairs = scores * head_ways / attention.heads.num_heads
+        forward += 2 * pairs * attention.heads.index_dim
+        backward += 4 * pairs * attention.heads.index_dim
     return _PassFlops(forward, backward)
 
 
 def _count_loss_flops(shape: StepShape) -> _PassFlops:
-    """Counts the products of the head and of other matrices behind the layers."""
+    """Counts the products of the head, of other matrices behind the layers and of a
+    frontend."""
     work = shape.work
     split = shape.split
     # The head maps all the loss's tokens on a device, the others those that the device
@@ -273,11 +290,31 @@ def _count_loss_flops(shape: StepShape) -> _PassFlops:
         tokens_of_kernel[kernel] = shape.embedding_loss_residual_tokens
     parts = []
     for kernel, tokens in tokens_of_kernel.items():
+        if kernel is work.head:
+            tokens = tokens * work.head_passes
         num_shards = split.num_shards(split.compute, kernel.axes)
         forward = 2 * shape.loss_calls * tokens * kernel.size / num_shards
         backward_products = 1 + int(kernel.is_trained)
         parts.append(_PassFlops(forward, forward * backward_products))
+    parts += _list_frontend_flops(shape)
     return _add_up(parts)
+
+
+def _list_frontend_flops(shape: StepShape) -> Iterator[_PassFlops]:
+    """Yields FLOPs of a frontend, of all micro-batches of a step, by matrix."""
+    frontend = shape.work.frontend
+    if frontend is None:
+        return
+    rows = shape.micro_batches * shape.count_frontend_rows()
+    for kernel in frontend.kernels:
+        num_shards = shape.split.num_shards(shape.split.compute, kernel.axes)
+        forward = 2 * rows * kernel.size / num_shards
+        backward_products = 1 + int(kernel.is_trained)
+        yield _PassFlops(forward, forward * backward_products)
+    num_rows = shape.micro_batches * shape.micro_batch_size
+    tokens = num_rows * shape.work.tokens_per_row.decoder
+    extra = tokens * frontend.extra_flops_per_token
+    yield _PassFlops(extra, 2 * extra)
 
 
 def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
@@ -285,7 +322,8 @@ def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
     are computed: those that a kernel keeps on the chip, or the others."""
     total = 0.0
     for attention, num_layers in shape.work.attention_layer_counts.items():
-        is_fused = shape.fused_attention and not attention.has_biases
+        on_xla = attention.has_biases or attention.heads.index_dim > 0
+        is_fused = shape.fused_attention and not on_xla
         if is_fused == fused:
             total += _count_scores(shape, attention, num_layers)
     return total
@@ -395,7 +433,14 @@ def estimate_elementwise_bytes(shape: StepShape) -> ElementwiseBytes:
     forward = shape.per_stage(elements) * work.dtype_bytes
     # fp32 logits, in four passes.
     logits_width = work.config.model.vocab_size / split.num_devices(split.compute.vocab)
-    loss = 4 * shape.loss_calls * shape.embedding_loss_tokens * logits_width * FP32
+    loss = (
+        4
+        * work.head_passes
+        * shape.loss_calls
+        * shape.embedding_loss_tokens
+        * logits_width
+        * FP32
+    )
     stored = count_stored_bytes(shape)
     # Gradients are as large as the parameters.
     gradients = stored["parameters"]
@@ -444,7 +489,9 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         hidden += tokens * rows_per_token * width
         narrow += _READ_AND_WRITE * group.latent_width
 
-    stream_passes = _STREAM_PASSES[model.placement]
+    has_one_branch = stack.num_branches == 1
+    passes_by_placement = _ONE_BRANCH_PASSES if has_one_branch else _STREAM_PASSES
+    stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
     attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)

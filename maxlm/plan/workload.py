@@ -21,6 +21,7 @@ from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
+from maxlm.models.frontends import get_frontend_costs
 from maxlm.models.params import (
     Params,
     ParamSpec,
@@ -48,6 +49,8 @@ from maxlm.tasks.text import ClmTask
 Number = Any
 """A float, or an array of them with an element for every candidate."""
 FP32 = 4
+FRONTEND_PREFIX = "frontend."
+"""Begins the names of a frontend's parameters."""
 """Bytes of a number."""
 
 
@@ -62,6 +65,17 @@ class TokensPerRow(NamedTuple):
     @property
     def encoder_tokens_per_decoder_token(self) -> float:
         return self.encoder / self.decoder
+
+
+class FrontendWorkload(NamedTuple):
+    """A frontend as costs are counted. A row of a batch has room for the same number of
+    items whether it has so many or not, and they are computed alike."""
+
+    kernels: tuple[Kernel, ...]
+    rows_per_token: float
+    """Rows that each of these multiplies, for each token of the batch."""
+    extra_flops_per_token: float
+    """Forward FLOPs beside matrices, likewise."""
 
 
 class RunWorkload:
@@ -103,14 +117,42 @@ class RunWorkload:
         self.optimizer: tuple[ParamSpec, ...] = tuple(jax.tree.leaves(state))
         """Arrays of the optimizer's state."""
         self.non_layer_specs = {
-            name: spec for name, spec in self.specs.items() if not spec.num_layer_axes
+            name: spec
+            for name, spec in self.specs.items()
+            if not spec.num_layer_axes or name.startswith(FRONTEND_PREFIX)
         }
         self.non_layer_kernels = tuple(
             make_kernel(name, spec, self.trained_base_names)
             for name, spec in self.base_specs.items()
-            if spec.role == "matrix" and not spec.num_layer_axes
+            if spec.role == "matrix"
+            and not spec.num_layer_axes
+            and not name.startswith(FRONTEND_PREFIX)
         )
         """Matrices behind the layers, but for the head."""
+        self.frontend = self._read_frontend(model)
+        """Costs of the frontend; None: the model has none, or the task no inputs for
+        it."""
+
+    def _read_frontend(self, model: Model) -> "FrontendWorkload | None":
+        config = self.config.model.frontend
+        if config is None or not self.config.task.reads_frontend:
+            return None
+        row_tokens = self.tokens_per_row.decoder
+        items_per_token = config.count_items_per_row(row_tokens) / row_tokens
+        assert model.frontend is not None
+        costs = get_frontend_costs(model.frontend, config)
+        # A stack's kernel stands for that of each of its layers.
+        kernels: list[Kernel] = []
+        for name, spec in self.base_specs.items():
+            if spec.role == "matrix" and name.startswith(FRONTEND_PREFIX):
+                num_layers = prod(spec.shape[: spec.num_layer_axes])
+                kernel = make_kernel(name, spec, self.trained_base_names)
+                kernels += [kernel] * num_layers
+        return FrontendWorkload(
+            kernels=tuple(kernels),
+            rows_per_token=items_per_token * costs.rows_per_item,
+            extra_flops_per_token=items_per_token * costs.extra_flops,
+        )
 
     def _read_embeddings(self, model: Model) -> None:
         config = self.config.model
@@ -125,6 +167,10 @@ class RunWorkload:
         }
         """Parameters in which rows are looked up, that of tokens first, with the tokens
         of every way it is read for each of the batch's."""
+        if config.mtp is not None:
+            # Each module looks its tokens up, too.
+            token_table = next(iter(self.embedding_lookup_rates))
+            self.embedding_lookup_rates[token_table] += (1.0,) * config.mtp.num_modules
         head_parameter = "head.kernel"
         if config.tie_embeddings:
             head_parameter = next(iter(self.embedding_lookup_rates))
@@ -136,6 +182,10 @@ class RunWorkload:
             is_trained=head_parameter in self.trained_base_names,
         )
         """The output head [D, V], tied or not."""
+        num_ahead = 0 if config.mtp is None else config.mtp.num_modules
+        self.head_passes = 1 + num_ahead
+        """Times that each token's logits are made: of the next token, and of each that
+        is predicted further ahead."""
 
     def _read_frozen_models(self, dtype: DTypeLike) -> None:
         config = self.config
@@ -166,13 +216,15 @@ class RunWorkload:
             StackCosts(
                 model,
                 trunk,
+                run,
                 part,
                 self.tokens_per_row.decoder,
                 self.tokens_per_row.encoder,
                 self.trained_base_names,
             )
             for trunk in self.config.model.trunks
-            for part in trunk.stacks
+            for run in trunk.runs
+            for part in run.stacks
         )
         """Layers, in the order in which they are run."""
         with_experts = [stack for stack in self.stacks if stack.experts]
@@ -216,31 +268,22 @@ class RunWorkload:
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the
-        last group, adds: for a norm behind it, or for the branch after it. Of experts
-        that read narrow vectors it needs the sum, for the map that widens it; a gate on
-        shared experts needs theirs."""
-        placement = self.config.model.placement
+        last group, adds: for what stands behind it in the layer. Of experts that read
+        narrow vectors it needs the sum, for the map that widens it; a gate on shared
+        experts needs theirs."""
         experts = self.experts
         if experts is not None and group.branch == "ffn":
             if group.has_experts and experts.input_dim is not None:
                 return True
             if group.module == "moe.shared" and experts.gates_shared:
                 return True
-        if placement == "pre":
-            return group.branch != "ffn"
-        return placement in ("sandwich", "post")
+        return group.backward_needs_output
 
     def is_in_stream_layout(self, group: MatmulGroup) -> bool:
         """Whether a group's tokens lie as those of the residual stream do: it maps
         between the stream and the narrow vectors of experts."""
         features = (group.input_features, group.output_features)
         return group.branch == "ffn" and "latent" in features
-
-    def is_parallel_to_attention(self, group: MatmulGroup) -> bool:
-        """Whether a group's branch joins the stream with attention's, and has the same
-        gradient."""
-        placement = self.config.model.placement
-        return group.branch == "ffn" and placement in ("parallel", "parallel_shared")
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and
@@ -469,6 +512,16 @@ class StepShape:
 
     def per_stage(self, layers: Number) -> Number:
         return layers / self.stages
+
+    def count_frontend_rows(self) -> Number:
+        """Counts the rows of a micro-batch that a device's frontend multiplies its
+        matrices with: a row's items are whole on every device that has a part of its
+        sequence."""
+        frontend = self.work.frontend
+        if frontend is None:
+            return 0.0
+        tokens = self.micro_batch_size * self.work.tokens_per_row.decoder
+        return tokens * frontend.rows_per_token
 
     @property
     def expert_rows_per_token(self) -> float:

@@ -11,6 +11,7 @@ from maxlm.checkpoint.config import CheckpointConfig
 from maxlm.config import Config, FileName, LocalPath, MaxlmError
 from maxlm.config.load import load_config
 from maxlm.config.sampling import FinalSamplesConfig
+from maxlm.data.batch_source import BatchArraySpec
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.models.adapters import count_virtual_tokens
@@ -25,6 +26,7 @@ from maxlm.run.reporting_config import ReportingConfig
 from maxlm.run.train_config import FaultToleranceConfig, TrainConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.tasks import ClmTask, TaskConfig, check_task
+from maxlm.tasks.task import list_batch_arrays
 
 # A checkpoint can be gone on from only while these are what they were: they decide the
 # parameters' shapes, the batches, or the meaning of the optimizer's state.
@@ -115,6 +117,11 @@ class RunConfig(Config):
                 fix="make the batch a multiple of the micro-batches",
             )
         return self
+
+    @property
+    def batch_arrays(self) -> dict[str, BatchArraySpec]:
+        """The arrays of a batch's rows by name."""
+        return list_batch_arrays(self.task, self.model.frontend, self.data.seq_len)
 
     @property
     def num_virtual_tokens(self) -> int:

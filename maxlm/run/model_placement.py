@@ -12,10 +12,14 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Count, Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import MIXERS, get_kind
+from maxlm.models.blocks import MIXERS, get_kind, list_mixer_parts
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.context import require_context, require_keys_beside_queries
+from maxlm.parallel.context import (
+    require_context,
+    require_keys_beside_queries,
+    require_split_length,
+)
 from maxlm.sharding import AxisRules, Placement, ShardingConfig, resolve_placement
 from maxlm.sharding.resolve import check_activation_rules, check_unsharded_share
 from maxlm.sharding.supported import require_declared_axes
@@ -61,7 +65,8 @@ def require_trainable(
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
-    for mixer in model.list_mixers():
+    mixers = [part for mixer in model.list_mixers() for part in list_mixer_parts(mixer)]
+    for mixer in dict.fromkeys(mixers):
         kind = get_kind(mixer)
         yield from require_declared_axes(
             MIXERS.get(kind).mesh_axes,
@@ -70,6 +75,9 @@ def require_trainable(
             subject=f"model.mixer.kind={kind}",
             how_to_declare="register it in MIXERS with '{}' among mesh_axes",
         )
+    yield from require_split_length(
+        shape.seq_len, rules=compute, sizes=sizes, balanced=parallel.balance_sequence
+    )
     for attention in model.list_attention():
         yield from require_context(
             shape.seq_len,
@@ -254,6 +262,8 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
         return (
             f"the first model.dense_layers={model.dense_layers} are unlike the others"
         )
+    if model.mtp is not None:
+        return "modules of model.mtp stand behind them"
     if model.layer_runs[0].name != "layers":
         return "model.pattern does not repeat from the first layer on"
     if model.positions.kind == "relative":

@@ -57,6 +57,7 @@ def prepare_data(config: RunConfig, folder: Path) -> PreparedData:
     tokenizer_folder = prepare_tokenizer(config, folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
+    check_placeholder(config, tokenizer)
     check_frozen_tokenizers(config, tokenizer)
     # An encoder reads a prompt as a document; a decoder goes on from it.
     as_documents = config.model.transformer_type == "encoder_decoder"
@@ -110,10 +111,23 @@ def make_source_inputs(
         stores=stores,
         heldout=heldout,
         mixing=config.data.mixing(),
+        frontend=config.model.frontend,
         start_id=getattr(config.model, "start_id", 0),
         num_virtual_tokens=config.num_virtual_tokens,
         build_workers=config.data.build_workers,
     )
+
+
+def check_placeholder(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a frontend whose placeholder is a token that text has."""
+    frontend = config.model.frontend
+    if frontend is None or frontend.placeholder_id >= tokenizer.vocab_size:
+        return
+    if frontend.placeholder_id in tokenizer.special_tokens.values():
+        return
+    message = f"{frontend.placeholder_id} is a token that text may have"
+    fix = f"name a special token, or an id from {tokenizer.vocab_size} on"
+    raise MaxlmError(message, where="model.frontend.placeholder_id", fix=fix)
 
 
 def check_frozen_tokenizers(config: RunConfig, tokenizer: Tokenizer) -> None:

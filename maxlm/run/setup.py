@@ -267,7 +267,7 @@ def _put_batches(
     rules = setup.placed.compute
     micro_batches = config.train.micro_batches
     lead_shape = (micro_batches, config.data.batch_size // micro_batches)
-    arrays = config.task.batch_arrays(config.data.seq_len)
+    arrays = config.batch_arrays
     row_sharding = batch_sharding(rules, mesh, axes=())
     rows = get_local_row_indices(row_sharding, lead_shape)
     token_order = setup.token_order

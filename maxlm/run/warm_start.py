@@ -39,7 +39,7 @@ def check_init_checkpoint(setup: RunSetup) -> JsonObject | None:
 def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     """Returns a fresh state, with another run's parameters if the run starts from one.
     An adapted run takes those of one without an adapter as the base of its own; heads
-    that the other has not stay fresh."""
+    and a frontend that the other has not stay fresh."""
     state = setup.init_train_state()
     params = state.params
     start = setup.config.train.start_from
@@ -54,10 +54,13 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
             is_start_adapted = bool(config.get("adapter"))
             abstract_params = _select_stored_params(setup.abstract_state.params, config)
             restored = tier.restore(None, abstract_params, name)
+        fresh = params if is_start_adapted else select_base_params(params)
         if "heads" in params:
-            fresh = params if is_start_adapted else select_base_params(params)
             heads = fresh["heads"] | restored.get("heads", {})
             restored = restored | {"heads": heads}
+        if "frontend" in params:
+            frontend = restored.get("frontend", fresh["frontend"])
+            restored = restored | {"frontend": frontend}
         if is_start_adapted:
             params = restored
         else:
@@ -116,7 +119,8 @@ def open_checkpoints(
 
 
 def _select_stored_params(params: Params, config: JsonMapping) -> Params:
-    """Leaves out the adapter and the heads that another run's model has not."""
+    """Leaves out the adapter, the heads and the frontend that another run's model has
+    not."""
     if not config.get("adapter"):
         params = select_base_params(params)
     stored_heads = config["model"].get("heads") or {}
@@ -125,7 +129,12 @@ def _select_stored_params(params: Params, config: JsonMapping) -> Params:
         for name, head_params in params.get("heads", {}).items()
         if name in stored_heads
     }
-    selected = {name: subtree for name, subtree in params.items() if name != "heads"}
+    left_out = {"heads"}
+    if config["model"].get("frontend") is None:
+        left_out.add("frontend")
+    selected = {
+        name: subtree for name, subtree in params.items() if name not in left_out
+    }
     if heads:
         selected["heads"] = heads
     return selected

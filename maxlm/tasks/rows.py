@@ -20,10 +20,16 @@ from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.data.row_files import RowFiles, open_rows
 from maxlm.data.rows import RowSource, encode_row, make_row_source
 from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.models.frontends import (
+    ARRAY_PREFIX,
+    VECTOR_NUMBERS,
+    FrontendConfig,
+    ItemArrays,
+)
 from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress, show_progress
-from maxlm.tasks.task import SourceInputs, Task
+from maxlm.tasks.task import SourceInputs, Task, list_batch_arrays
 
 _MANY_ROWS = 16384
 """So many rows take longer to encode than processes to start: seconds."""
@@ -105,15 +111,21 @@ class RowTask(Task):
         return arrays
 
     def make_encoder(
-        self, tokenizer: Tokenizer, seq_len: int, num_virtual_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        num_virtual_tokens: int = 0,
+        frontend: FrontendConfig | None = None,
     ) -> "ExampleEncoder":
-        """Returns what encodes rows for batches of ``seq_len`` tokens."""
+        """Returns what encodes rows for batches of ``seq_len`` tokens; ``frontend``:
+        the model's."""
         room = seq_len // self.sequences_per_example
         # A sequence's last token is a target alone: one more than a row has room for.
         max_length = room + 1 - num_virtual_tokens
         if self.max_length is not None:
             max_length = min(self.max_length, max_length)
-        return ExampleEncoder(self, tokenizer, max_length, num_virtual_tokens)
+        items = None if frontend is None else ItemEncoder(self, frontend, seq_len)
+        return ExampleEncoder(self, tokenizer, max_length, num_virtual_tokens, items)
 
     def open_files(self, setting: FilesSetting) -> RowFiles:
         """Opens the files to train or evaluate on."""
@@ -174,7 +186,10 @@ class RowTask(Task):
         assert inputs.tokenizer is not None
         loader = inputs.loader
         encoder = self.make_encoder(
-            inputs.tokenizer, loader.seq_len, inputs.num_virtual_tokens
+            inputs.tokenizer,
+            loader.seq_len,
+            inputs.num_virtual_tokens,
+            inputs.frontend,
         )
         scan = scan_examples(
             encoder,
@@ -193,7 +208,7 @@ class RowTask(Task):
         return make_row_source(
             file,
             encoder,
-            self.batch_arrays(loader.seq_len),
+            list_batch_arrays(self, inputs.frontend, loader.seq_len),
             loader.batch_size,
             seed=inputs.seed,
             examples=examples[usable],
@@ -237,7 +252,8 @@ class ExampleScan(NamedTuple):
     """Counts of encoded rows of files, arrays int64 [n]."""
 
     lengths: NDArray[np.int64]
-    """Tokens that each has in a row of a batch; 0: it is left out."""
+    """Tokens that each takes of a row of a batch, or the same share of them as its
+    items take of the row's room for items, if that is larger; 0: it is left out."""
     num_targets: NDArray[np.int64]
     """Tokens of each to learn."""
     was_cut: NDArray[np.int64]
@@ -309,6 +325,8 @@ def _scan_part(
         lengths[i] = max(
             len(array) for name, array in arrays.items() if name.endswith("tokens")
         )
+        if encoder.items is not None:
+            lengths[i] = max(lengths[i], encoder.items.count_tokens_alike(arrays))
         num_targets[i] = np.count_nonzero(arrays["weights"])
         was_cut[i] = arrays["was_cut"]
     return number, ExampleScan(lengths, num_targets, was_cut, errors)
@@ -323,16 +341,28 @@ class ExampleEncoder:
     max_length: int
     """Tokens of a sequence at most, without virtual ones."""
     num_virtual_tokens: int = 0
+    items: "ItemEncoder | None" = None
+    """What encodes items for the model's frontend, if it has one."""
 
     def __call__(self, row: FileRow) -> Arrays:
         """Returns an example's arrays by name (see :data:`maxlm.data.rows.Encode`);
         none of an example that is left out."""
         uncut = self.task.encode_example(self.tokenizer, row)
+        items: ItemArrays = {}
+        if self.items is not None:
+            items = self.items.read(row)
+            opening = self.tokenizer.prefix_ids
+            uncut = [self.items.place(items, sequence, opening) for sequence in uncut]
         sequences = [self._cut(sequence) for sequence in uncut]
         # Dropped, or cut to a part with nothing to learn.
         if not all(sequence.num_targets for sequence in sequences):
             return {}
         arrays: Arrays = join_sequences(sequences, self.num_virtual_tokens)
+        if self.items is not None and self.task.reads_frontend:
+            item_arrays = self.items.make_arrays(items, arrays["tokens"], len(uncut))
+            if item_arrays is None:  # placeholders are cut off
+                return {}
+            arrays |= item_arrays
         arrays["was_cut"] = any(
             len(sequence.tokens) > self.max_length for sequence in uncut
         )
@@ -357,6 +387,74 @@ class ExampleEncoder:
             is_target = is_target[part]
         first = is_first_learnt and is_target[0]
         return EncodedSequence(tokens, [first, *is_target[1:]])
+
+
+@dataclass(frozen=True)
+class ItemEncoder:
+    """Encodes what rows have for a model's frontend; pure, and pickles."""
+
+    task: RowTask
+    frontend: FrontendConfig
+    seq_len: int
+    """Tokens of a batch's row."""
+
+    @property
+    def room(self) -> int:
+        """Items that a batch's row has room for."""
+        return self.frontend.count_items_per_row(self.seq_len)
+
+    def read(self, row: FileRow) -> ItemArrays:
+        """Reads the items of a file's row. Raises MaxlmError: the task does not read
+        them, or a batch's row has no room for so many."""
+        items = self.frontend.read_items(row)
+        if not items:
+            return items
+        name, array = next(iter(items.items()))
+        if not self.task.reads_frontend:
+            message = f"the row has {name}, which task.kind={self.task.kind} does not "
+            raise MaxlmError(f"{message}read", where=name, fix="use task.kind=sft")
+        num_items = len(array) * self.task.sequences_per_example
+        if num_items > self.room:
+            message = f"{num_items} items, where a row of a batch has {self.room}"
+            fix = "raise data.seq_len or model.frontend.max_items, or leave it out"
+            raise MaxlmError(message, where=name, fix=fix)
+        return items
+
+    def place(
+        self, items: ItemArrays, sequence: EncodedSequence, opening: Sequence[int]
+    ) -> EncodedSequence:
+        """Returns a sequence with placeholders for items, which are not learnt."""
+        indices = self.frontend.place_items(
+            sequence.tokens, self.frontend.count_vectors(items), opening
+        )
+        placeholder_id = self.frontend.placeholder_id
+        return EncodedSequence(
+            [placeholder_id if i < 0 else sequence.tokens[i] for i in indices],
+            [i >= 0 and sequence.is_target[i] for i in indices],
+        )
+
+    def make_arrays(
+        self, items: ItemArrays, tokens: np.ndarray, num_sequences: int
+    ) -> Arrays | None:
+        """Returns a batch's arrays for an example's tokens, each of whose sequences has
+        all items; None: they do not have all placeholders."""
+        numbers = self.frontend.number_vectors(tokens)
+        num_vectors = self.frontend.count_vectors(items) * num_sequences
+        if numbers.max(initial=0) != num_vectors:
+            return None
+        arrays: Arrays = {VECTOR_NUMBERS: numbers}
+        for name, spec in self.frontend.item_arrays().items():
+            array = items.get(name, np.zeros((0, *spec.shape), spec.dtype))
+            arrays[f"{ARRAY_PREFIX}{name}"] = np.concatenate([array] * num_sequences)
+        return arrays
+
+    def count_tokens_alike(self, arrays: Arrays) -> int:
+        """Counts the tokens that are the same share of a row's as an example's items
+        are of its room for items, rounded up: examples with few enough tokens together
+        then have few enough items."""
+        name = next(iter(self.frontend.item_arrays()))
+        num_items = len(arrays.get(f"{ARRAY_PREFIX}{name}", ()))
+        return -(-num_items * self.seq_len // self.room) if num_items else 0
 
 
 def join_sequences(

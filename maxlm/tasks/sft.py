@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the cross-entropy of answers."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -52,5 +52,7 @@ class AnswerTask(RowTask):
 class SftTask(AnswerTask, TokenPredictionTask):
     """Learns to answer: cross-entropy of the answers in rows of messages, or of prompts
     and completions; a token counts alike wherever it stands in a batch."""
+
+    reads_frontend: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"

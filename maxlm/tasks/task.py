@@ -18,7 +18,14 @@ from maxlm.data.loader.mixture import Mixing
 from maxlm.data.loader.packing import TokenSource
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import ModelConfig
+from maxlm.models.architectures.mtp import AheadPredictions
 from maxlm.models.aux import Aux
+from maxlm.models.frontends import (
+    ARRAY_PREFIX,
+    VECTOR_NUMBERS,
+    FrontendConfig,
+    InputVectors,
+)
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
@@ -54,11 +61,28 @@ class BoundModel(Protocol):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
+        vectors: InputVectors | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Returns final hidden states [..., S, D], and what layers add to the loss."""
         ...
 
+    def encode_items(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns a frontend's vectors [..., N, D] of its arrays."""
+        ...
+
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs: ...
+
+    def predict_ahead(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        targets: jax.Array,
+        weights: jax.Array,
+    ) -> AheadPredictions | None:
+        """Returns what modules of ``model.mtp`` predict beside the next token; None:
+        there are none."""
+        ...
 
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [..., S, D] by one of ``model.heads``, fp32."""
@@ -87,6 +111,8 @@ class SourceInputs:
     """Text to train on, by source."""
     heldout: Mapping[str, TokenSource] = field(default_factory=dict)
     mixing: Mapping[str, float] | Mixing = field(default_factory=dict)
+    frontend: FrontendConfig | None = None
+    """The model's, whose arrays batches have where the task reads them."""
     start_id: int = 0
     """The token that a decoder beside an encoder reads first."""
     num_virtual_tokens: int = 0
@@ -108,6 +134,10 @@ class Task(Config):
     """Whether :meth:`prepare_batch` alone reads frozen models, and the loss none."""
     predicts_every_token: ClassVar[bool] = False
     """Whether its cross-entropy says how well text is compressed, in bits per byte."""
+    reads_frontend: ClassVar[bool] = False
+    """Whether its batches have the arrays of the model's frontend, if it has one
+    (:mod:`maxlm.models.frontends`), which its loss reads. A subclass with a ``loss`` or
+    ``prepare_batch`` of its own declares it anew, too."""
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
     """The mesh axes, of those that reshape a batch, that its loss supports. A subclass
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
@@ -118,6 +148,8 @@ class Task(Config):
         reads_batches = "loss" in cls.__dict__ or "prepare_batch" in cls.__dict__
         if reads_batches and "mesh_axes" not in cls.__dict__:
             cls.mesh_axes = frozenset()
+        if reads_batches and "reads_frontend" not in cls.__dict__:
+            cls.reads_frontend = False
 
     # A Literal of its own in each subclass, which no wider type than Any allows.
     kind: Any
@@ -269,6 +301,30 @@ class Task(Config):
             where="model.vocab_size",
             fix=f"set it to {min_vocab_size} or more, or {other_fix}",
         )
+
+
+def list_batch_arrays(
+    task: Task, frontend: FrontendConfig | None, seq_len: int
+) -> dict[str, BatchArraySpec]:
+    """Returns a batch's arrays by name, those of the model's frontend among them where
+    the task reads them."""
+    arrays = dict(task.batch_arrays(seq_len))
+    if frontend is not None and task.reads_frontend:
+        arrays |= frontend.batch_arrays(seq_len)
+    return arrays
+
+
+def encode_batch_items(model: BoundModel, batch: DeviceBatch) -> InputVectors | None:
+    """Runs a model's frontend on the arrays that a batch has for it, differentiable in
+    reverse mode; None: it has none."""
+    if VECTOR_NUMBERS not in batch:
+        return None
+    items = {
+        name.removeprefix(ARRAY_PREFIX): array
+        for name, array in batch.items()
+        if name.startswith(ARRAY_PREFIX) and name != VECTOR_NUMBERS
+    }
+    return InputVectors(model.encode_items(items), batch[VECTOR_NUMBERS])
 
 
 def map_micro_batches(

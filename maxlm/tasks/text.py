@@ -6,15 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.random import Generator
 from pydantic import Field
 
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader.batches import make_batches, make_one_pass_batches
+from maxlm.models.architectures.mtp import AheadPredictions
 from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.task import DeviceBatch, LossResult, SourceInputs, Task, TaskModels
+from maxlm.tasks.task import (
+    BoundModel,
+    DeviceBatch,
+    LossResult,
+    SourceInputs,
+    Task,
+    TaskModels,
+    encode_batch_items,
+)
 
 Row = dict[str, np.ndarray]
 """One row of a batch, each array without the batch's dimension."""
@@ -59,23 +69,55 @@ class TokenPredictionTask(Task):
     ) -> LossResult:
         """Returns the cross-entropy of targets (next tokens, masked ones, or what a
         decoder writes for the input in ``ENCODER_ARRAYS``) and what layers add (balance
-        of experts)."""
+        of experts). A batch with arrays of the model's frontend has its vectors in
+        place of its placeholders, which are no targets."""
         model = models.trained
         arrays = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        weights = batch["weights"]
         inputs = tuple(batch[name] for name in ENCODER_ARRAYS if name in batch)
+        vectors = encode_batch_items(model, batch)
         if inputs:
             hidden, aux = model(*arrays, inputs=inputs)
+        elif vectors is not None:
+            # A place that a vector takes is nothing to predict.
+            is_placeholder = batch["targets"] == model.config.frontend.placeholder_id
+            weights = jnp.where(is_placeholder, 0, weights)
+            hidden, aux = model(*arrays, vectors=vectors)
         else:
             hidden, aux = model(*arrays)
         loss, cross_entropy = fused_cross_entropy_loss(
             model.prepare_logits(hidden),
             batch["targets"],
-            batch["weights"],
+            weights,
             z_loss=self.z_loss,
             chunk_tokens=self.chunk_tokens,
         )
-        sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+        sums = {"tokens": weights.sum(), "cross_entropy": cross_entropy}
+        ahead = model.predict_ahead(
+            hidden, batch["positions"], batch["segment_ids"], batch["targets"], weights
+        )
+        if ahead is not None:
+            mean_loss = self._compute_ahead_loss(model, ahead)
+            loss += ahead.loss_weight * mean_loss
+            sums["mtp_cross_entropy"] = mean_loss
+            aux = aux.plus(ahead.aux)
         return loss + aux.loss, sums | aux.sums
+
+    def _compute_ahead_loss(
+        self, model: BoundModel, ahead: AheadPredictions
+    ) -> jax.Array:
+        """Returns the mean of the cross-entropies of ``model.mtp``'s modules, each
+        summed over tokens."""
+        losses = [
+            fused_cross_entropy_loss(
+                model.prepare_logits(module.hidden),
+                module.targets,
+                module.weights,
+                chunk_tokens=self.chunk_tokens,
+            )[0]
+            for module in ahead.predictions
+        ]
+        return jnp.stack(losses).mean()
 
 
 class TextTask(TokenPredictionTask):

@@ -77,6 +77,9 @@ def store_teacher_logits(
     file = open_rows(*files)
     loaded = load_chat_model(model, step=step, mesh=mesh)
     config = loaded.config.model
+    if config.frontend is not None:
+        message = "a teacher with a frontend, which reads tokens alone here"
+        raise MaxlmError(message, where=str(model), fix="name a model of text")
     length = min(seq_len or config.max_seq_len, config.max_seq_len)
     encoder = task.make_encoder(loaded.tokenizer, length)
     metadata = {

@@ -7,10 +7,15 @@ Shapes: q and k [B, T, H, K]; v [B, T, N, V], N a multiple of H; log decays [B, 
 :func:`linear_recurrence` is differentiable, resets states where packed documents start,
 and goes on from a state. :func:`linear_recurrence_step` is one token of it.
 :func:`summarize_run` and :func:`combine_runs` are for a sequence that is split over
-devices.
+devices, :func:`linear_recurrence_forward` and :func:`linear_recurrence_backward` for
+callers that write the gradient of a larger program.
 """
 
-from pallas_kernels.linear_recurrence.api import linear_recurrence
+from pallas_kernels.linear_recurrence.api import (
+    linear_recurrence,
+    linear_recurrence_backward,
+    linear_recurrence_forward,
+)
 from pallas_kernels.linear_recurrence.runs import (
     RunSummary,
     apply_run,
@@ -29,6 +34,8 @@ __all__ = [
     "combine_runs",
     "find_segment_starts",
     "linear_recurrence",
+    "linear_recurrence_backward",
+    "linear_recurrence_forward",
     "linear_recurrence_reference",
     "linear_recurrence_step",
     "summarize_run",

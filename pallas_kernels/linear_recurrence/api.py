@@ -28,7 +28,7 @@ from pallas_kernels.linear_recurrence.params import (
 
 # What `backend` may be, and the kernels to try for it in order. XLA takes what these do
 # not.
-KERNELS: dict[str, tuple[str, ...]] = {"xla": ()}
+KERNELS: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "xla": ()}
 
 
 def linear_recurrence(
@@ -79,7 +79,7 @@ def linear_recurrence(
             unless they start anew. Their output means nothing.
         scale: factor on outputs: 1 in Mamba-2, K ** -0.5 in the delta rules.
         chunk_size: tokens of a chunk, a power of two.
-        backend: "xla"; None: by the platform of the program being traced.
+        backend: "tpu" or "xla"; None: by the platform of the program being traced.
         block_sizes: of a kernel, hashable; None: its choice.
         interpret: whether Pallas's interpreter runs the kernel.
 
@@ -181,3 +181,70 @@ def _recur_backward(call, saved, cotangents):
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
+
+
+def linear_recurrence_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array | None = None,
+    *,
+    initial_state: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    scale: float = 1.0,
+    chunk_size: int = 64,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs :func:`linear_recurrence` for callers with a gradient of their own.
+
+    Args: as there.
+
+    Returns:
+        Output [B, T, N, V] in v's dtype, and the states that
+        :func:`linear_recurrence_backward` goes on from, [blocks, B, N, K, V].
+    """
+    operands = RecurrenceOperands(q, k, v, log_decay, beta)
+    validate_operands(operands)
+    operands = mark_tokens(operands, starts, None)
+    state = _prepare_state(operands, initial_state)
+    call = _prepare_call(operands, scale, chunk_size, backend, None, False)
+    output, _, block_states = _module(call.backend).forward(operands, state, call)
+    assert output is not None
+    return output, block_states
+
+
+def linear_recurrence_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array | None,
+    block_states: jax.Array,
+    d_output: jax.Array,
+    *,
+    starts: jax.Array | None = None,
+    scale: float = 1.0,
+    chunk_size: int = 64,
+    backend: str | None = None,
+) -> tuple[RecurrenceOperands, jax.Array]:
+    """Computes gradients from that of the output alone.
+
+    Args:
+        block_states: of :func:`linear_recurrence_forward`, called with the same
+            arguments.
+        d_output: [B, T, N, V].
+
+    Returns:
+        Gradients of the operands in their dtypes, and of the initial state, [B, N, K,
+        V].
+    """
+    operands = RecurrenceOperands(q, k, v, log_decay, beta)
+    mark = partial(mark_tokens, starts=starts, token_mask=None)
+    marked, pull_marks = jax.vjp(mark, operands)
+    call = _prepare_call(marked, scale, chunk_size, backend, None, False)
+    d_marked, d_state = _module(call.backend).backward(
+        marked, block_states, d_output, jnp.zeros_like(block_states[0]), call
+    )
+    (gradients,) = pull_marks(d_marked)
+    return gradients, d_state

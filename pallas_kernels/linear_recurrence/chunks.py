@@ -68,7 +68,7 @@ class LevelMatrix(NamedTuple):
 
 
 def sum_decays(log_decay: jax.Array) -> ChunkSums:
-    """Sums log decays [..., L, K], L a power of two."""
+    """Sums log decays [Z, G, L, K], L a power of two."""
     *batch, L, K = log_decay.shape
     levels = []
     sums = LevelSums(1, log_decay, jnp.zeros_like(log_decay))
@@ -112,8 +112,8 @@ def multiply_decayed(
     right_blocks = split_rows(right, base)
     products = jnp.zeros((), left.dtype)
     if diagonal:
-        dots = jnp.sum(left_blocks * right_blocks, axis=-1, keepdims=True)
-        products = jnp.where(row == column, dots, 0)
+        product = jnp.matmul(left_blocks, right_blocks.mT, precision=precision)
+        products = jnp.where(row == column, product, 0)
     level_products = []
     for level in sums.levels:
         if level.size < base:

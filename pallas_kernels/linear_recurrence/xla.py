@@ -143,12 +143,21 @@ def run_block(
     B, N, K, V = state.shape
     tokens, H = operands.k.shape[1:3]
     G = N // H
+    num_chunks = tokens // chunk
 
+    # Z is chunks × rows × key heads. The dimensions are one because levels of blocks add
+    # two, and XLA for CPUs (jaxlib 0.10.2) writes out of bounds in sums over products of
+    # seven.
     def by_chunk(x: jax.Array) -> jax.Array:
-        """Returns [B, tokens, heads, d] as [chunks, B, H, heads / H, chunk, d]."""
+        """Returns [B, tokens, heads, d] as [Z, heads / H, chunk, d]."""
         heads, width = x.shape[2:]
-        x = x.reshape(B, tokens // chunk, chunk, H, heads // H, width)
-        return x.transpose(1, 0, 3, 4, 2, 5).astype(dtype)
+        x = x.reshape(B, num_chunks, chunk, H, heads // H, width)
+        x = x.transpose(1, 0, 3, 4, 2, 5).astype(dtype)
+        return x.reshape(-1, heads // H, chunk, width)
+
+    def over_chunks(x: jax.Array) -> jax.Array:
+        """Returns [Z, ...] as [chunks, Z / chunks, ...], to be scanned over."""
+        return x.reshape(num_chunks, B * H, *x.shape[1:])
 
     k = by_chunk(operands.k)
     v = by_chunk(operands.v)
@@ -159,7 +168,8 @@ def run_block(
     # Factors to a token from the chunk's start, and from it to the chunk's end.
     from_start = jnp.exp(sums.chunk.prefix)
     to_end = jnp.exp(sums.chunk.suffix)
-    over_chunk = jnp.exp(sums.total).mT  # [..., K or 1, 1]
+    over_chunk = jnp.exp(sums.total).mT  # [Z, G, K or 1, 1]
+    state = state.reshape(B * H, G, K, V)
 
     if operands.beta is None:
         written = v
@@ -172,9 +182,8 @@ def run_block(
             over_chunk, added = inputs
             return over_chunk * state + added, state
 
-        inputs = (over_chunk, added)
-        scanned = lax.scan(advance, state.reshape(B, H, G, K, V), inputs)
-        last_state, states = scanned
+        inputs = jax.tree.map(over_chunks, (over_chunk, added))
+        last_state, states = lax.scan(advance, state, inputs)
     else:
         beta = by_chunk(operands.beta[..., None])
         products = multiply_decayed(k, k, sums, diagonal=False, precision=precision)
@@ -195,19 +204,22 @@ def run_block(
             return next_state, (state, written)
 
         inputs = (over_chunk, new, read, to_end_k, to_end)
-        scanned = lax.scan(advance_delta, state.reshape(B, H, G, K, V), inputs)
-        last_state, (states, written) = scanned
+        inputs = jax.tree.map(over_chunks, inputs)
+        last_state, (states, written) = lax.scan(advance_delta, state, inputs)
+        written = written.reshape(v.shape)
     last_state = last_state.reshape(B, N, K, V)
     if operands.q is None:
         return None, last_state
 
     q = by_chunk(operands.q)
+    states = states.reshape(-1, G, K, V)
     weights = assemble(multiply_decayed(q, k, sums, diagonal=True, precision=precision))
     if operands.decays_by_channel:
         output = matmul(q * from_start, states)
     else:
         output = matmul(q, states) * from_start
     output = scale * (output + matmul(weights, written))
-    # [chunks, B, H, G, chunk, V] → [B, tokens, N, V].
-    output = output.transpose(1, 0, 4, 2, 3, 5).reshape(B, tokens, N, V)
+    # [Z, G, chunk, V] → [B, tokens, N, V].
+    output = output.reshape(num_chunks, B, H, G, chunk, V).transpose(1, 0, 4, 2, 3, 5)
+    output = output.reshape(B, tokens, N, V)
     return output.astype(operands.v.dtype), last_state

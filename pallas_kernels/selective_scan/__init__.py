@@ -9,21 +9,29 @@ Shapes: R rows, T tokens, F channels, N numbers of state a channel.
 """
 
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.chips import choose_backend
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.params import ScanParams
 
 __all__ = [
+    "CHUNK_TOKENS",
     "ScanSummary",
     "combine_scans",
     "selective_scan",
     "selective_scan_step",
     "summarize_scan",
 ]
+
+CHUNK_TOKENS = 64
+"""Tokens of a chunk, where the caller does not say."""
+_KERNELS = {"tpu": ("tpu",), "xla": ()}
 
 
 def selective_scan(
@@ -34,10 +42,12 @@ def selective_scan(
     C: jax.Array,
     D: jax.Array | None = None,
     *,
+    dt_bias: jax.Array | None = None,
     starts: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     live: jax.Array | None = None,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes ``h[t] = exp(dt[t] · A) · h[t − 1] + dt[t] · x[t] · B[t]`` and ``y[t] =
     C[t] · h[t] + D · x[t]``, for each channel by itself.
@@ -48,26 +58,32 @@ def selective_scan(
 
     Args:
         x: [R, T, F].
-        dt: [R, T, F], the step sizes, not negative; fp32 is advised.
+        dt: [R, T, F], the step sizes, not negative. With a ``dt_bias``: softplus(dt +
+            dt_bias) are the step sizes, in fp32, and never in memory.
         A: [F, N], not positive.
         B, C: [R, T, N].
         D: [F]. None: zeros.
+        dt_bias: [F].
         starts: bool [R, T], whether a document begins with the token: h is zero before
             it. None: no token does.
         initial_state: fp32 [R, F, N], h before the first token. None: zeros.
         live: bool [R, T]; tokens that are not live leave h as it is. They come last in
             a row, and may hold anything. None: all are.
         chunk_tokens: tokens whose states exist at once in the backward pass; a row
-            longer than this is scanned in equal parts of at most so many.
+            longer than this is scanned in equal parts of at most so many. The TPU's
+            kernel has chunks of its own, whose states are not in HBM.
+        backend: "tpu" or "xla". None: what the program is for, by the
+            current mesh's devices or the default device.
 
     Returns:
         y [R, T, F] in x's dtype (of tokens that are not live: anything), and h after
         the last live token, fp32 [R, F, N].
 
     Raises:
-        ValueError: shapes that do not belong together, or chunk_tokens < 1.
+        ValueError: shapes that do not belong together, chunk_tokens < 1, or a backend
+            that is not known or has no kernel for these types.
     """
-    _check(x, dt, A, B, C, D, starts, initial_state, live)
+    _check(x, dt, A, B, C, D, dt_bias, starts, initial_state, live)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is at least 1; got {chunk_tokens}")
     num_rows, num_tokens, channels = x.shape
@@ -80,7 +96,7 @@ def selective_scan(
         D = jnp.zeros_like(A[:, 0])
     if live is not None:
         # A step of size 0 keeps the state and adds nothing.
-        dt = jnp.where(live[:, :, None], dt, 0)
+        dt = jnp.where(live[:, :, None], dt, xla.find_still_step(dt_bias))
         x = jnp.where(live[:, :, None], x, 0)
         B = jnp.where(live[:, :, None], B, 0)
         starts = None if starts is None else starts & live
@@ -88,10 +104,17 @@ def selective_scan(
         if starts is not None:
             initial_state = jnp.where(starts[:, :, None], 0, initial_state)
         token = (array[:, 0] for array in (x, dt, B, C))
-        y, state = _step(initial_state, *token, A, D)
+        y, state = _step(initial_state, *token, A, D, dt_bias)
         return y[:, None], state
-    params = ScanParams(x, dt, A, B, C, D, starts, initial_state.astype(state_dtype))
-    return _scan(params, chunk_tokens)
+    state = initial_state.astype(state_dtype)
+    params = ScanParams(x, dt, A, B, C, D, dt_bias, starts, state)
+    name = choose_backend(
+        backend,
+        _KERNELS,
+        lambda name: _import_kernel(name).supports(params),
+        f"a selective scan of {x.dtype}",
+    )
+    return _scan(params, _ScanCall(name, chunk_tokens))
 
 
 def selective_scan_step(
@@ -102,6 +125,7 @@ def selective_scan_step(
     B: jax.Array,
     C: jax.Array,
     D: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Advances each row by one token: :func:`selective_scan` of T = 1 without T.
 
@@ -110,14 +134,14 @@ def selective_scan_step(
         x, dt: [R, F].
         A: [F, N].
         B, C: [R, N].
-        D: [F]. None: zeros.
+        D, dt_bias: [F].
 
     Returns:
         y [R, F] in x's dtype, and the state after the token.
     """
     if D is None:
         D = jnp.zeros_like(A[:, 0])
-    return _step(state, x, dt, B, C, A, D)
+    return _step(state, x, dt, B, C, A, D, dt_bias)
 
 
 def _step(
@@ -128,12 +152,13 @@ def _step(
     C: jax.Array,
     A: jax.Array,
     D: jax.Array,
+    dt_bias: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    inputs = xla.ChunkTokens(x, dt, B, C, None)
-    inputs = jax.tree.map(lambda array: array.astype(state.dtype), inputs)
+    narrow = xla.ChunkTokens(x, dt, B, C, None)
+    token = xla.widen_token(narrow, dt_bias, state.dtype)
     rates = A.T.astype(state.dtype)
-    after = xla.advance_state(state.swapaxes(1, 2), inputs, rates)
-    y = xla.read_state(after, inputs, D.astype(state.dtype))
+    after = xla.advance_state(state.swapaxes(1, 2), token, rates)
+    y = xla.read_state(after, token, D.astype(state.dtype))
     return y.astype(x.dtype), after.swapaxes(1, 2)
 
 
@@ -157,9 +182,10 @@ def summarize_scan(
     A: jax.Array,
     B: jax.Array,
     *,
+    dt_bias: jax.Array | None = None,
     starts: jax.Array | None = None,
     live: jax.Array | None = None,
-    chunk_tokens: int = 64,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> ScanSummary:
     """Summarizes a run of tokens for the runs after it: devices that hold successive
     runs of a sequence exchange these, and each then scans from the state before its
@@ -167,12 +193,17 @@ def summarize_scan(
 
     Args: as for :func:`selective_scan`.
     """
-    dt_sum = jnp.sum(
-        dt if live is None else jnp.where(live[:, :, None], dt, 0),
-        axis=1,
-        dtype=jnp.promote_types(x.dtype, jnp.float32),
-    )
-    decay = jnp.exp(dt_sum[:, :, None] * A)
+    state_dtype = jnp.promote_types(x.dtype, jnp.float32)
+
+    # The backward pass keeps no step sizes.
+    @jax.checkpoint
+    def sum_steps(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
+        step_sizes = xla.compute_step_sizes(dt, dt_bias, state_dtype)
+        if live is not None:
+            step_sizes = jnp.where(live[:, :, None], step_sizes, 0)
+        return jnp.sum(step_sizes, axis=1)
+
+    decay = jnp.exp(sum_steps(dt, dt_bias)[:, :, None] * A)
     if starts is not None:
         has_start = jnp.any(starts if live is None else starts & live, axis=1)
         decay = jnp.where(has_start[:, None, None], 0, decay)
@@ -182,6 +213,7 @@ def summarize_scan(
         A,
         B,
         jnp.zeros_like(B),
+        dt_bias=dt_bias,
         starts=starts,
         live=live,
         chunk_tokens=chunk_tokens,
@@ -197,32 +229,48 @@ def combine_scans(first: ScanSummary, second: ScanSummary) -> ScanSummary:
     )
 
 
+class _ScanCall(NamedTuple):
+    """Everything static about one call."""
+
+    backend: str
+    """The module that scans."""
+    chunk_tokens: int
+
+
+def _import_kernel(name: str) -> ModuleType:
+    # Pallas is slow to import.
+    return import_module(f"{__name__}.{name}")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(params: ScanParams, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
-    y, state, _ = xla.scan_forward(params, chunk_tokens, keeps_states=False)
+def _scan(params: ScanParams, call: _ScanCall) -> tuple[jax.Array, jax.Array]:
+    kernel = _import_kernel(call.backend)
+    y, state, _ = kernel.scan_forward(params, call.chunk_tokens, keeps_states=False)
     return y, state
 
 
 class _Residuals(NamedTuple):
     params: ScanParams
     states: jax.Array
-    """fp32 [chunks, R, N, F], before each chunk."""
+    """Before each chunk, in the layout of the module that scans."""
 
 
-def _forward(params: ScanParams, chunk_tokens: int):
-    y, state, states = xla.scan_forward(params, chunk_tokens, keeps_states=True)
-    assert states is not None
+def _forward(params: ScanParams, call: _ScanCall):
+    kernel = _import_kernel(call.backend)
+    y, state, states = kernel.scan_forward(params, call.chunk_tokens, keeps_states=True)
     return (y, state), _Residuals(params, states)
 
 
 def _backward(
-    chunk_tokens: int,
+    call: _ScanCall,
     residuals: _Residuals,
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[ScanParams]:
+    kernel = _import_kernel(call.backend)
     params, states = residuals
     d_y, d_state = cotangents
-    return (xla.scan_backward(params, states, d_y, d_state, chunk_tokens),)
+    gradients = kernel.scan_backward(params, states, d_y, d_state, call.chunk_tokens)
+    return (gradients,)
 
 
 _scan.defvjp(_forward, _backward)
@@ -235,6 +283,7 @@ def _check(
     B: jax.Array,
     C: jax.Array,
     D: jax.Array | None,
+    dt_bias: jax.Array | None,
     starts: jax.Array | None,
     initial_state: jax.Array | None,
     live: jax.Array | None,
@@ -251,6 +300,7 @@ def _check(
         "B": (B, (*by_token, num_states)),
         "C": (C, (*by_token, num_states)),
         "D": (D, (channels,)),
+        "dt_bias": (dt_bias, (channels,)),
         "starts": (starts, by_token),
         "initial_state": (initial_state, (num_rows, channels, num_states)),
         "live": (live, by_token),

@@ -25,6 +25,8 @@ class ScanParams(NamedTuple):
     """[R, T, N]."""
     D: jax.Array
     """[F]."""
+    dt_bias: jax.Array | None
+    """[F]; None: dt are step sizes as they are."""
     starts: jax.Array | None
     """bool [R, T]."""
     state: jax.Array

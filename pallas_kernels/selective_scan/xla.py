@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.selective_scan.params import ScanParams
 
@@ -44,9 +45,9 @@ def scan_forward(
     skip = params.D.astype(dtype)
 
     def run_token(state: jax.Array, token: ChunkTokens) -> tuple[jax.Array, jax.Array]:
-        widened = _widen(token, dtype)
-        state = advance_state(state, widened, rates)
-        y = read_state(state, widened, skip)
+        wide = widen_token(token, params.dt_bias, dtype)
+        state = advance_state(state, wide, rates)
+        y = read_state(state, wide, skip)
         return state, y.astype(params.x.dtype)
 
     def run_chunk(
@@ -78,7 +79,8 @@ def scan_backward(
     def recompute_token(
         state: jax.Array, token: ChunkTokens
     ) -> tuple[jax.Array, jax.Array]:
-        return advance_state(state, _widen(token, dtype), rates), state
+        wide = widen_token(token, params.dt_bias, dtype)
+        return advance_state(state, wide, rates), state
 
     def reverse_token(
         carry: tuple[jax.Array, jax.Array, jax.Array],
@@ -87,7 +89,7 @@ def scan_backward(
         """Goes back through one token, with d_state that of the state after it."""
         d_state, d_rates, after = carry
         token, before, d_y = inputs
-        x, dt, B, C, starts = _widen(token, dtype)
+        x, dt, B, C, starts = widen_token(token, params.dt_bias, dtype)
         d_y = d_y.astype(dtype)
         # y = Σ_n C · h + D · x.
         d_C = jnp.sum(after * d_y[:, None, :], axis=2)
@@ -100,6 +102,9 @@ def scan_backward(
         d_exponent = d_before * before
         d_rates = d_rates + d_exponent * dt[:, None, :]
         d_dt = jnp.sum(d_exponent * rates, axis=1) + d_drive * x
+        if params.dt_bias is not None:
+            # Of dt = softplus(raw): σ(raw) = 1 − exp(−dt).
+            d_dt = d_dt * -jnp.expm1(-dt)
         d_x = d_drive * dt + d_y * skip
         gradients = ChunkTokens(d_x, d_dt, d_B, d_C, None)
         narrowed = jax.tree.map(
@@ -121,7 +126,7 @@ def scan_backward(
         return (d_state, d_rates), gradients
 
     chunks = _split_tokens(params, chunk_tokens)
-    d_y_chunks = _split_into_chunks(d_y, chunk_tokens)
+    d_y_chunks = _split_into_chunks(d_y, chunk_tokens, 0)
     d_after = d_state.swapaxes(1, 2)
     # Rows are summed at the end: they may lie on several devices.
     carry = (d_after, jnp.zeros_like(d_after))
@@ -131,13 +136,18 @@ def scan_backward(
     )
     num_tokens = params.x.shape[1]
     d_skip = jnp.sum(d_y.astype(dtype) * params.x.astype(dtype), axis=(0, 1))
+    d_dt = _join_chunks(gradients.dt, num_tokens)
+    d_bias = None
+    if params.dt_bias is not None:
+        d_bias = jnp.sum(d_dt.astype(dtype), axis=(0, 1)).astype(params.dt_bias.dtype)
     return ScanParams(
         x=_join_chunks(gradients.x, num_tokens),
-        dt=_join_chunks(gradients.dt, num_tokens),
+        dt=d_dt,
         A=jnp.sum(d_rates, axis=0).T.astype(params.A.dtype),
         B=_join_chunks(gradients.B, num_tokens),
         C=_join_chunks(gradients.C, num_tokens),
         D=d_skip.astype(params.D.dtype),
+        dt_bias=d_bias,
         starts=None,
         state=d_before.swapaxes(1, 2),
     )
@@ -167,30 +177,61 @@ def compute_decay(
     return decay
 
 
-def _widen(token: ChunkTokens, dtype: jnp.dtype) -> ChunkTokens:
-    """Returns a token in the dtype of the arithmetic."""
-    starts = token.starts
-    floats = jax.tree.map(
-        lambda array: array.astype(dtype), token._replace(starts=None)
+def compute_step_sizes(
+    dt: jax.Array, dt_bias: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+    """Returns step sizes [..., F] in ``dtype``: dt, or softplus(dt + dt_bias)."""
+    wide = dt.astype(dtype)
+    if dt_bias is None:
+        return wide
+    return jax.nn.softplus(wide + dt_bias.astype(dtype))
+
+
+def find_still_step(dt_bias: jax.Array | None) -> float:
+    """Returns the dt of a step of size 0, which leaves the state as it is."""
+    return 0.0 if dt_bias is None else -jnp.inf
+
+
+def widen_token(
+    token: ChunkTokens, dt_bias: jax.Array | None, dtype: DTypeLike
+) -> ChunkTokens:
+    """Returns a token in the dtype of the arithmetic, with its step size for dt."""
+    return ChunkTokens(
+        token.x.astype(dtype),
+        compute_step_sizes(token.dt, dt_bias, dtype),
+        token.B.astype(dtype),
+        token.C.astype(dtype),
+        token.starts,
     )
-    return floats._replace(starts=starts)
 
 
 def _split_tokens(params: ScanParams, chunk_tokens: int) -> ChunkTokens:
-    """Returns all tokens in chunks, arrays [chunks, c, R, ...]. Zeros fill the last: a
-    step of size 0 leaves the state as it is."""
-    tokens = ChunkTokens(params.x, params.dt, params.B, params.C, params.starts)
-    return jax.tree.map(lambda array: _split_into_chunks(array, chunk_tokens), tokens)
+    """Returns all tokens in chunks, arrays [chunks, c, R, ...]. Steps of size 0 fill
+    the last."""
+    still = find_still_step(params.dt_bias)
+    starts = params.starts
+    if starts is not None:
+        starts = _split_into_chunks(starts, chunk_tokens, 0)
+    return ChunkTokens(
+        _split_into_chunks(params.x, chunk_tokens, 0),
+        _split_into_chunks(params.dt, chunk_tokens, still),
+        _split_into_chunks(params.B, chunk_tokens, 0),
+        _split_into_chunks(params.C, chunk_tokens, 0),
+        starts,
+    )
 
 
-def _split_into_chunks(array: jax.Array, chunk_tokens: int) -> jax.Array:
+def _split_into_chunks(
+    array: jax.Array, chunk_tokens: int, fill_value: float
+) -> jax.Array:
     """Splits [R, T, ...] → [chunks, c, R, ...] with equal c ≤ ``chunk_tokens``."""
     num_rows, num_tokens, *features = array.shape
     num_chunks = -(-num_tokens // chunk_tokens)
     chunk = -(-num_tokens // num_chunks)
     num_added = num_chunks * chunk - num_tokens
     padding = ((0, 0), (0, num_added), *((0, 0),) * len(features))
-    by_chunk = jnp.pad(array, padding).reshape(num_rows, num_chunks, chunk, *features)
+    padded = jnp.pad(array, padding, constant_values=fill_value)
+    by_chunk = padded.reshape(num_rows, num_chunks, chunk, *features)
     return jnp.moveaxis(by_chunk, 0, 2)
 
 

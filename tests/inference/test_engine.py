@@ -169,6 +169,37 @@ def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window
     assert engine.stats().num_pages < 3 * 48 / 4
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("chunk", [8, pytest.param(3, marks=pytest.mark.more)])
+def test_gated_attention_in_chunks_keeps_its_chunk_s_pages_alone(
+    one_device_mesh, build_tiny, chunk
+):
+    attention = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "chunk": chunk,
+        "output_gate": "element",
+        "qk_norm": True,
+        "qk_norm_form": "all_heads",
+        "value_norm": True,
+        "temperature": {"scale": 2.0, "length": 3},
+    }
+    with jax.set_mesh(one_device_mesh):
+        tiny = build_tiny("llama", one_device_mesh, attention=attention)
+        expected = [tiny.greedy(prompt, 17) for prompt in PROMPTS]
+    greedy = GREEDY.model_copy(update={"max_new_tokens": 17})
+    engine = make_engine(tiny, prefill_tokens=8)
+    assert rows(engine, PROMPTS, greedy) == expected
+    assert engine.stats().num_pages < 3 * 48 / 4
+    # All maps of the layer's input are one product.
+    maps = engine._runner.params["layers"]["attention"]
+    kernels = [maps[name]["kernel"] for name in ("query", "key", "value", "gate")]
+    values = [kernel.layers[0].value for kernel in kernels]
+    assert values[0].shape == (20, 2 * 4 * 6 + 2 * 2 * 6)
+    assert values[1:] == [None] * 3
+
+
 @pytest.mark.more
 def test_runs_dispatch_many_steps_unless_somebody_waits_or_reads_along(llama):
     """With no time for a second step, a measured dispatch has one of them."""

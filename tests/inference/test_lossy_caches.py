@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import allocate_state, copy_rows, state_specs
@@ -73,6 +74,7 @@ class CacheCase:
     slopes: Any = None
     biases: Any = None
     sinks: Any = None
+    chunk: int | None = None
     scale: float | None = 0.7
     page: int = 4
     size: int = 8
@@ -102,7 +104,9 @@ class CacheCase:
         )
         shape = StepSizes(ROWS, width, CHUNK, CHUNKS, 1)
         value_size = None if self.value_dim else self.size
-        spec = kv_cache_spec(layout, self.window, K, self.size, value_size)
+        spec = kv_cache_spec(
+            layout, self.window, K, self.size, value_size, chunk=self.chunk
+        )
         terms = AttentionTerms(
             self.window,
             self.scale,
@@ -110,6 +114,7 @@ class CacheCase:
             self.slopes,
             self.biases,
             self.sinks,
+            self.chunk,
         )
 
         @jax.jit
@@ -190,6 +195,8 @@ class CacheCase:
         if self.biases is not None:
             scores += self.biases[heads][:, np.clip(-distance, -7, 7) + 7]
         seen = (distance >= 0) & (distance < (self.window or 1000))
+        if self.chunk:
+            seen &= at[:, None] // self.chunk == keys_at // self.chunk
         weights = np.where(seen, np.exp(scores), 0)
         sink = 0 if self.sinks is None else np.exp(self.sinks[heads, None, None])
         return weights / (weights.sum(-1, keepdims=True) + sink)
@@ -263,6 +270,8 @@ def simulate_eviction(
 
             def rank(token):
                 if case.window and token <= end - case.window:  # noqa: B023
+                    return -1, token
+                if case.chunk and token // case.chunk < end // case.chunk:  # noqa: B023
                     return -1, token
                 if config.kind == "sinks":
                     return (1e9 if token < config.num_sinks else 0), token
@@ -365,6 +374,7 @@ def test_rejected_guesses_leave_no_trace(one_device_mesh):
 
 # Those that together have every option of attention.
 FEW = ("mla", "cap, slopes", "sinks", "biases")
+EVICTED = OPTIONS | {"chunks": {"window": 10, "chunk": 10}}
 EVICTING = {
     "h2o": parse(kind="h2o", budget=7, recent=3),
     "snapkv": parse(kind="snapkv", budget=8, recent=3, pooling=3),
@@ -400,11 +410,24 @@ def check_eviction(case: CacheCase, mesh, steps=STEPS) -> None:
     "name",
     [
         pytest.param(name, marks=[] if name in FEW else pytest.mark.more)
-        for name in OPTIONS
+        for name in EVICTED
     ],
 )
 def test_evicting_caches_keep_what_a_simulation_keeps(one_device_mesh, kind, name):
-    check_eviction(CacheCase(EVICTING[kind], **OPTIONS[name]), one_device_mesh)
+    check_eviction(CacheCase(EVICTING[kind], **EVICTED[name]), one_device_mesh)
+
+
+@pytest.mark.parametrize("kind", ["int4", "h2o"])
+def test_caches_of_which_a_layer_has_no_use_are_refused(kind):
+    """Integers know no chunks; what a layer has chosen for itself others cannot read."""
+    more = {"budget": 7, "recent": 3} if kind == "h2o" else {"recent": 3}
+    layout = CacheLayout(1, ROWS, 9, 4, cache=parse(kind=kind, **more))
+    sizes: dict[str, Any] = {"num_kv_heads": 2, "key_size": 8, "value_size": 8}
+    with pytest.raises(MaxlmError, match=f"kind={kind} for layers that share keys"):
+        kv_cache_spec(layout, None, **sizes, is_shared=True)
+    if kind == "int4":
+        with pytest.raises(MaxlmError, match="kind=int4 for attention in chunks of 30"):
+            kv_cache_spec(layout, 30, **sizes, chunk=30)
 
 
 def test_heavy_hitters_over_many_steps(one_device_mesh):

@@ -89,6 +89,55 @@ def test_the_same_tokens_with_windows_forks_and_guesses(mesh, build_tiny):
 
 
 @pytest.mark.more
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"num_kv_heads": 2, "output_gate": "element", "qk_norm_form": "all_heads"}
+        | {"qk_norm": True, "chunk": 7},
+        {"num_kv_heads": 4, "output_gate": "head", "chunk": 7}
+        | {"latent": {"kv_rank": 10, "rotary_dim": 2, "value_dim": 4}},
+    ],
+    ids=["heads", "latent"],
+)
+def test_the_same_tokens_with_gates_and_chunks(mesh, build_tiny, attention):
+    attention = {"num_heads": 4, "head_dim": 6, **attention}
+    one, four = (
+        build_tiny("llama", m, attention=attention)
+        for m in (mesh(), mesh(data=2, tensor=2))
+    )
+    with jax.set_mesh(mesh()):
+        expected = [one.greedy(prompt, 6) for prompt in PROMPTS]
+    assert tokens(one, GREEDY) == expected
+    assert tokens(four, GREEDY) == expected
+
+
+@pytest.mark.more
+def test_the_same_tokens_with_sparse_attention(mesh, build_tiny):
+    """Each token attends to five earlier ones, in prompts in chunks and one by one."""
+    attention = {
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 6,
+        "latent": {"q_rank": 7, "kv_rank": 10, "rotary_dim": 2, "value_dim": 4},
+    }
+    mixer = {
+        "kind": "sparse_attention",
+        "attention": attention,
+        "index_heads": 16,
+        "index_dim": 5,
+        "top_k": 5,
+    }
+    one, four = (
+        build_tiny("llama", m, attention=None, mixer=mixer)
+        for m in (mesh(), mesh(data=2, tensor=2))
+    )
+    with jax.set_mesh(mesh()):
+        expected = [one.greedy(prompt, 6) for prompt in PROMPTS]
+    assert tokens(one, GREEDY) == expected
+    assert tokens(four, GREEDY) == expected
+
+
+@pytest.mark.more
 def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
     pairs = [(head, tail) for head in PROMPTS for tail in ([3], [1, 4, 1, 5], [9, 2])]
 

@@ -156,33 +156,68 @@ def self_attention(x, params, seen, config, window, table):
     K = config["num_kv_heads"]
     scheme = scheme | {"heads": N}
 
-    def project(name, head):
-        p = params[name]
-        rows = x @ p["kernel"][:, head] + (p["bias"][head] if "bias" in p else 0)
+    def normalise(rows, name):
+        """rows [S, heads, H], as the form of the norms says."""
+        size = rows.shape[-1]
+        if name == "value":
+            if not config["value_norm"]:
+                return rows
+            p = {"scale": np.full(size, 0.0 if norm_config["zero_centred"] else 1.0)}
+            return np.array([norms(token, p, norm_config) for token in rows])
+        if not config["qk_norm"]:
+            return rows
+        p = params[f"{name}_norm"]
+        if config["qk_norm_form"] == "all_heads":
+            flat = {key: value.reshape(-1) for key, value in p.items()}
+            joined = norms(rows.reshape(S, -1), flat, norm_config)
+            return joined.reshape(rows.shape)
+        assert config["qk_norm_form"] == "head"
+        return np.array([norms(token, p, norm_config) for token in rows])
+
+    def turn(rows):
+        if scheme["kind"] != "rope":
+            return rows
+        settings = scheme["theta"], scheme["rotary_dim"]
+        return np.array(
+            [
+                [rotate(head, at, *settings) for head in token]
+                for token, at in zip(rows, positions, strict=True)
+            ]
+        )
+
+    def project(name):
+        """[S, heads, H] of all heads."""
+        p = params["key" if name == "value" and config["keys_as_values"] else name]
+        rows = np.einsum("sd,dnh->snh", x, p["kernel"]) + p.get("bias", 0)
         if config["clip"]:
             rows = np.clip(rows, -config["clip"], config["clip"])
         if name == "value":
-            return rows
-        if config["qk_norm"]:
-            rows = norms(rows, params[f"{name}_norm"], norm_config)
-        if scheme["kind"] != "rope":
-            return rows
-        turn = scheme["theta"], scheme["rotary_dim"]
-        return np.array(
-            [rotate(r, at, *turn) for r, at in zip(rows, positions, strict=True)]
-        )
+            return normalise(rows, name)
+        if config["qk_norm_after_rope"]:
+            return normalise(turn(rows), name)
+        return turn(normalise(rows, name))
 
+    queries, keys, values = project("query"), project("key"), project("value")
+    heat = config["temperature"]
+    if heat is not None:
+        steps = np.floor((positions + heat["offset"]) / heat["length"])
+        queries = queries * (1 + heat["scale"] * np.log(1 + steps))[:, None, None]
+    chunk = config["chunk"] or np.inf
     y = np.zeros_like(x)
     for n in range(N):
         group = n // (N // K)
-        q, k, v = project("query", n), project("key", group), project("value", group)
+        q, k, v = queries[:, n], keys[:, group], values[:, group]
         for s in range(S):
             behind = s - np.arange(S)
             allowed = (behind >= 0) & (behind < (window or S))
             allowed &= (segments == segments[s]) & (segments[s] != 0)
+            allowed &= positions // chunk == positions[s] // chunk
             bias = np.array([score_bias(scheme, table, n, int(d)) for d in behind])
             sink = params["sinks"][n] if config["sinks"] else -np.inf
             head = head_attention(q[s], k, v, allowed, bias, sink, config)
+            if config["output_gate"]:
+                gate = x[s] @ params["gate"]["kernel"][:, n]
+                head = head / (1 + np.exp(-gate))
             y[s] += head @ params["out"]["kernel"][n]
     return y + params["out"].get("bias", 0)
 

@@ -42,7 +42,16 @@ def results(name, mesh):
     return config, params, *computed(config, mesh, params)
 
 
-@pytest.fixture(params=CONFIGS)
+# What others have too.
+RARER = ("gated_heads",)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.more] if name in RARER else [])
+        for name in CONFIGS
+    ]
+)
 def run(request, one_device_mesh):
     return results(request.param, one_device_mesh)
 

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from maxlm.config import MaxlmError
+from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.layers.positions import (
     PositionsConfig,
     compute_alibi_slopes,
@@ -19,7 +21,9 @@ from maxlm.models.layers.rope import (
     DynamicNtkScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     NtkScaling,
+    ProportionalScaling,
     Rotary,
     YarnScaling,
     compute_frequencies,
@@ -217,6 +221,52 @@ def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
     assert rope_attention_factor(scaling) == pytest.approx(expected, rel=1e-12)
     rotary = compute_rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
     np.testing.assert_allclose(rotary.cos**2 + rotary.sin**2, expected**2, rtol=1e-5)
+
+
+SHORT = (1.0, 1.5, 4.0)
+LONG = (2.0, 3.0, 50.0)
+LONGROPE = LongRopeScaling(
+    factor=4.0, original_length=8, short_factors=SHORT, long_factors=LONG
+)
+
+
+def test_longrope_divides_by_one_list_or_the_other_row_by_row():
+    """Rows of 8 and of 9 positions, of which 8 is the original length; and one of two
+    documents, of 8 and of 3 tokens."""
+    positions = np.array([[*range(8), 0], [*range(9)], [*range(6), *range(3)]])
+    rotary = compute_rotary(jnp.asarray(positions), 6, 100.0, LONGROPE)
+    factor = np.sqrt(1 + np.log(4) / np.log(8))
+    for row, factors in enumerate((SHORT, LONG, SHORT)):
+        angles = positions[row][:, None] * plain(100.0, 6) / factors
+        close(rotary.cos[row, :, 0], factor * np.cos(angles), rtol=1e-5)
+    with pytest.raises(MaxlmError, match="3 factors of longrope for 8 dimensions"):
+        compute_rotary(jnp.asarray(positions), 8, 100.0, LONGROPE)
+
+
+def test_small_models_turn_by_as_many_of_longrope_s_factors_as_they_have_pairs():
+    model = DecoderConfig.model_validate(
+        {
+            "vocab_size": 9,
+            "num_layers": 1,
+            "d_model": 6,
+            "max_seq_len": 32,
+            "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+            "mlp": {"d_ff": 4},
+            "positions": {"rotary_dim": 6, "scaling": LONGROPE.model_dump()},
+        }
+    )
+    small = model.shrunk(vocab_size=9, num_layers=1, head_dim=16, seq_len=16)
+    assert small.positions.rotary_dim == 12
+    scaling = small.positions.scaling
+    assert isinstance(scaling, LongRopeScaling)
+    assert scaling.long_factors == (2.0, 2.0, 3.0, 3.0, 50.0, 50.0)
+
+
+def test_proportional_rope_leaves_the_slowest_pairs_as_they_are():
+    scaling = ProportionalScaling(share=0.4, factor=2.0)
+    expected = plain(1e4, 18) / 2
+    expected[3:] = 0  # of 9 pairs, 0.4 are three whole ones
+    close(compute_frequencies(1e4, 18, scaling), expected)
 
 
 def test_alibi_slopes_are_the_published_ones():

@@ -60,7 +60,7 @@ def case(name: str) -> ParityCase:
         model.save_pretrained(folder)
         values, tensors = compare.tensors_of(Path(folder))
     family, config = compare.read(values, tensors)
-    entries = family.list_entries(config)
+    entries = family.list_entries(config, tensors)
     return ParityCase(
         model,
         family,

@@ -41,6 +41,25 @@ MODELS: dict[str, dict[str, Any]] = {
         "dense_layers": 2,
         "num_layers": 5,
     },
+    # Kinds of layers of other modules, by turns.
+    "kinds": {
+        "attention": _HEADS,
+        "mlp": {"d_ff": 72},
+        "moe": _EXPERTS,
+        "num_layers": 8,
+        "kinds": {
+            "wide": {"ffn": "mlp"},
+            "narrow": {
+                "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 10},
+                "window": 7,
+                "ffn": "none",
+            },
+            "expert": {"mixer": "none", "ffn": "moe", "placement": "output"},
+        },
+        "pattern": ["wide", "narrow", "wide", "expert"],
+    },
+    # Two modules behind the layers, each with the model's head.
+    "mtp": {"attention": _HEADS, "mlp": {"d_ff": 72}, "mtp": {"num_modules": 2}},
     "parallel_shared": {
         "attention": _HEADS,
         "mlp": _PLAIN,

@@ -41,6 +41,8 @@ MORE = (
     ("cp all-gather", "gqa_window", 0.01),
     ("cp ulysses", "mha", 0.02),
     ("fsdp", "pattern", 0.01),
+    ("tp+sp", "kinds", 0.03),
+    ("fsdp", "mtp", 0.03),
     ("tp+sp", "encoder_decoder", 0.01),
 )
 REST = (

@@ -32,6 +32,8 @@ RATE = 1e-2
 
 DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
+KINDS = "kinds"
+GATED, MAMBA, SPARSE = "gated, chunks", "mamba", "sparse"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -59,7 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": _EXPERTS | {"z_loss": 1e-3},
     },
     # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent
-    # attention with a dense layer before those with experts (DeepSeek-V2).
+    # attention with a dense layer before those with experts and modules behind them that
+    # predict further tokens (DeepSeek-V3).
     PATTERN: _BASE
     | {
         "num_layers": 5,
@@ -70,6 +73,37 @@ MODELS: dict[str, dict[str, Any]] = {
         "pattern": [{"window": 5, "positions": {"theta": 100.0}}, {"window": None}],
         "embedding_scale": 5.0,
         "tie_embeddings": True,
+    },
+    # An output gate, one mean for the norm of all heads, chunks that end within rows'
+    # documents and devices' shares, queries that grow.
+    GATED: _BASE
+    | {
+        "attention": _HEADS
+        | {"output_gate": "element", "qk_norm": True, "qk_norm_form": "all_heads"}
+        | {"chunk": 5, "temperature": {"scale": 0.5, "length": 3}, "value_norm": True},
+        "mlp": {"d_ff": 48},
+    },
+    # Latent attention to what an indexer chooses.
+    SPARSE: _BASE
+    | {
+        "mixer": {
+            "kind": "sparse_attention",
+            "attention": {
+                "num_heads": 8,
+                "num_kv_heads": 8,
+                "head_dim": 10,
+                "latent": {
+                    "q_rank": 8,
+                    "kv_rank": 16,
+                    "rotary_dim": 4,
+                    "value_dim": 6,
+                },
+            },
+            "index_heads": 8,
+            "index_dim": 6,
+            "top_k": 3,
+        },
+        "mlp": {"d_ff": 48},
     },
     LATENT: _BASE
     | {
@@ -83,7 +117,33 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"shared_gate": True, "shared_d_ff": 24, "latent_dim": 16}
         | {"score": "sigmoid", "selection_bias": True},
         "dense_layers": 1,
+        "mtp": {"num_modules": 2},
     },
+    # Layers of other modules by turns, each with parameters of its own shapes.
+    KINDS: _BASE
+    | {
+        "num_layers": 8,
+        "attention": _HEADS,
+        "mlp": {"d_ff": 48},
+        "kinds": {
+            "wide": {},
+            "narrow": {
+                "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 10},
+                "window": 7,
+                "ffn": "none",
+                "positions": {"kind": "none"},
+            },
+        },
+        "pattern": ["narrow", "wide"],
+    },
+}
+# States that pass from token to token, and from one device's share of a row to the next.
+MODELS[MAMBA] = _BASE | {
+    "mixer": {"kind": "mamba", "d_inner": 48, "d_state": 5, "dt_rank": 3}
+    | {"inner_norms": "learned"},
+    "ffn": "none",
+    "positions": {"kind": "none"},
+    "remat": "attention",
 }
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
@@ -152,18 +212,24 @@ CELLS: dict[str, Cell] = {
     "fsdp": _cell(fsdp=8),
     "tp": _cell({}, (*ALL, CAPACITY), tensor=4),
     "tp+sp": _cell(SP, tensor=4),
-    "cp all-gather": _cell(_context("all_gather"), (*ALL, CAPACITY), context=4),
-    "cp ring": _cell(_context("ring"), (*ALL, CAPACITY), context=4),
+    "cp all-gather": _cell(
+        _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA), context=4
+    ),
+    "cp ring": _cell(_context("ring"), (*ALL, CAPACITY, SPARSE), context=4),
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
-    "pp circular": _cell(_pipe("circular", 2), stage=2),
+    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
-    "tp, 8 ways": _cell(tensor=8),
-    "tp, 8 ways, kv heads whole": _cell(KV_WHOLE, ("gqa_window", "moe"), tensor=8),
+    "tp, 8 ways": _cell({}, (*ALL, MAMBA), tensor=8),
+    "tp, 8 ways, kv heads whole": _cell(
+        KV_WHOLE, ("gqa_window", "moe", GATED), tensor=8
+    ),
     "cp ring, 8 ways": _cell(_context("ring"), context=8),
     "cp ring in order, 8 ways": _cell(
-        _context("ring", balance_sequence=False), ("gqa_window",), context=8
+        _context("ring", balance_sequence=False),
+        ("gqa_window", GATED, MAMBA),
+        context=8,
     ),
     "cp ulysses × tp, 8 ways": _cell(
         _context("ulysses"), ("moe",), context=4, tensor=2
@@ -171,12 +237,22 @@ CELLS: dict[str, Cell] = {
     "d_model split in compute": _cell(
         _compute(embed=["fsdp"], batch=["data", "expert"]), data=2, fsdp=2
     ),
-    "hsdp × tp+sp": _cell(SP, (*ALL, PATTERN, LATENT), data=2, fsdp=2, tensor=2),
+    "hsdp × tp+sp": _cell(
+        SP, (*ALL, PATTERN, LATENT, SPARSE), data=2, fsdp=2, tensor=2
+    ),
     "zero2 × tp+sp": _cell(
         {"sharding": {**ZERO2, **SEQUENCE_PARALLEL}}, ("gqa_window",), fsdp=4, tensor=2
     ),
-    "fsdp × cp ring × tp+sp": _cell(_context("ring") | SP, fsdp=2, context=2, tensor=2),
-    "cp ulysses × tp": _cell(_context("ulysses"), data=2, context=2, tensor=2),
+    "fsdp × cp ring × tp+sp": _cell(
+        _context("ring") | SP,
+        (*ALL, KINDS, GATED, MAMBA, LATENT),
+        fsdp=2,
+        context=2,
+        tensor=2,
+    ),
+    "cp ulysses × tp": _cell(
+        _context("ulysses"), (*ALL, GATED), data=2, context=2, tensor=2
+    ),
     "ep × fsdp × tp": _cell(expert=2, fsdp=2, tensor=2),
     "ep × zero2": _cell({"sharding": ZERO2}, ("moe",), expert=2, fsdp=4),
     "ep × cp ring": _cell(_context("ring"), (*ALL, CAPACITY), expert=4, context=2),
@@ -195,12 +271,18 @@ CELLS: dict[str, Cell] = {
     "zero2 × pp 1f1b": _cell(
         _pipe("1f1b", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4
     ),
-    "fsdp × tp+sp × pp 1f1b": _cell(_pipe("1f1b", **SP), stage=2, fsdp=2, tensor=2),
+    "fsdp × tp+sp × pp 1f1b": _cell(
+        _pipe("1f1b", **SP),
+        (*ALL, KINDS, GATED, MAMBA, SPARSE),
+        stage=2,
+        fsdp=2,
+        tensor=2,
+    ),
     "fsdp × tp+sp × pp circular": _cell(
         _pipe("circular", 2, **SP), stage=2, fsdp=2, tensor=2
     ),
     "cp all-gather × pp circular": _cell(
-        _pipe("circular", 2), stage=2, context=2, data=2
+        _pipe("circular", 2), (*ALL, GATED, MAMBA), stage=2, context=2, data=2
     ),
     "cp ring in order × pp 1f1b": _cell(
         _context("ring", balance_sequence=False, schedule="1f1b"),
@@ -221,7 +303,7 @@ CELLS: dict[str, Cell] = {
 # train.
 REFUSED: dict[str, tuple[str, ...]] = {
     "cp all-gather": (CAPACITY,),
-    "cp ring": (CAPACITY,),
+    "cp ring": (CAPACITY, SPARSE),
     "cp ulysses": (CAPACITY,),
     "ep": DENSE,
     "ep × fsdp × tp": DENSE,

@@ -6,12 +6,18 @@ of the group ``maxlm.families``.
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.registry import Registry
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.huggingface.families.unsupported import (
+    KNOWN_UNSUPPORTED,
+    find_unsupported,
+    get_class_stem,
+)
 
 _FOLDER = "maxlm.huggingface.families"
 FAMILIES = Registry[ModelFamily](
@@ -55,6 +61,16 @@ FAMILIES = Registry[ModelFamily](
         "glm4": f"{_FOLDER}.glm:GLM4",
         "ernie4_5": f"{_FOLDER}.ernie:ERNIE4_5",
         "seed_oss": f"{_FOLDER}.seed_oss:SEED_OSS",
+        "mamba2": f"{_FOLDER}.mamba2:MAMBA2",
+        "bamba": f"{_FOLDER}.bamba:BAMBA",
+        "granitemoehybrid": f"{_FOLDER}.granite_hybrid:GRANITE_HYBRID",
+        "mamba": f"{_FOLDER}.mamba:MAMBA",
+        "falcon_mamba": f"{_FOLDER}.mamba:FALCON_MAMBA",
+        "jamba": f"{_FOLDER}.jamba:JAMBA",
+        "lfm2": f"{_FOLDER}.lfm2:LFM2",
+        "falcon_h1": f"{_FOLDER}.falcon_h1:FALCON_H1",
+        "minimax": f"{_FOLDER}.minimax_01:MINIMAX",
+        "nemotron_h": f"{_FOLDER}.nemotron_h:NEMOTRON_H",
         "cohere2": f"{_FOLDER}.cohere:COHERE2",
         "smollm3": f"{_FOLDER}.smollm3:SMOLLM3",
         "olmo2": f"{_FOLDER}.olmo:OLMO2",
@@ -64,6 +80,11 @@ FAMILIES = Registry[ModelFamily](
         "hunyuan_v1_dense": f"{_FOLDER}.hunyuan:HUNYUAN_V1_DENSE",
         "arcee": f"{_FOLDER}.arcee:ARCEE",
         "nemotron": f"{_FOLDER}.nemotron:NEMOTRON",
+        "qwen3_next": f"{_FOLDER}.qwen_hybrid:QWEN3_NEXT",
+        "qwen3_5": f"{_FOLDER}.qwen_hybrid:QWEN3_5",
+        "qwen3_5_moe": f"{_FOLDER}.qwen_hybrid:QWEN3_5_MOE",
+        "olmo_hybrid": f"{_FOLDER}.olmo_hybrid:OLMO_HYBRID",
+        "kimi_linear": f"{_FOLDER}.kimi_linear:KIMI_LINEAR",
         "bert": f"{_FOLDER}.bert:BERT",
         "t5": f"{_FOLDER}.t5:T5",
         "bart": f"{_FOLDER}.bart:BART",
@@ -90,13 +111,31 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
                 message, where=source, fix="take it from the published model"
             )
         return family
-    named = ", ".join(names) or f"model_type={kind!r}"
-    supported = [family.hf_architecture for _, family in FAMILIES.items()]
-    # LLaMAForCausalLM is in early files.
-    near = [name for name in supported if name.lower() == named.lower()]
+    raise _make_refusal(names, kind, source)
+
+
+def _make_refusal(
+    architectures: list[str], model_type: object, source: str
+) -> MaxlmError:
+    """Returns the error of a config.json that is of no family: what its model type
+    needs and the nearest family, where they are known, or near names."""
+    named = ", ".join(architectures) or f"model_type={model_type!r}"
     message = f"the architecture {named} is not supported"
+    known = find_unsupported(model_type, architectures)
+    if known is not None:
+        needs, nearest = KNOWN_UNSUPPORTED[known]
+        message = f"{message}: {known} needs {needs}"
+        name = FAMILIES.get(nearest).hf_architecture
+        fix = f"convert a model of a supported family, the nearest is {name}"
+        return MaxlmError(message, where=source, fix=fix)
+    by_stem = {
+        get_class_stem(family.hf_architecture).lower(): family.hf_architecture
+        for _, family in FAMILIES.items()
+    }
+    # LLaMAForCausalLM is in early files.
+    near = get_close_matches(get_class_stem(named).lower(), by_stem, n=1)
     if near:
-        fix = f"did you mean {near[0]}?"
+        fix = f"did you mean {by_stem[near[0]]}?"
     else:
-        fix = f"supported are {', '.join(supported)}"
-    raise MaxlmError(message, where=source, fix=fix)
+        fix = f"supported are {', '.join(by_stem.values())}"
+    return MaxlmError(message, where=source, fix=fix)

@@ -206,9 +206,12 @@ class ModelFamily:
             part = config
             parents = path.split(".")[:-1]
             for depth, name in enumerate(parents, 1):
-                part = getattr(part, name)
+                if isinstance(part, Mapping):
+                    part = part.get(name)
+                else:
+                    part = getattr(part, name)
                 # A choice may be a name where other models have settings.
-                if not isinstance(part, Config):
+                if not isinstance(part, Config | Mapping):
                     return ".".join(parents[:depth])
         return None
 
@@ -277,10 +280,12 @@ class ModelFamily:
                 settings["tie_embeddings"] = True
         # Sizes that follow from others where the file does not name them.
         d_model = settings["d_model"]
-        num_heads = settings["attention"]["num_heads"]
-        defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
-        attention = defaults | settings["attention"]
-        settings["attention"] = attention
+        attention = settings.get("attention", {})
+        if attention:
+            num_heads = attention["num_heads"]
+            defaults = {"num_kv_heads": num_heads, "head_dim": d_model // num_heads}
+            attention = defaults | attention
+            settings["attention"] = attention
         if "mlp" in settings:
             settings["mlp"].setdefault("d_ff", 4 * d_model)
         if self.rope_kwargs is not None:

@@ -1,15 +1,16 @@
 """Keys of config.json beside settings of ours: one table, read in both directions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from maxlm.config import MaxlmError
+from maxlm.config import Config, MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
 from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind
 
+MixerT = TypeVar("MixerT", bound=Config)
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -174,6 +175,82 @@ SIZES = map_sizes(
 """Sizes under the names that most families have."""
 
 
+def find_mixer(config: TransformerConfig, mixer_class: type[MixerT]) -> MixerT:
+    """Returns the mixer of a class that layers of a model have."""
+    mixers = (mixer for mixer in config.list_mixers())
+    return next(mixer for mixer in mixers if isinstance(mixer, mixer_class))
+
+
+def map_in_mixer(
+    path: str, mixer_class: type[Config], keys: ConfigFields
+) -> ConfigFields:
+    """Declares keys that hold settings of a mixer.
+
+    Args:
+        path: where the mixer's settings are in a model's, as ``kinds.mamba.mixer``.
+        keys: settings as the mixer names them; what they write is asked of the mixer.
+    """
+
+    def place(field: ConfigField) -> ConfigField:
+        write_setting = field.write
+        ours = f"{path}.{field.ours}" if field.ours else ""
+        if write_setting is None:
+            return replace(field, ours=ours)
+
+        def write(config: TransformerConfig) -> Any:
+            return write_setting(find_mixer(config, mixer_class))
+
+        return replace(field, ours=ours, write=write)
+
+    return {key: place(field) for key, field in keys.items()}
+
+
+def ignore_key(value: object = None) -> ConfigField:
+    """Declares a key that says nothing of the maths; ``value`` is written, unless it is
+    None."""
+
+    def write(config: TransformerConfig) -> object:
+        return value
+
+    return ConfigField(
+        lambda reader, key: reader.ignore(key), write=None if value is None else write
+    )
+
+
+def name_layers(settings: dict[str, Any], kinds: Sequence[str]) -> None:
+    """Puts the shortest pattern of each layer's kind into a model's settings, whose
+    ``kinds`` may have more of them."""
+    period = find_period(kinds)
+    settings["pattern"] = list(kinds[:period])
+    settings["kinds"] = {
+        kind: kind_settings
+        for kind, kind_settings in settings["kinds"].items()
+        if kind in kinds
+    }
+
+
+def refuse_pattern(problem: str) -> MaxlmError:
+    """Returns the error of a pattern that a family's config.json cannot say."""
+    return MaxlmError(
+        problem, where="model.pattern", fix="convert to another family, or change it"
+    )
+
+
+def list_kind_names(config: TransformerConfig) -> list[str]:
+    """Returns the name of each layer's kind, of a model all of whose kinds have
+    names."""
+    pattern = config.pattern
+    return [str(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
+
+
+def find_period(kinds: Sequence[object]) -> int:
+    """Returns the fewest layers whose kinds, repeated, give the list."""
+    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
+    # of the whole length at the latest.
+    lengths = range(1, len(kinds) + 1)
+    return next(n for n in lengths if kinds[n:] == kinds[:-n])
+
+
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Reads our name of an activation."""
     return ACTIVATIONS[reader.choice(key, ACTIVATIONS, default)]
@@ -245,11 +322,7 @@ def read_layer_types(
 def make_pattern(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the shortest pattern that gives these settings of ``LayerKind``, one a
     layer, as settings of a decoder; none where all layers are as the model says."""
-    # Layers repeat after n if the list, shifted by n, is its own beginning; that holds
-    # of the whole length at the latest.
-    num_layers = len(layers)
-    period = next(n for n in range(1, num_layers + 1) if layers[n:] == layers[:-n])
-    pattern = list(layers[:period])
+    pattern = list(layers[: find_period(layers)])
     return {"pattern": pattern} if any(pattern) else {}
 
 

@@ -55,6 +55,8 @@ class TensorRule:
     ours: tuple[str, ...]
     make_conversion: Callable[[tuple[ParamShape, ...]], TensorConversion]
     aliases: tuple[str, ...] = ()
+    alternative: "TensorRule | None" = None
+    """The rule in layers that do not have these parameters."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ def interleave_by_kv_head(*ours: str) -> TensorRule:
         return _stack_rows(pieces, num_kv_heads)
 
     return TensorRule(ours, make_conversion)
+
+
+def interleave_rows(groups: int, *ours: str) -> TensorRule:
+    """Returns the rule of maps of one input, fused by ``groups`` equal groups of
+    outputs: for each, its rows of every map."""
+    return TensorRule(ours, lambda pieces: _stack_rows(pieces, groups))
 
 
 def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion:
@@ -211,6 +219,53 @@ def copy(ours: str, *aliases: str, as_row: bool = False) -> TensorRule:
         )
 
     return TensorRule((ours,), make_conversion, aliases)
+
+
+def copy_with_ones(ours: str, *, before: int, behind: int) -> TensorRule:
+    """Returns the rule of a vector or table with so many dimensions of one before and
+    behind its own."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        our_shape = pieces[0].shape
+        shape = ((1,) * before) + our_shape + ((1,) * behind)
+        return TensorConversion(
+            shape,
+            lambda tensor: [tensor.reshape(our_shape)],
+            lambda parts: parts[0].reshape(shape),
+        )
+
+    return TensorRule((ours,), make_conversion)
+
+
+def depthwise(*ours: str) -> TensorRule:
+    """Returns the rule of convolutions of each channel by itself, [channels, 1, width]
+    as torch has them, one above the other; ours are [..., width]."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        width = pieces[0].shape[-1]
+        channels = [prod(piece.shape[:-1]) for piece in pieces]
+        stops = np.cumsum(channels)
+
+        def split_channels(whole: Array) -> list[Array]:
+            parts = np.split(whole, stops[:-1])
+            return [
+                part.reshape(piece.shape)
+                for part, piece in zip(parts, pieces, strict=True)
+            ]
+
+        def join_channels(parts: Sequence[Array]) -> Array:
+            return np.concatenate([part.reshape(-1, 1, width) for part in parts])
+
+        shape = (int(stops[-1]), 1, width)
+        return TensorConversion(shape, split_channels, join_channels)
+
+    return TensorRule(ours, make_conversion)
+
+
+def either(first: TensorRule, second: TensorRule) -> TensorRule:
+    """Returns the first rule, and the second for layers that have not the parameters of
+    the first: what one name means in layers of different kinds."""
+    return replace(first, alternative=second)
 
 
 def permute_rotary(
@@ -336,15 +391,29 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
             entries += _make_entry(name, rule, specs, rule.ours, ())
             continue
         for layer, (stack, index) in enumerate(places):
-            ours = tuple(f"{stack}.{parameter}" for parameter in rule.ours)
+            layer_rule = _choose_rule(rule, stack, specs)
+            ours = tuple(f"{stack}.{parameter}" for parameter in layer_rule.ours)
             if "{expert}" not in name:
                 full_name = name.format(layer=layer)
-                entries += _make_entry(full_name, rule, specs, ours, (index,))
+                entries += _make_entry(full_name, layer_rule, specs, ours, (index,))
                 continue
             for expert in experts:
                 full_name = name.format(layer=layer, expert=expert)
-                entries += _make_entry(full_name, rule, specs, ours, (index, expert))
+                lead_index = (index, expert)
+                entries += _make_entry(full_name, layer_rule, specs, ours, lead_index)
     return _drop_taken_aliases(entries)
+
+
+def _choose_rule(
+    rule: TensorRule, stack: str, specs: Mapping[str, ParamSpec]
+) -> TensorRule:
+    """Returns the first of a rule and its alternatives whose parameters the layers of a
+    stack have, or the last."""
+    while rule.alternative is not None:
+        if all(f"{stack}.{parameter}" in specs for parameter in rule.ours):
+            break
+        rule = rule.alternative
+    return rule
 
 
 def _drop_taken_aliases(entries: Sequence[TensorEntry]) -> list[TensorEntry]:

@@ -1,5 +1,6 @@
 """A published model's config.json, read so that nothing in it is passed over."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -174,6 +175,21 @@ class ConfigReader:
             bound += f" and at most {most:g}"
         raise self._wrong(key, value, f"a number {bound}")
 
+    def bounds(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Reads the smallest and the largest value of something, 0 or more, in order;
+        the latter may be infinite."""
+        value = self._get(key, list(default))
+        numbers: list[float] = []
+        for bound in value if isinstance(value, list | tuple) else ():
+            # As transformers writes what JSON has no number for.
+            if bound == {"__float__": "Infinity"}:
+                bound = math.inf
+            if type(bound) in (int, float):
+                numbers.append(float(bound))
+        if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1]:
+            raise self._wrong(key, value, "two numbers from 0 on, in order")
+        return numbers[0], numbers[1]
+
     def flag(self, key: str, default: bool) -> bool:
         """Reads true or false; a null is false where that is the default; all else is
         refused."""
@@ -209,6 +225,16 @@ class ConfigReader:
             raise self._wrong(key, values, "a list of names")
         return values
 
+    def indices(self, key: str, count: int) -> list[int]:
+        """Reads numbers of things, from 0 to ``count`` − 1; none where it is absent or
+        null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of numbers")
+        if not all(type(value) is int and 0 <= value < count for value in values):
+            raise self._wrong(key, values, f"a list of numbers below {count}")
+        return values
+
     def numbers(self, key: str) -> list[float]:
         """Reads a list of numbers above 0."""
         values = self._get(key, REQUIRED)
@@ -219,6 +245,15 @@ class ConfigReader:
         ):
             raise self._wrong(key, values, "a list of numbers above 0")
         return [float(value) for value in values]
+
+    def sizes(self, key: str) -> list[int]:
+        """Reads a list of numbers of at least 1; none where it is absent or null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of whole numbers")
+        if not all(type(value) is int and value > 0 for value in values):
+            raise self._wrong(key, values, "a list of whole numbers above 0")
+        return values
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """Reads a mapping, of which only its size or its keys may be used; an empty one

@@ -2,6 +2,7 @@
 common."""
 
 from collections.abc import Mapping
+from math import isclose
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -21,20 +22,24 @@ from pydantic import (
 )
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
+    LONGEST_SINGLE_PERIOD,
     FeedForwardChoice,
     KindName,
-    Layer,
     LayerKind,
     LayerRun,
     LayerStack,
     MixerChoice,
     PatternEntry,
+    PatternLayer,
     find_repeats,
     make_run,
     suggest_kind,
 )
+from maxlm.models.architectures.shrink import PartShrinker
 from maxlm.models.blocks import BlockConfig, Placement, find_attention
+from maxlm.models.frontends import FrontendChoice
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -72,9 +77,12 @@ STACKS = ("first_layers", "layers", "last_layers")
 """Names that runs of layers may have, and the stacks of those with one."""
 
 
-def strip_stack_name(name: str) -> str:
-    """Returns a parameter's name without its run's: ``first_layers.mlp.up`` →
+def strip_stack_name(name: str, stack: str = "") -> str:
+    """Returns a parameter's name without its stack's: ``layers.full.mlp.up`` →
+    ``mlp.up``; of any stack with a run of its own: ``first_layers.mlp.up`` →
     ``mlp.up``."""
+    if stack:
+        return name.removeprefix(f"{stack}.")
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
 
@@ -139,7 +147,8 @@ class TransformerConfig(Config):
     norm: NormConfig = NormConfig()
     placement: Placement = "pre"
     """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
-    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), parallel
+    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), normed
+    (norm(x) + f(norm(x)): MiniMax-01), parallel
     (attention and MLP side by side, a norm each: Falcon-40B) or parallel_shared (with
     one norm for both: Falcon-7B, Phi-2)."""
     residual_scale: float = Field(default=1.0, gt=0)
@@ -160,6 +169,12 @@ class TransformerConfig(Config):
     """Factor on the logits, before the offsets (Grok-1)."""
     logit_cap: float | None = Field(default=None, gt=0)
     """Logits become cap·tanh(logit / cap) (Gemma 2)."""
+    frontend: FrontendChoice | None = None
+    """Inputs beside tokens (patches of images, vectors of another model) and what turns
+    them into vectors, by the kind it is registered with; null: tokens alone."""
+    mtp: MtpConfig | None = None
+    """Modules behind the layers that predict tokens further ahead, whose losses join
+    the model's (DeepSeek-V3); null: none."""
     heads: Mapping[HeadName, PositiveInt] = {}
     """Further linear maps of the final hidden states, their widths by name, such as
     `score: 1` of a reward model."""
@@ -200,6 +215,28 @@ class TransformerConfig(Config):
                 where="pattern",
                 fix="give windows to its kinds of layers alone",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _frontend_fits(self) -> Self:
+        frontend = self.frontend
+        if frontend is None:
+            return self
+        if self.transformer_type != "decoder":
+            raise MaxlmError(
+                f"a frontend before an architecture={self.architecture}",
+                where="frontend",
+                fix="set it to null, or use a decoder",
+            )
+        if self.mtp is not None:
+            # Its modules read the tokens that follow, and would read placeholders.
+            message = "a frontend beside mtp, which reads tokens alone"
+            raise MaxlmError(message, where="mtp", fix="set one of them to null")
+        if frontend.placeholder_id >= self.vocab_size:
+            message = f"{frontend.placeholder_id} is no row of the model's table, "
+            message += f"vocab_size={self.vocab_size}"
+            fix = "name one that no text has, or raise vocab_size"
+            raise MaxlmError(message, where="frontend.placeholder_id", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -395,7 +432,7 @@ class TransformerConfig(Config):
 
     def _resolve_layer(
         self, entry: KindName | LayerKind | None, *, is_dense: bool
-    ) -> Layer:
+    ) -> PatternLayer:
         """Returns what layers of a pattern's entry are made of; None: there is no
         pattern."""
         kind = self.layer_kinds[0] if entry is None else self._find_kind(entry)
@@ -405,14 +442,16 @@ class TransformerConfig(Config):
             norm=kind.norm or self.norm,
             placement=kind.placement or self.placement,
             residual_scale=self.residual_scale,
+            mixer_scales=kind.mixer_scales,
+            ffn_scales=kind.ffn_scales,
         )
         if block.mixer is None and block.ffn is None:
             raise MaxlmError(
                 "a layer of neither mixer nor ffn", where="pattern", fix="give it one"
             )
-        return Layer(kind, block, entry if isinstance(entry, str) else "")
+        return PatternLayer(kind, block, entry if isinstance(entry, str) else "")
 
-    def _list_period(self, *, is_dense: bool) -> list[Layer]:
+    def _list_period(self, *, is_dense: bool) -> list[PatternLayer]:
         entries = self.pattern or (None,)
         by_entry = {
             entry: self._resolve_layer(entry, is_dense=is_dense)
@@ -444,7 +483,8 @@ class TransformerConfig(Config):
         last = period[:num_left]
 
         are_unlike = len({layer.block for layer in period}) > 1
-        if are_unlike and num_periods == 1:
+        is_list = num_periods == 1 and len(period) > LONGEST_SINGLE_PERIOD
+        if are_unlike and is_list:
             # A list of all layers: some part of it may repeat all the same.
             layers = first + period + last
             repeats = find_repeats(layers)
@@ -466,6 +506,15 @@ class TransformerConfig(Config):
             runs.append(make_run(last_name, last, 1))
         return tuple(runs)
 
+    def list_layer_numbers(self, stack_name: str) -> tuple[int, ...]:
+        """Lists the places in the model, from 0 on, of a stack's layers."""
+        places = (place for run in self.layer_runs for place in run.iterate_places())
+        return tuple(
+            number
+            for number, place in enumerate(places)
+            if place.stack.name == stack_name
+        )
+
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The stacks of layers of all runs."""
@@ -474,7 +523,17 @@ class TransformerConfig(Config):
     @property
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
-        return (TrunkSpec(self.layer_runs),)
+        return (TrunkSpec((*self.layer_runs, *self.mtp_runs)),)
+
+    @property
+    def mtp_runs(self) -> tuple[LayerRun, ...]:
+        """The modules of ``mtp`` as a run of layers of the last kind, if there are
+        any."""
+        if self.mtp is None:
+            return ()
+        last = self.layer_runs[-1]
+        block = last.stacks[last.turns[-1]].block
+        return (make_mtp_run(self.mtp.num_modules, last.kinds[-1], block),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
@@ -511,8 +570,49 @@ class TransformerConfig(Config):
         once), ties, biases, norms, positions, gating and remat; experts are 8 at most,
         registered mixers and feed-forwards as they are; ``vocab_size`` and
         ``num_layers`` are upper bounds."""
-        # Here, as it needs this module's classes.
-        from maxlm.models.architectures.shrink import SmallSizes, shrink_settings
-
-        sizes = SmallSizes(vocab_size, num_layers, head_dim, seq_len)
-        return self.model_copy(update=shrink_settings(self, sizes))
+        attention_configs = self.list_attention()
+        d_model = 2 * head_dim
+        old_head_dim = head_dim
+        is_latent = False
+        if attention_configs:
+            attention = self.attention or attention_configs[0]
+            old_head_dim = attention.head_dim
+            is_latent = attention.latent is not None
+            d_model = attention.shrunk(head_dim, seq_len).num_heads * head_dim
+        shrinker = PartShrinker(
+            head_dim,
+            seq_len,
+            d_model,
+            old_head_dim=old_head_dim,
+            old_d_model=self.d_model,
+            is_latent=is_latent,
+        )
+        # Each kind once, so that a model of few layers has them all.
+        pattern = tuple(
+            entry if isinstance(entry, str) else shrinker.shrink_kind(entry)
+            for entry in dict.fromkeys(self.pattern)
+        )
+        kinds = {name: shrinker.shrink_kind(kind) for name, kind in self.kinds.items()}
+        # T5's, without which a narrow model's logits would hardly differ.
+        scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
+        moe = None if self.moe is None else self.moe.limit_experts(8)
+        vocab_size = min(self.vocab_size, vocab_size)
+        frontend = self.frontend
+        return self.model_copy(
+            update={
+                "vocab_size": vocab_size,
+                "frontend": None if frontend is None else frontend.shrunk(vocab_size),
+                "num_layers": min(self.num_layers, num_layers),
+                "d_model": d_model,
+                "max_seq_len": seq_len,
+                "attention": shrinker.shrink_attention(self.attention),
+                "mixer": shrinker.shrink_mixer(self.mixer),
+                "mlp": shrinker.shrink_ffn(self.mlp),
+                "moe": shrinker.shrink_ffn(moe),
+                "dense_layers": min(self.dense_layers, 1),
+                "kinds": kinds,
+                "pattern": pattern,
+                "positions": shrinker.shrink_positions(self.positions),
+                "logit_scale": d_model**-0.5 if scales_by_width else self.logit_scale,
+            }
+        )

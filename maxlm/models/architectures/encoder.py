@@ -32,6 +32,10 @@ class EncoderConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _sees_both_ways(self):
+        if self.mtp is not None:
+            raise MaxlmError(
+                "mtp predicts tokens of a decoder alone", fix="set mtp to null"
+            )
         if any(kind.window is not None for kind in self.layer_kinds):
             raise MaxlmError(
                 "windows look back; an encoder sees both ways", fix="set it to null"

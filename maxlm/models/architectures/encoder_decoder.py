@@ -37,6 +37,10 @@ class EncoderDecoderConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _plain(self):
+        if self.mtp is not None:
+            raise MaxlmError(
+                "mtp predicts tokens of a decoder alone", fix="set mtp to null"
+            )
         has_windows = any(kind.window for kind in self.layer_kinds)
         if self.pattern or has_windows or self.dense_layers:
             raise MaxlmError(

@@ -12,7 +12,13 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from maxlm.config import Config
-from maxlm.models.blocks import BlockConfig, FeedForwardConfig, MixerConfig, Placement
+from maxlm.models.blocks import (
+    BlockConfig,
+    BranchScales,
+    FeedForwardConfig,
+    MixerConfig,
+    Placement,
+)
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.norm import NormConfig
@@ -21,6 +27,11 @@ from maxlm.models.layers.positions import PositionsConfig
 LONGEST_PERIOD = 64
 """Most layers of a period that is looked for in a pattern that does not repeat from
 layer 0 on. Published patterns have at most a dozen."""
+
+LONGEST_SINGLE_PERIOD = 12
+"""Most layers of a pattern that is one period even if it never repeats, so that a
+shallow model's parameters have the names of a deeper one's. A longer pattern is a list
+of layers. Published periods have at most 8."""
 
 KindName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -69,6 +80,10 @@ class LayerKind(Config):
     """Norms in place of the model's."""
     placement: Placement | None = None
     """Placement of norms in place of the model's."""
+    mixer_scales: BranchScales = BranchScales()
+    """Factors on what the mixer's output is added to, and on the output (MiniMax-01)."""
+    ffn_scales: BranchScales = BranchScales()
+    """The same of the feed-forward."""
 
 
 PatternEntry = Annotated[
@@ -86,7 +101,7 @@ def suggest_kind(name: str, kinds: Mapping[str, LayerKind]) -> str:
     return "give its settings in model.kinds"
 
 
-class Layer(NamedTuple):
+class PatternLayer(NamedTuple):
     """One layer of a model before it is built."""
 
     kind: LayerKind
@@ -137,7 +152,7 @@ class LayerRun(NamedTuple):
             taken[turn] += 1
 
 
-def make_run(name: str, period: Sequence[Layer], num_periods: int) -> LayerRun:
+def make_run(name: str, period: Sequence[PatternLayer], num_periods: int) -> LayerRun:
     """Joins the layers of a period, repeated so often, to a run. A run of layers alike
     in their modules has one stack of its own name; others have a stack for each sort,
     ``run.kind``, by the name of the first kind that has it."""
@@ -183,11 +198,11 @@ class Repeats(NamedTuple):
         return self.start + self.period * self.num_periods
 
 
-def find_repeats(layers: Sequence[Layer]) -> Repeats:
+def find_repeats(layers: Sequence[PatternLayer]) -> Repeats:
     """Returns the part of a list of layers whose scan saves the most bodies: the most
     layers beyond those of one period, the shortest such period, the first such part."""
     # Numbers of equal layers are equal, and faster to compare than their settings.
-    number_of_layer: dict[Layer, int] = {}
+    number_of_layer: dict[PatternLayer, int] = {}
     numbers = [
         number_of_layer.setdefault(layer, len(number_of_layer)) for layer in layers
     ]

@@ -1,27 +1,18 @@
-"""Small models of the structure of large ones, for smoke tests."""
+"""Parts of small models with the structure of large ones, for smoke tests."""
 
-from math import isclose
-from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 from maxlm.config import Config
-from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.positions import PositionsConfig
+from maxlm.models.layers.rope import resize_scaling
 
 FfnT = TypeVar("FfnT", MlpConfig, MoeConfig)
 MixerT = TypeVar("MixerT")
-
-
-class SmallSizes(NamedTuple):
-    """Sizes of a small model; those of the vocabulary and layers are upper bounds."""
-
-    vocab_size: int
-    num_layers: int
-    head_dim: int
-    seq_len: int
 
 
 @runtime_checkable
@@ -34,80 +25,71 @@ class ShrinkableConfig(Protocol):
         ...
 
 
-def shrink_settings(config: TransformerConfig, sizes: SmallSizes) -> dict[str, Any]:
-    """Returns the settings that make a config small; see
-    :meth:`TransformerConfig.shrunk`."""
-    head_dim = sizes.head_dim
-    attention_configs = config.list_attention()
-    d_model = 2 * head_dim
-    old_head_dim = head_dim
-    if attention_configs:
-        attention = config.attention or attention_configs[0]
-        old_head_dim = attention.head_dim
-        d_model = attention.shrunk(head_dim, sizes.seq_len).num_heads * head_dim
+@dataclass(frozen=True)
+class PartShrinker:
+    """Makes the configs of a model's parts small."""
 
-    def shrink_ffn(ffn: FfnT | None) -> FfnT | None:
+    head_dim: int
+    seq_len: int
+    d_model: int
+    """Width of the small model."""
+    old_head_dim: int
+    old_d_model: int
+    is_latent: bool = False
+    """Whether the model's attention is latent, whose small heads turn by half."""
+
+    def shrink_ffn(self, ffn: FfnT | None) -> FfnT | None:
+        """Returns a feed-forward of the same ratio to the width, in multiples of 8."""
         if ffn is None:
             return None
         widths = {"d_ff": ffn.d_ff}
         if isinstance(ffn, MoeConfig):
             others = {"shared_d_ff": ffn.shared_d_ff, "latent_dim": ffn.latent_dim}
             widths |= {name: width for name, width in others.items() if width}
-        # The same ratio to d_model, in multiples of 8.
         changes = {
-            name: max(1, round(width / config.d_model * d_model / 8)) * 8
+            name: max(1, round(width / self.old_d_model * self.d_model / 8)) * 8
             for name, width in widths.items()
         }
         return ffn.model_copy(update=changes)
 
-    def shrink_positions(positions: PositionsConfig | None) -> PositionsConfig | None:
-        if positions is None or positions.rotary_dim is None:
+    def shrink_positions(
+        self, positions: PositionsConfig | None
+    ) -> PositionsConfig | None:
+        """Returns positions that turn the same share of a head."""
+        if positions is None:
             return positions
-        share = positions.rotary_dim / old_head_dim
-        rotary_dim = max(2, round(share * head_dim / 2) * 2)
-        return positions.model_copy(update={"rotary_dim": rotary_dim})
+        rotary_dim = positions.rotary_dim
+        turning_dims = self.head_dim // 2 if self.is_latent else self.head_dim
+        if rotary_dim is not None:
+            share = rotary_dim / self.old_head_dim
+            rotary_dim = max(2, round(share * self.head_dim / 2) * 2)
+            turning_dims = rotary_dim
+        scaling = resize_scaling(positions.scaling, turning_dims)
+        changes = {"rotary_dim": rotary_dim, "scaling": scaling}
+        return positions.model_copy(update=changes)
 
-    def shrink_attention(attention: AttentionConfig | None) -> AttentionConfig | None:
+    def shrink_attention(
+        self, attention: AttentionConfig | None
+    ) -> AttentionConfig | None:
+        """Returns attention with small heads."""
         if attention is None:
             return None
-        return attention.shrunk(head_dim, sizes.seq_len)
+        return attention.shrunk(self.head_dim, self.seq_len)
 
-    def shrink_mixer(mixer: Config | str | None) -> Config | str | None:
-        if isinstance(mixer, ShrinkableConfig):
-            return mixer.shrunk(head_dim, sizes.seq_len)
+    def shrink_mixer(self, mixer: MixerT) -> MixerT:
+        """Returns a mixer that can be made small so, others as they are."""
+        if isinstance(mixer, ShrinkableConfig) and isinstance(mixer, Config):
+            return mixer.shrunk(self.head_dim, self.seq_len)
         return mixer
 
-    def shrink_kind(kind: LayerKind) -> LayerKind:
-        window = None if kind.window is None else max(2, sizes.seq_len // 4)
+    def shrink_kind(self, kind: LayerKind) -> LayerKind:
+        """Returns a kind of layers with all its parts small."""
+        window = None if kind.window is None else max(2, self.seq_len // 4)
         changes = {
             "window": window,
-            "positions": shrink_positions(kind.positions),
-            "attention": shrink_attention(kind.attention),
-            "mixer": shrink_mixer(kind.mixer),
-            "mlp": shrink_ffn(kind.mlp),
+            "positions": self.shrink_positions(kind.positions),
+            "attention": self.shrink_attention(kind.attention),
+            "mixer": self.shrink_mixer(kind.mixer),
+            "mlp": self.shrink_ffn(kind.mlp),
         }
         return kind.model_copy(update=changes)
-
-    # Each kind once, so that a model of few layers has them all.
-    pattern = tuple(
-        entry if isinstance(entry, str) else shrink_kind(entry)
-        for entry in dict.fromkeys(config.pattern)
-    )
-    # T5's, without which a narrow model's logits would hardly differ.
-    scales_by_width = isclose(config.logit_scale, config.d_model**-0.5, rel_tol=1e-3)
-    moe = None if config.moe is None else config.moe.limit_experts(8)
-    return {
-        "vocab_size": min(config.vocab_size, sizes.vocab_size),
-        "num_layers": min(config.num_layers, sizes.num_layers),
-        "d_model": d_model,
-        "max_seq_len": sizes.seq_len,
-        "attention": shrink_attention(config.attention),
-        "mixer": shrink_mixer(config.mixer),
-        "mlp": shrink_ffn(config.mlp),
-        "moe": shrink_ffn(moe),
-        "dense_layers": min(config.dense_layers, 1),
-        "kinds": {name: shrink_kind(kind) for name, kind in config.kinds.items()},
-        "pattern": pattern,
-        "positions": shrink_positions(config.positions),
-        "logit_scale": d_model**-0.5 if scales_by_width else config.logit_scale,
-    }

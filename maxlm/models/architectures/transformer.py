@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, D model, V vocabulary, K kv heads, H head dim. In i
 a step's tokens are [shards of the batch, S]; see :mod:`maxlm.models.caches`.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -14,12 +15,20 @@ from jax.sharding import reshard
 from jax.typing import DTypeLike
 
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.mtp import (
+    MTP,
+    AheadPrediction,
+    AheadPredictions,
+    MtpBlock,
+    list_tokens_ahead,
+)
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block
 from maxlm.models.caches import CacheLayout, LayerCache, RaggedBatch
 from maxlm.models.caches.paged import CrossCache
 from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.frontends import FRONTENDS, Frontend, InputVectors
 from maxlm.models.layers.attention import AttentionInputs, KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.params import (
@@ -31,8 +40,10 @@ from maxlm.models.params import (
     materialize,
     read_weight,
     replace_virtual,
+    stack_layers,
     take_stacked_layer,
 )
+from maxlm.models.remat import apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.parallel.linear import multiply_head
@@ -91,6 +102,8 @@ class Transformer(Trunk):
                 for name, width in config.heads.items()
             }
         )
+        self.frontend = self._build_frontend()
+        self.mtp = self._build_mtp()
         self.layers_fn: LayersFunction | None = None
         self.num_virtual_tokens = 0
 
@@ -98,6 +111,29 @@ class Transformer(Trunk):
         residual = {"embed": self.config.d_model}
         vocabulary = {"vocab": self.config.vocab_size}
         return Linear(residual, vocabulary, self.context, bias=False, role="table")
+
+    def _build_mtp(self) -> MtpBlock | None:
+        """Builds the modules that predict tokens further ahead, as one stack."""
+        config = self.config
+        if config.mtp is None:
+            return None
+        (run,) = config.mtp_runs
+        (stack,) = run.stacks
+        return stack_layers(MtpBlock(stack.block, self.context), stack.num_layers)
+
+    @property
+    def stacks(self) -> dict[str, Block]:
+        """See :attr:`Trunk.stacks`; the modules of ``mtp`` are one more."""
+        stacks = super().stacks
+        if self.mtp is not None:
+            stacks[MTP] = self.mtp
+        return stacks
+
+    def _build_frontend(self) -> Frontend | None:
+        config = self.config.frontend
+        if config is None:
+            return None
+        return FRONTENDS.get(config.kind).build(config, self.context)
 
     @property
     def trunks(self) -> dict[str, Trunk]:
@@ -119,6 +155,7 @@ class Transformer(Trunk):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
+        vectors: InputVectors | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Hidden states after the final norm; for training, differentiable in reverse
         mode.
@@ -127,14 +164,14 @@ class Transformer(Trunk):
             tokens: int [B, S]; on pipeline stages [M, B, S], M micro-batches.
             positions: likewise, restarting at 0 with each segment.
             segment_ids: likewise, 0 for padding; None: each row is one segment.
+            vectors: in place of some tokens' embeddings; see :meth:`encode_items`.
 
         Returns:
             [..., S, D] in the compute dtype, micro-batches split over stages; and what
             layers add.
         """
-        return self.forward_embedded(
-            self.embed(tokens, positions), positions, segment_ids
-        )
+        x = self.embed(tokens, positions, vectors)
+        return self.forward_embedded(x, positions, segment_ids)
 
     def forward_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
@@ -144,15 +181,59 @@ class Transformer(Trunk):
         x, aux = run_layers(x, (positions, segment_ids))
         return self.apply_final_norm(x), aux
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embeds tokens as the first layer's input."""
+    def encode_items(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Maps a frontend's items to vectors for :class:`InputVectors`, in the compute
+        dtype; differentiable in reverse mode.
+
+        Args:
+            arrays: by name, [B, I, ...]; on pipeline stages [M, B, I, ...], M
+                micro-batches, which every stage computes.
+
+        Returns:
+            [B, N, D], or [M, B, N, D].
+        """
+        assert self.frontend is not None
+        batch_shape = next(iter(arrays.values())).shape
+        item_dims = len(batch_shape) - len(self._get_item_shape(arrays))
+        if item_dims == 2:
+            return self.frontend.encode(arrays)
+        micro_batches, num_rows = batch_shape[:2]
+        joined = {
+            name: self._join_micro_batches(array) for name, array in arrays.items()
+        }
+        vectors = self.frontend.encode(joined)
+        # [B · M, N, D] → [M, B, N, D]
+        spec = self.rules.spec("batch", None, None, "embed")
+        shape = (num_rows, micro_batches, *vectors.shape[1:])
+        return vectors.reshape(shape, out_sharding=spec).swapaxes(0, 1)
+
+    def _get_item_shape(self, arrays: Mapping[str, jax.Array]) -> tuple[int, ...]:
+        """Returns the shape of an item in the first of the arrays."""
+        assert self.config.frontend is not None
+        return self.config.frontend.item_arrays()[next(iter(arrays))].shape
+
+    def _join_micro_batches(self, array: jax.Array) -> jax.Array:
+        """[M, B, ...] → [B · M, ...]: the axis that is split stands first, so that no
+        row moves."""
+        array = array.swapaxes(0, 1)
+        shape = (array.shape[0] * array.shape[1], *array.shape[2:])
+        spec = self.rules.spec("batch", *(None,) * (len(shape) - 1))
+        return array.reshape(shape, out_sharding=spec)
+
+    def embed(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        vectors: InputVectors | None = None,
+    ) -> jax.Array:
+        """Embeds tokens as the first layer's input, with vectors in place of some."""
         if tokens.ndim == 3:  # outside the layers, stages are one more data axis
             split = self.rules.spec("layers", "batch", "seq")
             tokens = reshard(tokens, split)
             positions = reshard(positions, split)
         x = self.embedding(tokens)
         x = replace_virtual(self.embedding.table, x, positions, self.rules)
-        return self.embed_inputs(x, positions)
+        return self.embed_inputs(x, positions, vectors)
 
     def cache_specs(self, layout: CacheLayout) -> Caches:
         """Returns each layer's ``Mixer.cache_spec``."""
@@ -176,12 +257,14 @@ class Transformer(Trunk):
         batch: RaggedBatch,
         caches: Caches,
         cross_cache: CrossAttentionCache | None = None,
+        vectors: InputVectors | None = None,
     ) -> tuple[jax.Array, Caches]:
         """Computes, for inference, hidden states [D, S, D] of tokens int [D, S] that
-        follow the caches', and the caches with them in it. Layers are not scanned: a
+        follow the caches', with vectors in place of some; and the caches with them in
+        it. Layers are not scanned: a
         loop over them would copy each one's weights and cache out of their stacks, at
         every token."""
-        x = self.embed(tokens, batch.positions)
+        x = self.embed(tokens, batch.positions, vectors)
         stacks = self.stacks
         new_caches: dict[str, list[LayerCache]] = {}
         for run in self.config.layer_runs:
@@ -209,6 +292,61 @@ class Transformer(Trunk):
                 new_caches.setdefault(name, []).append(cache)
         caches = {name: tuple(layers) for name, layers in new_caches.items()}
         return self.apply_final_norm(x), caches
+
+    def predict_ahead(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        targets: jax.Array,
+        weights: jax.Array,
+    ) -> AheadPredictions | None:
+        """Runs the modules of ``mtp``, for training; differentiable in reverse mode.
+
+        Args:
+            hidden: [B, S, D], behind the final norm.
+            targets: int [B, S]: the token after each.
+            weights: fp32 [B, S]: of its loss.
+
+        Returns:
+            Each module's prediction; None: the model has no modules.
+        """
+        config = self.config.mtp
+        if self.mtp is None or config is None:
+            return None
+        steps = list_tokens_ahead(
+            targets,
+            weights,
+            segment_ids,
+            config.num_modules,
+            self.rules,
+            balanced=self.parallel.balance_sequence,
+        )
+        (run,) = self.config.mtp_runs
+        biases = self.compute_biases()
+        (context,) = self._list_contexts(run, (positions, segment_ids))
+        inputs = self._make_attention_inputs(run.kinds[0], context, biases)
+        params = get_values(self.mtp)
+
+        def run_module(
+            params: Params, hidden: jax.Array, embedded: jax.Array
+        ) -> tuple[jax.Array, Aux]:
+            assert self.mtp is not None
+            block = bind(self.mtp, params)
+            x = block.join_inputs(hidden, embedded)
+            x, _, aux = block(x, inputs)
+            return block.output_norm(x), aux
+
+        run_module = apply_remat(run_module, self.config.remat, is_loop_body=False)
+        predictions = []
+        total = Aux()
+        for index, step in enumerate(steps):
+            embedded = self.embed(step.inputs, positions)
+            module_params = take_stacked_layer(params, index)
+            hidden, aux = run_module(module_params, hidden, embedded)
+            total = total.plus(aux)
+            predictions.append(AheadPrediction(hidden, step.targets, step.weights))
+        return AheadPredictions(tuple(predictions), config.loss_weight, total)
 
     def prepare_logits(self, hidden: jax.Array) -> LogitsInputs:
         """Returns the maps from hidden states to logits; training fuses them with the

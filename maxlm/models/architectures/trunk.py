@@ -5,8 +5,9 @@ model, N query heads, R the largest distance with a learnt bias.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from maxlm.models.blocks import Block, BlockTurn, scan_blocks
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.frontends import InputVectors
 from maxlm.models.layers.attention import AttentionInputs, EncoderOutput
 from maxlm.models.layers.linear import Embedding
 from maxlm.models.layers.norm import Norm
@@ -43,6 +45,7 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
+from maxlm.parallel.input_vectors import place_vectors
 from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
 from pallas_kernels.chips import get_platform
@@ -160,7 +163,12 @@ class Trunk(nnx.Module):
             num_groups = self.num_layer_groups if run.name == "layers" else 1
             stacked: dict[str, Block] = {}
             for stack in run.stacks:
-                block = Block(stack.block, context, cross_attention=cross_attention)
+                stack_context = replace(
+                    context, layer_numbers=config.list_layer_numbers(stack.name)
+                )
+                block = Block(
+                    stack.block, stack_context, cross_attention=cross_attention
+                )
                 stacked[stack.name] = stack_layers(block, stack.num_layers, num_groups)
             setattr(self, run.name, _join_stacks(run, stacked))
         self.final_norm = (
@@ -201,9 +209,13 @@ class Trunk(nnx.Module):
             stacks |= self._get_run_stacks(run)
         return stacks
 
+    def _get_run_module(self, name: str) -> Any:
+        """Returns a run's stack, or the module that holds all of its stacks."""
+        return getattr(self, name)
+
     def _get_run_stacks(self, run: LayerRun) -> dict[str, Block]:
         """Returns the stacks of a run by name."""
-        module = getattr(self, run.name)
+        module = self._get_run_module(run.name)
         if len(run.stacks) == 1:
             return {run.name: module}
         return {
@@ -211,12 +223,17 @@ class Trunk(nnx.Module):
             for stack in run.stacks
         }
 
-    def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns embeddings of tokens [..., S, D] as the first layer's input."""
+    def embed_inputs(
+        self, x: jax.Array, positions: jax.Array, vectors: InputVectors | None = None
+    ) -> jax.Array:
+        """Returns embeddings of tokens [..., S, D] as the first layer's input, with
+        vectors in place of some."""
         config = self.config
         if config.embedding_scale != 1:
             # Rounded to the compute dtype, as Gemma's published code does.
             x *= jnp.asarray(config.embedding_scale, x.dtype)
+        if vectors is not None:
+            x = place_vectors(x, vectors.values, vectors.numbers)
         if self.positions is not None:
             x += self.positions(positions + config.positions.offset)
         if config.positions.kind == "sinusoidal":
@@ -242,7 +259,7 @@ class Trunk(nnx.Module):
             indices = jnp.arange(micro_batches, dtype=jnp.uint32)
             return run_circular_pipeline(
                 self.run_stage,
-                get_values(self.layers),
+                get_values(self._get_run_module("layers")),
                 x,
                 (context, indices),
                 micro_batches=micro_batches,
@@ -250,7 +267,7 @@ class Trunk(nnx.Module):
             )
         total = Aux()
         for run in self.config.layer_runs:
-            params = get_values(getattr(self, run.name))
+            params = get_values(self._get_run_module(run.name))
             x, aux = self._run_layers_of(run, params, x, context, encoder_output)
             total = total.plus(aux)
         return x, total
@@ -361,15 +378,16 @@ class Trunk(nnx.Module):
         """Returns positions, segment ids and angles for each kind of layer."""
         positions, segment_ids = tokens
         # Kinds of equal positions and heads share their angles, which are computed once.
-        rotary_by_settings: dict[RotarySettings | None, Rotary | None] = {None: None}
+        rotary_by_settings: dict[RotarySettings, Rotary] = {}
         contexts = []
         for kind in run.kinds:
             settings = self._get_rotary_settings(kind)
-            if settings not in rotary_by_settings:
-                rotary_by_settings[settings] = self._compute_rotary(
-                    settings, positions, lengths
-                )
-            rotary = rotary_by_settings[settings]
+            rotary = None
+            if settings is not None:
+                rotary = rotary_by_settings.get(settings)
+                if rotary is None:
+                    rotary = self._compute_rotary(settings, positions, lengths)
+                    rotary_by_settings[settings] = rotary
             contexts.append(KindContext(positions, segment_ids, rotary))
         return tuple(contexts)
 

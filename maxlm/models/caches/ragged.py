@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from maxlm.parallel.decode_kernels import PagedKernel
 from maxlm.parallel.layers import PyTree
-from maxlm.parallel.local import map_shards
+from maxlm.parallel.local import SplitArray, map_shards
 from maxlm.sharding import AxisRules
 
 StatesT = TypeVar("StatesT")
@@ -154,15 +154,6 @@ def run_rows(
         return states, outputs[0]
     chunk_output, uniform_output = outputs
     return states, jnp.concatenate([uniform_output, chunk_output])
-
-
-class SplitArray(NamedTuple):
-    """An array, and how its dimensions are split over devices."""
-
-    value: jax.Array
-    axes: tuple[str | None, ...]
-    """Logical axes: of all dimensions of a parameter; of those behind [D, S] of
-    tokens."""
 
 
 class RecurrentCache(NamedTuple):

@@ -10,6 +10,7 @@ from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import (
     FusedKernel,
+    Initializer,
     Leaf,
     ModuleT,
     ParamReader,
@@ -36,27 +37,31 @@ class Linear(nnx.Module):
             their concatenation.
         std: standard deviation of the truncated normal initialiser; None: the
             context's ``init_std``.
+        initializer: another one in its place.
         role: "matrix" for hidden layers, "table" for an output head.
     """
 
     def __init__(
         self,
-        inputs: Mapping[str, int],
+        inputs: Mapping[str, int] | Mapping[None, int],
         outputs: Mapping[str, int] | Mapping[None, int],
         context: BuildContext,
         *,
         bias: bool,
         std: float | None = None,
+        initializer: Initializer | None = None,
         role: Literal["matrix", "table"] = "matrix",
     ):
         self.rules = context.rules
         self.dtype = context.dtype
         self.product: LocalProduct | None = None
         """See :func:`set_product`."""
+        if initializer is None:
+            initializer = truncated_normal(context.init_std if std is None else std)
         self.kernel = declare(
             (*inputs.values(), *outputs.values()),
             (*inputs, *outputs),
-            truncated_normal(context.init_std if std is None else std),
+            initializer,
             role,
             contracting_dims=tuple(range(len(inputs))),
         )
@@ -71,18 +76,19 @@ class Linear(nnx.Module):
             else None
         )
 
-    def __call__(self, x: jax.Array, *, seq_axis: str = "seq") -> jax.Array:
+    def __call__(self, x: jax.Array, *, seq_axis: str | None = "seq") -> jax.Array:
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see
         :func:`project`."""
         return project(x, self, seq_axis=seq_axis)[0]
 
 
 def project(
-    x: jax.Array, *layers: Linear, seq_axis: str = "seq"
+    x: jax.Array, *layers: Linear, seq_axis: str | None = "seq"
 ) -> tuple[jax.Array, ...]:
     """Applies several maps to one input [B, S, *inputs], which then crosses the wire
     once. ``seq_axis``: the logical axis of the results' sequence: "seq" within a layer,
-    "residual" for what is added to the residual stream."""
+    "residual" for what is added to the residual stream; None: it is whole (a frontend's
+    items)."""
     rules = layers[0].rules
     dtype = layers[0].dtype
     token_layout = parse_spec(rules.spec("batch", seq_axis), 2)

@@ -186,7 +186,7 @@ def make_abstract_batch(setup: RunSetup) -> dict[str, jax.ShapeDtypeStruct]:
     micro_batches = setup.config.train.micro_batches
     rows = data.batch_size // micro_batches
     batch = {}
-    for name, array in setup.config.task.batch_arrays(data.seq_len).items():
+    for name, array in setup.config.batch_arrays.items():
         batch[name] = jax.ShapeDtypeStruct(
             (micro_batches, rows, *array.shape),
             array.dtype,
