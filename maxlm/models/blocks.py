@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
+from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.config.registry import RegisteredConfig, Registry
@@ -36,11 +37,13 @@ from maxlm.models.layers.kimi_delta_attention import (
     KimiDeltaAttentionConfig,
 )
 from maxlm.models.layers.latent import LatentAttention
+from maxlm.models.layers.lightning import Lightning, LightningConfig
 from maxlm.models.layers.mamba import Mamba, MambaConfig
 from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
+from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
 from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
 from maxlm.models.params import (
     Params,
@@ -55,7 +58,9 @@ from maxlm.parallel.layers import LayerTurn, PyTree, scan_layers
 from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding.supported import ReshapingAxis
 
-Placement = Literal["pre", "post", "sandwich", "output", "parallel", "parallel_shared"]
+Placement = Literal[
+    "pre", "post", "sandwich", "output", "normed", "parallel", "parallel_shared"
+]
 
 
 class Mixer(Protocol):
@@ -141,7 +146,9 @@ class RegisteredFeedForward:
     build: Callable[..., FeedForward]
 
 
-MIXERS = Registry[RegisteredMixer]("mixer")
+MIXERS = Registry[RegisteredMixer](
+    "mixer", {"parallel_heads": "maxlm.models.parallel_heads:PARALLEL_HEADS"}
+)
 MIXERS.register(
     "attention",
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
@@ -160,6 +167,12 @@ MIXERS.register(
     RegisteredMixer(KimiDeltaAttentionConfig, KimiDeltaAttention, ("context", "stage")),
 )
 MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
+MIXERS.register(
+    "lightning", RegisteredMixer(LightningConfig, Lightning, ("context", "stage"))
+)
+MIXERS.register(
+    "short_conv", RegisteredMixer(ShortConvConfig, ShortConv, ("context", "stage"))
+)
 FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
 FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))
@@ -173,6 +186,15 @@ FeedForwardConfig = Annotated[
 ]
 
 
+class BranchScales(Config):
+    """Factors where a branch joins the residual stream."""
+
+    stream: float = Field(default=1.0, gt=0)
+    """Factor on what the branch is added to."""
+    output: float = Field(default=1.0, gt=0)
+    """Factor on what the branch adds."""
+
+
 class BlockConfig(NamedTuple):
     """What a layer is built of. Hashable: layers of equal ones share a stack."""
 
@@ -184,6 +206,8 @@ class BlockConfig(NamedTuple):
     norm: NormConfig
     placement: Placement
     residual_scale: float = 1.0
+    mixer_scales: BranchScales = BranchScales()
+    ffn_scales: BranchScales = BranchScales()
 
 
 @runtime_checkable
@@ -200,6 +224,20 @@ def find_attention(mixer: Config | None) -> AttentionConfig | None:
     if isinstance(mixer, ContainsAttention):
         return mixer.attention
     return None
+
+
+@runtime_checkable
+class ContainsMixer(Protocol):
+    """A mixer's config with another mixer as a part of it."""
+
+    mixer: Config
+
+
+def list_mixer_parts(mixer: Config) -> list[Config]:
+    """Lists a mixer and those within it."""
+    if isinstance(mixer, ContainsMixer):
+        return [mixer, *list_mixer_parts(mixer.mixer)]
+    return [mixer]
 
 
 def get_kind(config: Config) -> str:
@@ -220,6 +258,7 @@ class Block(nnx.Module):
     post                norm(x + f(x))
     sandwich            x + norm(f(norm(x)))
     output              x + norm(f(x))
+    normed              norm(x) + f(norm(x))
     parallel            x + attention(norm(x)) + mlp(norm(x))
     parallel_shared     the same, with one norm for both
     ==================  ====================================================
@@ -244,6 +283,8 @@ class Block(nnx.Module):
 
         self.placement = placement
         self.residual_scale = config.residual_scale
+        self.mixer_scales = config.mixer_scales
+        self.ffn_scales = config.ffn_scales
         self.mixer_name = ""
         self.ffn_name = ""
         mixer_config: Any = config.mixer
@@ -292,12 +333,17 @@ class Block(nnx.Module):
             z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
             if isinstance(cache, Aux):
                 aux = aux.plus(cache)
-            return x + self._scale(y) + self._scale(z), cache, aux
+            x = x + self._scale(y, self.mixer_scales)
+            return x + self._scale(z, self.ffn_scales), cache, aux
 
         if self.mixer is not None:
             mixer_input = self._norm_before(self.attention_norm, x)
             y, cache = self.mixer(mixer_input, inputs, cache)
-            x = self._add_branch(x, y, self.attention_norm, self.attention_post_norm)
+            if self.placement == "normed":
+                x = mixer_input
+            x = self._add_branch(
+                x, y, self.attention_norm, self.attention_post_norm, self.mixer_scales
+            )
         if encoder_output is not None and self.cross is not None:
             y = self.cross.cross_attend(
                 self._norm_before(self.cross_norm, x), inputs, encoder_output
@@ -307,7 +353,11 @@ class Block(nnx.Module):
         if self.ffn is not None:
             ffn_input = self._norm_before(self.mlp_norm, x)
             y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-            x = self._add_branch(x, y, self.mlp_norm, self.mlp_post_norm)
+            if self.placement == "normed":
+                x = ffn_input
+            x = self._add_branch(
+                x, y, self.mlp_norm, self.mlp_post_norm, self.ffn_scales
+            )
         if isinstance(cache, Aux):
             aux = aux.plus(cache)
         return x, cache, aux
@@ -339,17 +389,25 @@ class Block(nnx.Module):
         return x if norm is None or self.placement == "post" else norm(x)
 
     def _add_branch(
-        self, x: jax.Array, y: jax.Array, norm: Norm | None, post_norm: Norm | None
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        norm: Norm | None,
+        post_norm: Norm | None,
+        scales: BranchScales = BranchScales(),
     ) -> jax.Array:
         """Adds a branch's output y to the residual stream x."""
+        if scales.stream != 1:
+            x = x * scales.stream
         if self.placement == "post":
             assert norm is not None
-            return norm(x + self._scale(y))
-        return x + self._scale(y if post_norm is None else post_norm(y))
+            return norm(x + self._scale(y, scales))
+        return x + self._scale(y if post_norm is None else post_norm(y), scales)
 
-    def _scale(self, y: jax.Array) -> jax.Array:
+    def _scale(self, y: jax.Array, scales: BranchScales) -> jax.Array:
         """Scales what a branch adds."""
-        return y if self.residual_scale == 1 else y * self.residual_scale
+        factor = self.residual_scale * scales.output
+        return y if factor == 1 else y * factor
 
 
 # Any: the block is whichever module a stack is made of.

@@ -24,6 +24,9 @@ class BuildContext:
     """Standard deviation of initial weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Methods by which attention and layers are split over devices."""
+    layer_numbers: tuple[int, ...] = ()
+    """Places in the trunk, from 0 on, of the layers that a module stands for: those of
+    a stack."""
 
     @property
     def residual_std(self) -> float:

@@ -60,6 +60,9 @@ class ParamSpec:
     against; optimizers step against its sign by a fixed amount, and keep it out of
     clipping."""
     dtype: DTypeLike = jnp.float32
+    layer_values: tuple[tuple[float, ...], ...] | None = None
+    """Of a vector that starts with other values in each layer of a stack: these,
+    whatever the seed."""
 
     @property
     def num_layer_axes(self) -> int:
@@ -83,10 +86,19 @@ def declare(
     *,
     contracting_dims: tuple[int, ...] = (),
     sign_update: bool = False,
+    layer_values: tuple[tuple[float, ...], ...] | None = None,
 ) -> nnx.Param:
     """Returns a parameter without values, to be assigned to a module's attribute;
     arguments are those of :class:`ParamSpec`."""
-    spec = ParamSpec(shape, axes, init, role, contracting_dims, sign_update)
+    spec = ParamSpec(
+        shape,
+        axes,
+        init,
+        role,
+        contracting_dims,
+        sign_update,
+        layer_values=layer_values,
+    )
     return _declare_spec(spec)
 
 
@@ -536,6 +548,8 @@ def init_params(specs: Params, key: jax.Array) -> Params:
         param_key = fold_in_name(key, join_path(path))
         if not spec.num_layer_axes:
             return spec.init(param_key, spec.shape, spec.dtype)
+        if spec.layer_values is not None:
+            return jnp.asarray(spec.layer_values, spec.dtype).reshape(spec.shape)
         # A key for each layer: its random numbers do not depend on the model's depth.
         num_layers = prod(spec.shape[: spec.num_layer_axes])
         layer_shape = spec.shape[spec.num_layer_axes :]

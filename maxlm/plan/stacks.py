@@ -108,7 +108,8 @@ class MatmulGroup:
         group, adds: for a norm behind it, or for the branch after it."""
         if self.placement == "pre":
             return not self.is_last_branch
-        return self.placement in ("sandwich", "post", "output")
+        # With the norm on the stream itself, the next layer's norm reads the last sum.
+        return self.placement in ("sandwich", "post", "output", "normed")
 
     @property
     def name(self) -> str:

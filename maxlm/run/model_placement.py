@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Count, Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import MIXERS, get_kind
+from maxlm.models.blocks import MIXERS, get_kind, list_mixer_parts
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.context import (
@@ -65,7 +65,8 @@ def require_trainable(
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
-    for mixer in model.list_mixers():
+    mixers = [part for mixer in model.list_mixers() for part in list_mixer_parts(mixer)]
+    for mixer in dict.fromkeys(mixers):
         kind = get_kind(mixer)
         yield from require_declared_axes(
             MIXERS.get(kind).mesh_axes,

@@ -48,7 +48,7 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
     values = {key: resize(key, value) for key, value in settings.items()}
     if "moe_layers" in values:
         values["moe_layers"] = [number for number in range(layers) if number % 3]
-    for key in ("layer_types", "no_rope_layers"):
+    for key in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if key in values:
             kinds = values[key]
             values[key] = [kinds[layer % len(kinds)] for layer in range(layers)]
@@ -56,9 +56,47 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
     for key in ("partial_rotary_factor", "rotary_pct"):
         if key in values:
             values[key] = 0.5
+    values |= _draw_state_space(values, draw)
     can_be_untied = ("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm", "Cohere", "Ernie")
     if architecture.startswith(can_be_untied):
         values["tie_word_embeddings"] = draw.random() < 0.5
     if architecture.startswith(("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm")):
         values["rms_norm_eps"] = 10.0 ** -draw.randint(2, 7)
     return values
+
+
+def _draw_state_space(values: Values, draw: random.Random) -> Values:
+    """Draws other sizes for a config's state spaces, and other layers that have them."""
+    groups = draw.randint(1, 3)
+    heads = groups * draw.randint(1, 4)
+    channels = 2 * draw.randint(1, 6)
+    sizes = {
+        "state_size ssm_state_size mamba_d_state": draw.randint(1, 17),
+        "conv_kernel mamba_d_conv conv_L_cache": draw.randint(2, 5),
+        "mamba_dt_rank": draw.randint(1, 9),
+        "mamba_num_heads": heads,
+        "mamba_head_dim": channels,
+        "n_groups": groups,
+    }
+    by_key = {key: size for keys, size in sizes.items() for key in keys.split()}
+    drawn = {key: size for key, size in by_key.items() if key in values}
+    if "num_heads" in values and "n_groups" in values:  # Mamba-2
+        drawn |= {"num_heads": heads, "head_dim": channels}
+        drawn["hidden_size"] = heads * channels // 2
+    if "mamba_d_ssm" in values:
+        drawn |= {"mamba_n_heads": heads, "mamba_n_groups": groups}
+        drawn |= {"mamba_d_head": channels, "mamba_d_ssm": heads * channels}
+    elif "mamba_n_heads" in values:
+        # Heads make up twice the width.
+        inner = 2 * values["hidden_size"]
+        heads = draw.choice([n for n in range(1, inner + 1) if inner % n == 0])
+        groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        drawn |= {"mamba_n_heads": heads, "mamba_n_groups": groups}
+    letters = values.get("hybrid_override_pattern")
+    if letters is not None:
+        pattern = draw.sample(letters, len(letters))
+        drawn["hybrid_override_pattern"] = "".join(pattern)
+    for key in ("attn_layer_indices", "full_attn_idxs"):
+        if key in values:
+            drawn[key] = sorted(draw.sample(range(values["num_hidden_layers"]), 2))
+    return drawn

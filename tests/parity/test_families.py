@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from maxlm.huggingface.families import FAMILIES  # noqa: E402
+from maxlm.huggingface.families.unsupported import KNOWN_UNSUPPORTED  # noqa: E402
 from maxlm.run.convert import convert  # noqa: E402
 from tests.parity import compare, measure  # noqa: E402
 
@@ -82,9 +83,9 @@ def test_there_and_back(name, dtype, tmp_path):
         assert (got[key].dtype, got[key].shape) == (tensor.dtype, tensor.shape), key
         assert got[key].tobytes() == tensor.tobytes(), key
     tokens = measure.batch(name)
-    logits = [
-        measure.theirs(_loaded(name, folder), tokens) for folder in (first, again)
-    ]
+    # Copied: how torch rounds a product follows from where its operands lie in files.
+    models = [copy.deepcopy(_loaded(name, folder)) for folder in (first, again)]
+    logits = [measure.theirs(model, tokens) for model in models]
     np.testing.assert_array_equal(*logits)
 
 
@@ -110,3 +111,15 @@ def _loaded(name: str, folder: Path) -> Any:
     model, loading = cls.from_pretrained(folder, output_loading_info=True, **kinds)
     assert not any(loading.values()), loading
     return model.eval()
+
+
+def test_every_decoder_of_transformers_is_supported_or_named():
+    from transformers.models.auto import modeling_auto
+
+    supported = {
+        model_type
+        for _, family in FAMILIES.items()
+        for model_type in (family.model_type, *family.other_model_types)
+    }
+    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert not known - supported - KNOWN_UNSUPPORTED.keys()

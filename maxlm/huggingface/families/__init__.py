@@ -6,12 +6,18 @@ of the group ``maxlm.families``.
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.config.registry import Registry
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.reader import ConfigReader
+from maxlm.huggingface.families.unsupported import (
+    KNOWN_UNSUPPORTED,
+    find_unsupported,
+    get_class_stem,
+)
 
 _FOLDER = "maxlm.huggingface.families"
 FAMILIES = Registry[ModelFamily](
@@ -41,6 +47,8 @@ FAMILIES = Registry[ModelFamily](
         "qwen2_moe": f"{_FOLDER}.qwen_moe:QWEN2_MOE",
         "dots1": f"{_FOLDER}.dots:DOTS1",
         "llama4": f"{_FOLDER}.llama4:LLAMA4",
+        "glm4_moe_lite": f"{_FOLDER}.deepseek:GLM4_MOE_LITE",
+        "olmoe": f"{_FOLDER}.olmoe:OLMOE",
         "minimax_m2": f"{_FOLDER}.minimax:MINIMAX_M2",
         "granitemoe": f"{_FOLDER}.granite_moe:GRANITE_MOE",
         "ernie4_5_moe": f"{_FOLDER}.ernie_moe:ERNIE4_5_MOE",
@@ -55,6 +63,14 @@ FAMILIES = Registry[ModelFamily](
         "ernie4_5": f"{_FOLDER}.ernie:ERNIE4_5",
         "seed_oss": f"{_FOLDER}.seed_oss:SEED_OSS",
         "mamba2": f"{_FOLDER}.mamba2:MAMBA2",
+        "bamba": f"{_FOLDER}.bamba:BAMBA",
+        "granitemoehybrid": f"{_FOLDER}.granite_hybrid:GRANITE_HYBRID",
+        "mamba": f"{_FOLDER}.mamba:MAMBA",
+        "falcon_mamba": f"{_FOLDER}.mamba:FALCON_MAMBA",
+        "jamba": f"{_FOLDER}.jamba:JAMBA",
+        "lfm2": f"{_FOLDER}.lfm2:LFM2",
+        "falcon_h1": f"{_FOLDER}.falcon_h1:FALCON_H1",
+        "minimax": f"{_FOLDER}.minimax_01:MINIMAX",
         "nemotron_h": f"{_FOLDER}.nemotron_h:NEMOTRON_H",
         "cohere2": f"{_FOLDER}.cohere:COHERE2",
         "smollm3": f"{_FOLDER}.smollm3:SMOLLM3",
@@ -96,13 +112,31 @@ def find_family(hf_config: Mapping[str, Any], source: str) -> ModelFamily:
                 message, where=source, fix="take it from the published model"
             )
         return family
-    named = ", ".join(names) or f"model_type={kind!r}"
-    supported = [family.hf_architecture for _, family in FAMILIES.items()]
-    # LLaMAForCausalLM is in early files.
-    near = [name for name in supported if name.lower() == named.lower()]
+    raise _make_refusal(names, kind, source)
+
+
+def _make_refusal(
+    architectures: list[str], model_type: object, source: str
+) -> MaxlmError:
+    """Returns the error of a config.json that is of no family: what its model type
+    needs and the nearest family, where they are known, or near names."""
+    named = ", ".join(architectures) or f"model_type={model_type!r}"
     message = f"the architecture {named} is not supported"
+    known = find_unsupported(model_type, architectures)
+    if known is not None:
+        needs, nearest = KNOWN_UNSUPPORTED[known]
+        message = f"{message}: {known} needs {needs}"
+        name = FAMILIES.get(nearest).hf_architecture
+        fix = f"convert a model of a supported family, the nearest is {name}"
+        return MaxlmError(message, where=source, fix=fix)
+    by_stem = {
+        get_class_stem(family.hf_architecture).lower(): family.hf_architecture
+        for _, family in FAMILIES.items()
+    }
+    # LLaMAForCausalLM is in early files.
+    near = get_close_matches(get_class_stem(named).lower(), by_stem, n=1)
     if near:
-        fix = f"did you mean {near[0]}?"
+        fix = f"did you mean {by_stem[near[0]]}?"
     else:
-        fix = f"supported are {', '.join(supported)}"
-    raise MaxlmError(message, where=source, fix=fix)
+        fix = f"supported are {', '.join(by_stem.values())}"
+    return MaxlmError(message, where=source, fix=fix)

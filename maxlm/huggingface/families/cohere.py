@@ -53,7 +53,10 @@ _FIXED = {"norm.kind": "layernorm", "placement": "parallel_shared"}
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    reader.read_implemented("head_dim", None, settings["attention"]["head_dim"])
+    attention = settings["attention"]
+    reader.read_implemented("head_dim", None, attention["head_dim"])
+    if attention.get("qk_norm"):
+        attention["qk_norm_form"] = "per_head"
 
 
 def _read_windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
@@ -85,7 +88,7 @@ COHERE = ModelFamily(
         "use_qk_norm": fields.map_flag("attention.qk_norm", False),
     },
     _table,
-    {**_FIXED, "attention.qk_norm_form": "per_head"},
+    _FIXED,
     rope_kwargs={"theta": 500_000.0},
     read_extra=_read,
     ignored_keys=["model_max_length"],

@@ -229,6 +229,13 @@ def name_layers(settings: dict[str, Any], kinds: Sequence[str]) -> None:
     }
 
 
+def refuse_pattern(problem: str) -> MaxlmError:
+    """Returns the error of a pattern that a family's config.json cannot say."""
+    return MaxlmError(
+        problem, where="model.pattern", fix="convert to another family, or change it"
+    )
+
+
 def list_kind_names(config: TransformerConfig) -> list[str]:
     """Returns the name of each layer's kind, of a model all of whose kinds have
     names."""

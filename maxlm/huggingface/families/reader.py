@@ -225,6 +225,16 @@ class ConfigReader:
             raise self._wrong(key, values, "a list of names")
         return values
 
+    def indices(self, key: str, count: int) -> list[int]:
+        """Reads numbers of things, from 0 to ``count`` − 1; none where it is absent or
+        null."""
+        values = self._get(key, [])
+        if not isinstance(values, list):
+            raise self._wrong(key, values, "a list of numbers")
+        if not all(type(value) is int and 0 <= value < count for value in values):
+            raise self._wrong(key, values, f"a list of numbers below {count}")
+        return values
+
     def numbers(self, key: str) -> list[float]:
         """Reads a list of numbers above 0."""
         values = self._get(key, REQUIRED)

@@ -67,4 +67,5 @@ SMOLLM3 = ModelFamily(
     rope_kwargs={"theta": 2_000_000.0},
     read_extra=_read,
     write_extra=_write,
+    ignored_keys=["max_window_layers"],  # which the published code does not read
 )

@@ -147,7 +147,8 @@ class TransformerConfig(Config):
     norm: NormConfig = NormConfig()
     placement: Placement = "pre"
     """Placement of norms: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
-    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), parallel
+    (x + norm(f(norm(x))): Gemma 2), output (x + norm(f(x)): OLMo 2), normed
+    (norm(x) + f(norm(x)): MiniMax-01), parallel
     (attention and MLP side by side, a norm each: Falcon-40B) or parallel_shared (with
     one norm for both: Falcon-7B, Phi-2)."""
     residual_scale: float = Field(default=1.0, gt=0)
@@ -227,6 +228,10 @@ class TransformerConfig(Config):
                 where="frontend",
                 fix="set it to null, or use a decoder",
             )
+        if self.mtp is not None:
+            # Its modules read the tokens that follow, and would read placeholders.
+            message = "a frontend beside mtp, which reads tokens alone"
+            raise MaxlmError(message, where="mtp", fix="set one of them to null")
         if frontend.placeholder_id >= self.vocab_size:
             message = f"{frontend.placeholder_id} is no row of the model's table, "
             message += f"vocab_size={self.vocab_size}"
@@ -437,6 +442,8 @@ class TransformerConfig(Config):
             norm=kind.norm or self.norm,
             placement=kind.placement or self.placement,
             residual_scale=self.residual_scale,
+            mixer_scales=kind.mixer_scales,
+            ffn_scales=kind.ffn_scales,
         )
         if block.mixer is None and block.ffn is None:
             raise MaxlmError(
@@ -498,6 +505,15 @@ class TransformerConfig(Config):
         if last:
             runs.append(make_run(last_name, last, 1))
         return tuple(runs)
+
+    def list_layer_numbers(self, stack_name: str) -> tuple[int, ...]:
+        """Lists the places in the model, from 0 on, of a stack's layers."""
+        places = (place for run in self.layer_runs for place in run.iterate_places())
+        return tuple(
+            number
+            for number, place in enumerate(places)
+            if place.stack.name == stack_name
+        )
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:

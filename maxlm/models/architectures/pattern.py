@@ -12,7 +12,13 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag
 
 from maxlm.config import Config
-from maxlm.models.blocks import BlockConfig, FeedForwardConfig, MixerConfig, Placement
+from maxlm.models.blocks import (
+    BlockConfig,
+    BranchScales,
+    FeedForwardConfig,
+    MixerConfig,
+    Placement,
+)
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.norm import NormConfig
@@ -74,6 +80,10 @@ class LayerKind(Config):
     """Norms in place of the model's."""
     placement: Placement | None = None
     """Placement of norms in place of the model's."""
+    mixer_scales: BranchScales = BranchScales()
+    """Factors on what the mixer's output is added to, and on the output (MiniMax-01)."""
+    ffn_scales: BranchScales = BranchScales()
+    """The same of the feed-forward."""
 
 
 PatternEntry = Annotated[

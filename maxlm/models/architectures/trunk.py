@@ -5,6 +5,7 @@ model, N query heads, R the largest distance with a learnt bias.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -162,7 +163,12 @@ class Trunk(nnx.Module):
             num_groups = self.num_layer_groups if run.name == "layers" else 1
             stacked: dict[str, Block] = {}
             for stack in run.stacks:
-                block = Block(stack.block, context, cross_attention=cross_attention)
+                stack_context = replace(
+                    context, layer_numbers=config.list_layer_numbers(stack.name)
+                )
+                block = Block(
+                    stack.block, stack_context, cross_attention=cross_attention
+                )
                 stacked[stack.name] = stack_layers(block, stack.num_layers, num_groups)
             setattr(self, run.name, _join_stacks(run, stacked))
         self.final_norm = (

@@ -79,7 +79,9 @@ class Mamba2Config(Config):
     conv_bias: bool = True
     """Offsets of the convolution."""
     bias: bool = False
-    """Offsets on the projections in and back."""
+    """Offsets on the projections of the input."""
+    out_bias: bool | None = None
+    """Offsets on the projection back; null: as ``bias``."""
     gated_norm: Literal["gate_first", "norm_first", "none"] = "gate_first"
     """How outputs y, normalised, are gated: norm(y · silu(gate)) as published, norm(y) ·
     silu(gate), or y · silu(gate) without a norm."""
@@ -121,6 +123,10 @@ class Mamba2Config(Config):
                     f"{name}=[{low}, {high}]", fix="give two positive numbers, in order"
                 )
         return self
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
 
     def shrunk(self, head_dim: int, seq_len: int) -> Self:
         """Returns a state space of the same kind with small heads: two a group, in at
@@ -301,7 +307,11 @@ class Mamba2(nnx.Module):
         self.query = Linear(residual, groups, context, bias=bias)
         self.step = Linear(residual, heads, context, bias=bias)
         self.out = Linear(
-            channels, residual, context, bias=bias, std=context.residual_std
+            channels,
+            residual,
+            context,
+            bias=config.has_out_bias,
+            std=context.residual_std,
         )
 
         value_shape = (num_heads, config.head_dim)

@@ -84,6 +84,10 @@ class MlpConfig(Config):
     (Shazeer 2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for
     equal parameters."""
     bias: bool = False
+    gate_scale: float = Field(default=1.0, gt=0)
+    """Factor on the projection that is activated, with a gate (Falcon-H1)."""
+    output_scale: float = Field(default=1.0, gt=0)
+    """Factor on the output (Falcon-H1)."""
 
     @model_validator(mode="after")
     def _gated_unit_has_a_gate(self):
@@ -130,5 +134,8 @@ class Mlp(nnx.Module):
             gate, up = project(x, self.gate, self.up)
             gate = checkpoint_name(gate, "mlp_gate")
             up = checkpoint_name(up, "mlp_up")
+            if self.config.gate_scale != 1:
+                gate = gate * self.config.gate_scale
             hidden = activate(up, gate)
-        return self.down(hidden, seq_axis="residual")
+        y = self.down(hidden, seq_axis="residual")
+        return y if self.config.output_scale == 1 else y * self.config.output_scale
