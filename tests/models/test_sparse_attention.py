@@ -102,7 +102,9 @@ def reference(params, x):
     y = np.zeros(x.shape)
     loss = 0.0
     for b in range(len(x)):
-        vectors, keys, index_keys = [], [], []
+        vectors = []
+        keys = []
+        index_keys = []
         for s, row in enumerate(np.float64(x[b])):
             at = POSITIONS[b, s]
             vector = rms(row @ p["key_down.kernel"], "key_norm")
