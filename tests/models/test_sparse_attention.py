@@ -94,7 +94,8 @@ def reference(params, x):
         rotated = row.copy()
         for i in range(2):
             angle = position * 30.0 ** (-i / 2)
-            c, s = np.cos(angle), np.sin(angle)
+            c = np.cos(angle)
+            s = np.sin(angle)
             rotated[i] = c * row[i] - s * row[i + 2]
             rotated[i + 2] = s * row[i] + c * row[i + 2]
         return rotated
