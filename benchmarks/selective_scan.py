@@ -6,10 +6,13 @@
 Without ``--chip`` it prints medians in ms, and temporary memory, of a forward pass and
 of one with gradients: of this package's scan, and of a loop over all tokens that JAX
 differentiates, which keeps the states of all tokens. With it, the final schedule's
-cycles of the kernels' one call, and the compiler's own estimate of XLA's loops.
+cycles of each kernel's call, and the compiler's own estimate of XLA's loops, every run
+of every loop counted.
 """
 
 import argparse
+import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -72,14 +75,14 @@ def declare_arrays(tokens: int, channels: int, dtype: Any) -> Arrays:
 
 
 def make_program(
-    tokens: int, channels: int, backward: bool
+    tokens: int, channels: int, backward: bool, backend: str = "tpu"
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """The TPU's kernel, for ``benchmarks.kernel_cycles.static``."""
+    """A scan and its arguments, for ``benchmarks.kernel_cycles.static``."""
     shapes = declare_arrays(tokens, channels, jnp.bfloat16)
 
     def run(*arrays: jax.Array) -> Any:
         by_name = dict(zip(shapes, arrays, strict=True))
-        scan = partial(scan_chunks, backend="tpu")
+        scan = partial(scan_chunks, backend=backend)
         return differentiate(scan, by_name) if backward else scan(by_name)
 
     return run, list(shapes.values())
@@ -124,6 +127,60 @@ def print_cycles(chip: str, tokens: int, channels: int) -> None:
                 f"{kernel.cycles / tokens:.0f} a token, {microseconds:.0f} µs, {use}"
             )
 
+        estimate = estimate_xla_cycles(chip, tokens, channels, backward)
+        content = "forward and backward" if backward else "forward"
+        print(f"XLA, {content}: {estimate} cycles, {estimate / tokens:.0f} a token")
+
+
+def estimate_xla_cycles(chip: str, tokens: int, channels: int, backward: bool) -> int:
+    """Returns the cycles of XLA's program on one core, by the compiler's estimate of
+    each operation."""
+    from jax.experimental import topologies
+
+    from benchmarks.kernel_cycles.static import CHIPS
+
+    topology = CHIPS[chip].topology
+    machine = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    sharding = jax.sharding.SingleDeviceSharding(machine.devices[0])
+    run, shapes = make_program(tokens, channels, backward, "xla")
+    arguments = [
+        jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        for shape in shapes
+    ]
+    text = jax.jit(run).lower(*arguments).compile().as_text() or ""
+    return sum_estimated_cycles(text)
+
+
+def sum_estimated_cycles(text: str) -> int:
+    """Adds up the estimates in a compiled program's text, of a loop's body as often as
+    the number that its condition compares with says."""
+    computations: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        begin = re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{$", line)
+        if begin:
+            name = "ENTRY" if begin[1] else begin[2]
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+
+    def count(computation: str) -> int:
+        total = 0
+        for line in computations[computation]:
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+            if estimate:
+                total += int(estimate[1])
+            loop = re.search(
+                r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line
+            )
+            if loop:
+                condition = "\n".join(computations[loop[1]])
+                (trips,) = re.findall(r"constant\((\d+)\)", condition)
+                total += int(trips) * count(loop[2])
+        return total
+
+    return count("ENTRY")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -135,6 +192,10 @@ def main() -> None:
     if options.chip is None:
         print_times(options.tokens, options.channels, options.rounds)
     else:
+        # libtpu as a compiler alone, before it is loaded.
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+        jax.config.update("jax_platforms", "cpu")
         print_cycles(options.chip, options.tokens, options.channels)
 
 

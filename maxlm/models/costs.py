@@ -53,6 +53,9 @@ class AttentionCosts:
     """Numbers of a head's output gate; 0: it has none."""
     makes_keys: bool = True
     """Whether the layer makes keys and values, and does not read another's."""
+    index_dim: int = 0
+    """Numbers of an indexer's query, all its heads together, that each score of its
+    takes; above 0, XLA computes attention in training, not a kernel."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
     values = {key: resize(key, value) for key, value in settings.items()}
     if "moe_layers" in values:
         values["moe_layers"] = [number for number in range(layers) if number % 3]
-    for key in ("layer_types", "no_rope_layers"):
+    for key in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         if key in values:
             kinds = values[key]
             values[key] = [kinds[layer % len(kinds)] for layer in range(layers)]

@@ -19,6 +19,7 @@ CASES = (
     *("granite", "hunyuan_v1_dense", "arcee", "nemotron"),
     *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
+    *("olmoe", "glm4_moe_lite"),
 )
 NAMES = [
     f"{case}@{number}"

@@ -33,7 +33,7 @@ RATE = 1e-2
 DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
-GATED, MAMBA, DELTA = "gated, chunks", "mamba", "delta rules"
+GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -81,6 +81,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": _HEADS
         | {"output_gate": "element", "qk_norm": True, "qk_norm_form": "all_heads"}
         | {"chunk": 5, "temperature": {"scale": 0.5, "length": 3}, "value_norm": True},
+        "mlp": {"d_ff": 48},
+    },
+    # Latent attention to what an indexer chooses.
+    SPARSE: _BASE
+    | {
+        "mixer": {
+            "kind": "sparse_attention",
+            "attention": {
+                "num_heads": 8,
+                "num_kv_heads": 8,
+                "head_dim": 10,
+                "latent": {
+                    "q_rank": 8,
+                    "kv_rank": 16,
+                    "rotary_dim": 4,
+                    "value_dim": 6,
+                },
+            },
+            "index_heads": 8,
+            "index_dim": 6,
+            "top_k": 3,
+        },
         "mlp": {"d_ff": 48},
     },
     LATENT: _BASE
@@ -212,7 +234,7 @@ CELLS: dict[str, Cell] = {
     "cp all-gather": _cell(
         _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA, DELTA), context=4
     ),
-    "cp ring": _cell(_context("ring"), (*ALL, CAPACITY), context=4),
+    "cp ring": _cell(_context("ring"), (*ALL, CAPACITY, SPARSE), context=4),
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
@@ -234,7 +256,9 @@ CELLS: dict[str, Cell] = {
     "d_model split in compute": _cell(
         _compute(embed=["fsdp"], batch=["data", "expert"]), data=2, fsdp=2
     ),
-    "hsdp × tp+sp": _cell(SP, (*ALL, PATTERN, LATENT), data=2, fsdp=2, tensor=2),
+    "hsdp × tp+sp": _cell(
+        SP, (*ALL, PATTERN, LATENT, SPARSE), data=2, fsdp=2, tensor=2
+    ),
     "zero2 × tp+sp": _cell(
         {"sharding": {**ZERO2, **SEQUENCE_PARALLEL}}, ("gqa_window",), fsdp=4, tensor=2
     ),
@@ -268,7 +292,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
         _pipe("1f1b", **SP),
-        (*ALL, KINDS, GATED, MAMBA, DELTA),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, SPARSE),
         stage=2,
         fsdp=2,
         tensor=2,
@@ -298,7 +322,7 @@ CELLS: dict[str, Cell] = {
 # train.
 REFUSED: dict[str, tuple[str, ...]] = {
     "cp all-gather": (CAPACITY,),
-    "cp ring": (CAPACITY,),
+    "cp ring": (CAPACITY, SPARSE),
     "cp ulysses": (CAPACITY,),
     "ep": DENSE,
     "ep × fsdp × tp": DENSE,

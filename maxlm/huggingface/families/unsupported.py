@@ -34,10 +34,10 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     **_group(_FILE, "nemotron", "jais2 persimmon"),
     **_group(_FILE, "mistral", "ministral3"),
     **_group(_FILE, "granite", "hyperclovax"),
-    **_group(_FILE, "olmo2", "olmoe flex_olmo"),
+    **_group(_FILE, "olmo2", "flex_olmo"),
     **_group(_FILE, "glm4_moe", "hy_v3 sarvam_moe solar_open"),
     **_group(_FILE, "exaone_moe", "afmoe"),
-    **_group(_FILE, "deepseek_v3", "axk1 glm4_moe_lite sarvam_mla youtu"),
+    **_group(_FILE, "deepseek_v3", "axk1 sarvam_mla youtu"),
     **_group(
         "a file that maps its mixture of experts",
         "qwen3_moe",
