@@ -12,7 +12,7 @@ from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind, LayerStack
 from maxlm.models.blocks import find_attention, get_kind
 from maxlm.models.layers.attention_config import AttentionConfig
-from maxlm.models.layers.mlp import MlpConfig
+from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
@@ -116,20 +116,35 @@ def _describe_positions(layer: LayerOfModel) -> Iterator[str]:
 def _describe_feed_forward(layer: LayerOfModel) -> Iterator[str]:
     ffn = layer.stack.block.ffn
     if isinstance(ffn, MlpConfig):
-        name = ffn.activation.replace("relu2", "relu²").replace("_", " ")
-        yield _GATED.get(ffn.activation, f"gated {name}") if ffn.gated else name
+        yield _name_unit(ffn.activation, ffn.gated)
         if ffn.bias:
             yield "biases"
     elif isinstance(ffn, MoeConfig):
         yield f"experts by {ffn.score}"
+        # Gated silu is what experts usually have.
+        unit = _name_unit(ffn.activation, ffn.gated)
+        if unit != _GATED["silu"]:
+            yield unit
         words = {
+            "biases": ffn.bias,
+            "narrow experts": ffn.latent_dim is not None,
+            "weighted inputs": ffn.weigh_inputs,
             "shared experts": ffn.shared_experts > 0,
+            "gate on shared experts": ffn.shared_gate,
             "bias to select by": ffn.selection_bias,
             "groups": ffn.groups > 1,
         }
         yield from (word for word, is_there in words.items() if is_there)
     elif ffn is None:
         yield "none"
+
+
+def _name_unit(activation: Activation | ClampedSwiglu, gated: bool) -> str:
+    """Names the hidden layer of a feed-forward."""
+    if isinstance(activation, ClampedSwiglu):
+        return "clamped SwiGLU"
+    name = activation.replace("relu2", "relu²").replace("_", " ")
+    return _GATED.get(activation, f"gated {name}") if gated else name
 
 
 def _describe_other_mixers(layer: LayerOfModel) -> Iterator[str]:

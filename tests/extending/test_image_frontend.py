@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.config.sampling import SamplingConfig
@@ -165,7 +166,9 @@ def make_config(tmp_path, tokenizer_folder):
 train = partial(train_model, say=lambda _: None)
 
 
-def test_a_run_trains_resumes_loads_and_generates_what_it_sees(make_config):
+def test_a_run_trains_resumes_loads_and_generates_what_it_sees(
+    make_config, tmp_path, capsys
+):
     whole = train(make_config("whole", 4))
     losses = [record["loss"] for record in tiny.read_metrics(whole.folder)]
     assert losses[-1] < losses[0] - 0.5
@@ -190,6 +193,19 @@ def test_a_run_trains_resumes_loads_and_generates_what_it_sees(make_config):
     for name in frontend_names:
         np.testing.assert_array_equal(params[name], after[name])
     check_generation(loaded)
+
+    # The command finds the kind as this program has registered it.
+    dark, bright = tmp_path / "dark.npz", tmp_path / "bright.npz"
+    np.savez(dark, images=np.zeros((1, PATCHES, 10)))
+    np.savez(bright, images=np.full((1, PATCHES, 10), 9.0))
+    command = ["generate", str(whole.folder), "A", "--temperature=0"]
+    command.append("--max-new-tokens=4")
+    texts = []
+    for options in ([], [f"--items={dark}"], [f"--items={bright}"]):
+        assert main([*command, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(text.startswith("A") for text in texts)
+    assert texts[1] != texts[2]
 
 
 def check_generation(loaded: Any) -> None:

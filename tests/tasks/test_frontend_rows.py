@@ -139,6 +139,8 @@ def test_an_example_whose_placeholders_are_cut_off_is_left_out(tmp_path):
         (make_row(2, "5", "7") | {"tags": None}, "reads pairs, tags, there are pairs"),
         (make_row(1, "5", "7") | {"pairs": [[[1, 2], [3, 4]]]}, r"\[items, 2, 3\]"),
         (make_row(1, "5", "7") | {"pairs": [[[1, 2, 3], [4]]]}, "no array of numbers"),
+        (make_row(1, "5", "7") | {"pairs": [{"a": 1}]}, "no array of numbers"),
+        (make_row(1, "5", "7") | {"pairs": "text"}, "no array of numbers"),
         (make_row(2, "96 96 96", "7"), "3 placeholders for 4 vectors"),
         (make_row(0, "96 5", "7"), "1 placeholders for 0 vectors"),
         (make_row(9, "5", "7"), "9 items, where a row of a batch has 8"),

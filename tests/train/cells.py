@@ -33,7 +33,7 @@ RATE = 1e-2
 DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
-GATED, MAMBA, SPARSE = "gated, chunks", "mamba", "sparse"
+GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -145,6 +145,25 @@ MODELS[MAMBA] = _BASE | {
     "positions": {"kind": "none"},
     "remat": "attention",
 }
+# States that are matrices, by head and by channel, beside attention.
+MODELS[DELTA] = _BASE | {
+    "num_layers": 6,
+    "attention": _HEADS | {"output_gate": "element"},
+    "mlp": {"d_ff": 48},
+    "kinds": {
+        "delta": {
+            "mixer": {"kind": "gated_delta_net", "num_heads": 8, "num_key_heads": 4}
+            | {"key_dim": 5, "value_dim": 6, "negative_eigenvalues": True}
+        },
+        "kimi": {
+            "mixer": {"kind": "kimi_delta_attention", "num_heads": 8, "head_dim": 5}
+            | {"rank": 4}
+        },
+        "full": {"positions": {"kind": "none"}},
+    },
+    "pattern": ["delta", "kimi", "full"],
+    "remat": "attention",
+}
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
 }
@@ -213,7 +232,7 @@ CELLS: dict[str, Cell] = {
     "tp": _cell({}, (*ALL, CAPACITY), tensor=4),
     "tp+sp": _cell(SP, tensor=4),
     "cp all-gather": _cell(
-        _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA), context=4
+        _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA, DELTA), context=4
     ),
     "cp ring": _cell(_context("ring"), (*ALL, CAPACITY, SPARSE), context=4),
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
@@ -245,7 +264,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA, LATENT),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, LATENT),
         fsdp=2,
         context=2,
         tensor=2,
@@ -273,7 +292,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
         _pipe("1f1b", **SP),
-        (*ALL, KINDS, GATED, MAMBA, SPARSE),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, SPARSE),
         stage=2,
         fsdp=2,
         tensor=2,

@@ -36,7 +36,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     **_group(_FILE, "olmo2", "flex_olmo"),
     **_group(_FILE, "glm4_moe", "hy_v3 sarvam_moe solar_open"),
     **_group(_FILE, "exaone_moe", "afmoe"),
-    **_group(_FILE, "deepseek_v3", "axk1 glm4_moe_lite sarvam_mla youtu"),
+    **_group(_FILE, "deepseek_v3", "axk1 sarvam_mla youtu"),
     **_group(
         "a file that maps its mixture of experts",
         "qwen3_moe",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from pydantic import Field
@@ -142,14 +143,7 @@ class FrontendConfig(Config):
             raise MaxlmError(message, fix="give these arrays")
         checked: dict[str, np.ndarray] = {}
         for name, spec in specs.items():
-            try:
-                array = np.asarray(arrays[name], spec.dtype)
-            except (ValueError, OverflowError):  # ragged lists, or texts
-                raise MaxlmError(
-                    f"{name} is no array of numbers",
-                    where=name,
-                    fix="give lists of equal lengths",
-                ) from None
+            array = _read_numbers(name, arrays[name]).astype(spec.dtype)
             if array.shape[1:] != spec.shape or not array.shape or not len(array):
                 message = f"{name} has the shape {list(array.shape)}, and not "
                 message += f"[items, {', '.join(map(str, spec.shape))}]"
@@ -217,6 +211,18 @@ def get_frontend_costs(frontend: Frontend, config: FrontendConfig) -> FrontendCo
     if count_costs is None:
         return FrontendCosts(rows_per_item=config.vectors_per_item)
     return count_costs()
+
+
+def _read_numbers(name: str, values: object) -> np.ndarray:
+    """Returns nested lists of numbers, or an array, as an array."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of unlike lengths
+        array = None
+    if array is None or not jnp.issubdtype(array.dtype, jnp.number):
+        message = f"{name} is no array of numbers"
+        raise MaxlmError(message, where=name, fix="give lists of equal lengths")
+    return array
 
 
 @dataclass(frozen=True)
