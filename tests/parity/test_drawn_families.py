@@ -16,7 +16,8 @@ transformers.utils.logging.disable_progress_bar()
 CASES = (
     *("ministral", "stablelm", "starcoder2", "cohere", "glm", "glm4", "ernie4_5"),
     *("seed_oss", "cohere_plus", "cohere2", "smollm3", "olmo2", "olmo3", "exaone4"),
-    *("granite", "hunyuan_v1_dense", "arcee", "nemotron"),
+    *("granite", "hunyuan_v1_dense", "arcee", "nemotron", "gpt_neox", "opt"),
+    *("gptj", "gpt_bigcode"),
     *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
     *("olmoe", "glm4_moe_lite"),
