@@ -37,12 +37,13 @@ def is_loose(name: str) -> bool:
 
 @drawn
 def test_logits(name):
-    assert measure.single(name) < (1e-4 if is_loose(name) else 1e-5)
-
-
-@pytest.mark.parametrize("name", filter(is_loose, NAMES))
-def test_logits_in_float64(name):
+    if not is_loose(name):
+        assert measure.single(name) < 1e-5
+        return
+    # Exact in float64, and in fp32 not further from that than the other's.
     assert measure.double(name) < 1e-12
+    here, there = measure.rounding(name)
+    assert here < max(1e-5, 2 * there)
 
 
 @drawn
