@@ -1,6 +1,6 @@
 """Linear recurrences in chunks: errors, backward memory on a TPU, time on this CPU.
 
-    python -m benchmarks.linear_recurrence [errors] [memory] [time] [--rounds 3]
+    python -m benchmarks.linear_recurrence [errors] [memory] [time] [cycles]
 
 `errors` compares all kinds with their definition in float64 (outputs and states), with
 the sequential scan's gradients, packed documents with separate ones, decoding with
@@ -9,6 +9,8 @@ fla-core's torch functions where those are installed; errors are relative to the
 value where that is above 1. `memory` compiles forward and backward for a v5p (extra
 `tpu`), and prints temporary bytes by length, beside a scan's that keeps its states.
 `time` runs chunks and the sequential scan alternately, with 4,096 tokens.
+`cycles` counts those of the TPU's kernels in the compiler's final schedule, beside
+XLA's own operations for the same, whose waits for memory are not counted either.
 """
 
 import argparse
@@ -26,6 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.kernel_cycles.contests.linear_recurrence import RECURRENCE_KINDS
+from benchmarks.kernel_cycles.static import CHIPS, Spec
+from benchmarks.kernel_cycles.static.measure import measure_program
+from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
+from maxlm.plan.compiled.loops import count_trips
 from maxlm.plan.compiled.program import get_topology_devices, has_compiler
 from maxlm.plan.topology import parse_topology
 from pallas_kernels.linear_recurrence import (
@@ -54,7 +61,12 @@ MB = 1e6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"errors": print_errors, "memory": print_memory, "time": print_times}
+    parts = {
+        "errors": print_errors,
+        "memory": print_memory,
+        "time": print_times,
+        "cycles": print_cycles,
+    }
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--rounds", type=int, default=3, help="of time; default 3")
     options = parser.parse_args()
@@ -296,6 +308,56 @@ def print_times(rounds: int) -> None:
 
 def run_plain(function: Callable[..., Any], operands: RecurrenceOperands):
     return function(*operands)
+
+
+def print_cycles(rounds: int) -> None:
+    """Microseconds of 4,096 tokens, 8 key heads and 16 value heads of 128, bf16."""
+    del rounds
+    if not has_compiler("tpu"):
+        print("cycles: no TPU compiler here: pip install libtpu", file=sys.stderr)
+        return
+    rows = []
+    for kind in RECURRENCE_KINDS:
+        for chip in ("v5p", "v6e"):
+            cells = []
+            for is_backward in (False, True):
+                kernel = count_microseconds(kind, chip, is_backward, "tpu")
+                xla = count_microseconds(kind, chip, is_backward, "xla")
+                cells += [f"{kernel:,.0f}", f"{xla:,.0f}", f"{xla / kernel:.2f}"]
+            rows.append([f"{kind.replace('_', ' ')}, {chip}", *cells])
+    header = ["4,096 tokens, 16 heads of 128", "kernel, µs", "XLA, µs", "ratio"]
+    print_table([*header, "both passes: kernels", "XLA", "ratio"], rows)
+
+
+def count_microseconds(kind: str, chip: str, is_backward: bool, backend: str) -> float:
+    """Counts a program's cycles, loops' trips included, at the chip's clock."""
+    sizes = {"tokens": 4096, "key_heads": 8, "value_heads": 16, "features": 128}
+    options = {"kind": kind, "is_backward": is_backward, "backend": backend}
+    spec = Spec(
+        "benchmarks.kernel_cycles.contests.linear_recurrence:own",
+        {**sizes, **options, "chunk_size": CHUNK},
+    )
+    costs, text = measure_program(spec, chip)
+    runs = count_runs(parse_hlo(text))
+    cycles = costs.cycles()
+    cycles += sum(runs.get(item.name, 0) * item.cycles for item in costs.others)
+    return cycles / CHIPS[chip].clock_hz * 1e6
+
+
+def count_runs(module: HloModule) -> dict[str, int]:
+    """Counts how often each instruction of a program runs."""
+    runs: dict[str, int] = {}
+
+    def walk(computation: Computation, times: int) -> None:
+        for item in computation.instructions.values():
+            runs[item.name] = runs.get(item.name, 0) + times
+            if item.opcode == "while":
+                (body,) = item.called_computations("body")
+                trips = count_trips(item, computation, module) or 1
+                walk(module.computations[body], times * trips)
+
+    walk(module.entry, 1)
+    return runs
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 settings.md and recipe.md come from the configs' JSON Schemas, as `maxlm config schema`
 does; api.md keeps its text, and gets signatures and first paragraphs of docstrings
-between its markers. In README.md and the other pages the output of commands is written
+between its markers, families.md its tables of features (features.py). In README.md and the other pages the output of commands is written
 anew (outputs.py).
 """
 
@@ -213,10 +213,18 @@ def pages() -> dict[str, str]:
     }
 
 
+def families_page() -> str:
+    """Return families.md with the tables that the presets and the families make."""
+    from features import fill_families
+
+    return fill_families((DOCS / "families.md").read_text())
+
+
 if __name__ == "__main__":
     from outputs import list_pages, rewrite_page, run_command
 
     for name, text in pages().items():
         (DOCS / name).write_text(text)
+    (DOCS / "families.md").write_text(families_page())
     for page in list_pages():
         page.write_text(rewrite_page(page, run_command), "utf-8")

@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.kernel_cycles.contests import BENCHMARKS, Benchmark
 from benchmarks.kernel_cycles.contests.cache import Cache
 from benchmarks.kernel_cycles.contests.contest import Row, contest
+from benchmarks.kernel_cycles.contests.linear_recurrence import RECURRENCE_KINDS
 from benchmarks.kernel_cycles.contests.survey import survey
 from benchmarks.kernel_cycles.contests.table import table
 from benchmarks.kernel_cycles.static import CHIPS, TpuChip, measure
@@ -167,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
             ("--d", 4096, "contracted; "),
             ("--f", 14336, "columns of a group's kernel; "),
         ],
+        "linear_recurrence": [
+            ("--tokens", 4096, "of one row; "),
+            ("--key-heads", 8, "of queries and keys; "),
+            ("--value-heads", 16, "a multiple of these; "),
+            ("--features", 128, "of keys and of values; "),
+            ("--chunk-size", 64, "tokens of a chunk, a power of two; "),
+        ],
         "paged_attention": [
             (
                 "--sequences",
@@ -186,6 +194,13 @@ def _parser() -> argparse.ArgumentParser:
                 default=default,
                 metavar="N",
                 help=f"{text}default {default}",
+            )
+        if title == "linear_recurrence":
+            group.add_argument(
+                "--kind",
+                choices=RECURRENCE_KINDS,
+                default="gated_delta",
+                help="default gated_delta",
             )
         if title == "attention":
             group.add_argument(

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -38,12 +39,25 @@ def command(
     best_of: Annotated[
         int | None, Option(min=1, help="Draw this many texts, show the likeliest.")
     ] = None,
+    items: Annotated[
+        Path | None,
+        Option(
+            exists=True,
+            dir_okay=False,
+            help="An .npz of the frontend's arrays, seen before each prompt's text.",
+        ),
+    ] = None,
     step: StepOption = None,
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples`
     settings."""
     from maxlm.config.sampling import SamplingConfig
-    from maxlm.inference.text import generate_text, get_prompt_separator, search_text
+    from maxlm.inference.text import (
+        generate_text,
+        get_prompt_separator,
+        read_item_file,
+        search_text,
+    )
     from maxlm.run.load import load_model
 
     options = {
@@ -60,6 +74,12 @@ def command(
     if beams and best_of:
         message = "--beams and --best-of are two ways to search"
         raise MaxlmError(message, where="command line", fix="give one of them")
+    if items and (beams or best_of):
+        message = "--items with a search"
+        raise MaxlmError(
+            message, where="command line", fix="leave --beams, --best-of out"
+        )
+    item_arrays = None if items is None else read_item_file(items)
     texts = [
         sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
         for prompt in prompts
@@ -81,7 +101,12 @@ def command(
         )
     else:
         steps = generate_text(
-            loaded.model, loaded.params, loaded.tokenizer, texts, sampling
+            loaded.model,
+            loaded.params,
+            loaded.tokenizer,
+            texts,
+            sampling,
+            item_arrays,
         )
     _print_texts(texts, steps, get_prompt_separator(loaded.model))
 

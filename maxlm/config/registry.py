@@ -147,6 +147,8 @@ class RegisteredConfig:
         self.tag = tag
         self.default = default
         self._get_config = get_config
+        self._is_described = False
+        """Whether the JSON schema of all kinds is being made."""
 
     def select_types(self, settings: object) -> list[type[Config]]:
         """Returns the class that settings name, or all classes if they name none."""
@@ -165,11 +167,22 @@ class RegisteredConfig:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         choices = self._list_choices()
+        if not choices or self._is_described:
+            return {"type": "object"}
+        # A kind may hold another of the registry (heads beside another mixer): within
+        # itself it is any object.
+        self._is_described = True
+        try:
+            return self._describe_choices(choices, handler)
+        finally:
+            self._is_described = False
+
+    def _describe_choices(
+        self, choices: Mapping[str, type[Config]], handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         schemas = {
             kind: config.__pydantic_core_schema__ for kind, config in choices.items()
         }
-        if not choices:
-            return {"type": "object"}
         if len(set(choices.values())) == 1:
             # All kinds have the same settings: one class, whatever its kind.
             return handler(core_schema.union_schema([next(iter(schemas.values()))]))

@@ -7,6 +7,7 @@ from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.models.architectures import Model
+from maxlm.models.frontends import ItemArrays
 from maxlm.models.params import Params
 
 
@@ -19,6 +20,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     config: EngineConfig | None = None,
+    items: ItemArrays | None = None,
 ) -> Iterator[SequenceOutput]:
     """Continues prompts, and yields their tokens as they come; an output's
     ``request_id`` is the prompt's number, "0", "1", ... A model with an encoder reads
@@ -32,6 +34,8 @@ def generate(
         vocab_size: ids that may be drawn; default: the tokenizer's, else the model's.
         config: of the engine; the default, and a config that leaves ``max_sequences``
             or ``max_length`` out, have room for these prompts.
+        items: arrays of the model's frontend, whose vectors stand at each prompt's
+            placeholders.
 
     Raises:
         MaxlmError: a model that cannot continue these prompts; before anything runs.
@@ -51,7 +55,8 @@ def generate(
     config = config.model_copy(update=unset)
     engine = Engine(model, params, config, tokenizer, vocab_size)
     for number, prompt in enumerate(prompts):
-        engine.add_request(GenerationRequest(str(number), tuple(prompt), sampling))
+        request = GenerationRequest(str(number), tuple(prompt), sampling, items=items)
+        engine.add_request(request)
     return engine.run((), stream=True)
 
 

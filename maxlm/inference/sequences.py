@@ -93,8 +93,12 @@ class RunningSequence:
     @property
     def is_decoding(self) -> bool:
         """Whether it goes on token by token; continuations are read, however long they
-        are."""
-        return self.num_to_compute == 1 and not self.request.continuations
+        are, and so is a prompt's last token that has a vector: rows that decode have
+        tokens alone."""
+        if self.num_to_compute != 1 or self.request.continuations:
+            return False
+        vectors = self.vectors
+        return vectors is None or int(vectors.places[-1]) != len(self.tokens) - 1
 
     @property
     def num_tokens_left(self) -> int:

@@ -455,7 +455,7 @@ def _run_once(
 
 def _get_vectors(inputs: StepInputs) -> InputVectors | None:
     """Returns the vectors in place of a step's tokens [D, b·G + C]."""
-    if inputs.chunk_vectors is None:
+    if inputs.chunk_vectors is None or inputs.chunk_vector_numbers is None:
         return None
     _, b, G = inputs.tokens.shape
     # Rows that decode have tokens alone.

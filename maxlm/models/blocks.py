@@ -44,6 +44,7 @@ from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
+from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
 from maxlm.models.params import (
     Params,
     ParamSpec,
@@ -76,8 +77,10 @@ class Mixer(Protocol):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps [B, S, D] to the same; returns also the cache with these tokens in it,
-        or None where there is none."""
+        """Maps [B, S, D] to the same; returns also the cache with these tokens in it.
+        Without a cache the second result is None, what other layers may read
+        (:class:`~maxlm.models.layers.attend.KeysValues`), or an :class:`Aux`: what the
+        layer adds to the loss and the log."""
         ...
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
@@ -149,6 +152,10 @@ MIXERS = Registry[RegisteredMixer](
 MIXERS.register(
     "attention",
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
+)
+MIXERS.register(
+    "sparse_attention",
+    RegisteredMixer(SparseAttentionConfig, SparseAttention, ("stage",)),
 )
 MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
 MIXERS.register(
@@ -324,6 +331,8 @@ class Block(nnx.Module):
             ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
             y, cache = self.mixer(mixer_input, inputs, cache)
             z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
+            if isinstance(cache, Aux):
+                aux = aux.plus(cache)
             x = x + self._scale(y, self.mixer_scales)
             return x + self._scale(z, self.ffn_scales), cache, aux
 
@@ -349,6 +358,8 @@ class Block(nnx.Module):
             x = self._add_branch(
                 x, y, self.mlp_norm, self.mlp_post_norm, self.ffn_scales
             )
+        if isinstance(cache, Aux):
+            aux = aux.plus(cache)
         return x, cache, aux
 
     def costs(self) -> tuple[BranchCosts, ...]:

@@ -53,6 +53,9 @@ class AttentionCosts:
     """Numbers of a head's output gate; 0: it has none."""
     makes_keys: bool = True
     """Whether the layer makes keys and values, and does not read another's."""
+    index_dim: int = 0
+    """Numbers of an indexer's query, all its heads together, that each score of its
+    takes; above 0, XLA computes attention in training, not a kernel."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ class LayerCosts:
     recurrence."""
     flops_axes: tuple[str, ...] = ()
     """Logical axes that these, and ``working_elements``, are split over."""
+    shared_elements: float = 0.0
+    """Elements a token of arrays that all devices which split these have whole, and
+    whose gradients are summed over them, such as what all channels of a recurrence
+    read."""
+    exchanged_elements: float = 0.0
+    """Elements, in fp32 and split over ``flops_axes``, that devices which share a
+    sequence exchange of each of its runs, such as what a run does to a state."""
     working_elements: float = 0.0
     """Elements a token, in fp32, of arrays that are alive beside the matrices' products
     while the module is differentiated, such as the states of a recurrence's chunks."""

@@ -20,6 +20,12 @@ from maxlm.parallel.local import Axes, map_shards, parse_spec
 
 ShardFunction = Callable[[Any, Any], jax.Array]
 """(operands, context) -> y, of one device's shards."""
+ArrangeFn = Callable[[Any], Any]
+"""Operands of one device's shards -> the same numbers, as its function reads them."""
+
+
+def _leave_as_is(operands: PyTree) -> PyTree:
+    return operands
 
 
 class ShardSpecs(NamedTuple):
@@ -31,13 +37,14 @@ class ShardSpecs(NamedTuple):
     result: PartitionSpec
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
 def run_on_shards(
     function: ShardFunction,
     operands: PyTree,
     context: PyTree,
     specs: ShardSpecs,
     saved_name: str | None = None,
+    arrange: ArrangeFn = _leave_as_is,
 ) -> jax.Array:
     """Runs ``function(operands, context)`` on each device's shards; reverse-mode
     differentiable in ``operands``.
@@ -53,34 +60,44 @@ def run_on_shards(
         saved_name: the name by which remat policies keep the result, and what the
             backward pass needs beside operands and context (``models/remat.py``). A
             policy that keeps these does not run the function again.
+        arrange: applied to the operands first, such as reshapes. The backward pass does
+            it again, where it would keep operands a second time as the function reads
+            them.
     """
     del saved_name
-    run = map_shards(function, (specs.operands, specs.context), specs.result)
+
+    def local(operands, context):
+        return function(arrange(operands), context)
+
+    run = map_shards(local, (specs.operands, specs.context), specs.result)
     return run(operands, context)
 
 
-def _forward(function, operands, context, specs, saved_name):
+def _forward(function, operands, context, specs, saved_name, arrange):
     traced: list[Residuals] = []
 
     def local(operands, context):
-        y, backward = jax.vjp(lambda operands: function(operands, context), operands)
-        residuals, kept = split_residuals(backward, (operands, context))
+        arranged = arrange(operands)
+        y, backward = jax.vjp(lambda arranged: function(arranged, context), arranged)
+        residuals, local_arrays = split_residuals(backward, (arranged, context))
         traced.append(residuals)
         # An axis of devices, each with its own.
-        return y, tuple(array[None] for array in kept)
+        return y, tuple(array[None] for array in local_arrays)
 
     out_specs = specs.result, PartitionSpec(_find_free_axes())
     run = map_shards(local, (specs.operands, specs.context), out_specs)
-    y, kept = run(operands, context)
+    y, local_arrays = run(operands, context)
     if saved_name is not None:
         # Named here and not outside, where only the result could be.
-        y, kept = jax.tree.map(lambda a: checkpoint_name(a, saved_name), (y, kept))
-    return y, (operands, context, kept, traced[-1])
+        y, local_arrays = jax.tree.map(
+            lambda a: checkpoint_name(a, saved_name), (y, local_arrays)
+        )
+    return y, (operands, context, local_arrays, traced[-1])
 
 
-def _backward(function, specs, saved_name, saved, d_y):
+def _backward(function, specs, saved_name, arrange, saved, d_y):
     del function, saved_name
-    operands, context, kept, residuals = saved
+    operands, context, local_arrays, residuals = saved
     free_axes = _find_free_axes()
     all_split_axes: set[str] = set()
     for spec in jax.tree.leaves(specs.operands):
@@ -92,14 +109,17 @@ def _backward(function, specs, saved_name, saved, d_y):
         axes = tuple(axis for axis in free_axes if axis in copied_axes)
         return lax.psum(gradient, axes) if axes else gradient
 
-    def local(operands, context, kept, d_y):
-        backward = residuals.join((operands, context), [array[0] for array in kept])
-        (gradients,) = backward(d_y)
+    def local(operands, context, local_arrays, d_y):
+        arranged, undo = jax.vjp(arrange, operands)
+        backward = residuals.join(
+            (arranged, context), [array[0] for array in local_arrays]
+        )
+        (gradients,) = undo(*backward(d_y))
         return jax.tree.map(sum_copies, specs.operands, gradients)
 
     in_specs = specs.operands, specs.context, PartitionSpec(free_axes), specs.result
     run = map_shards(local, in_specs, specs.operands)
-    return run(operands, context, kept, d_y), None
+    return run(operands, context, local_arrays, d_y), None
 
 
 run_on_shards.defvjp(_forward, _backward)

@@ -22,8 +22,8 @@ Receive buffers hold the worst case, so that hidden activations would be by far 
 largest arrays of a step. They are made for a part of F at a time, never kept, and made
 again in the backward pass whatever the remat policy.
 
-Letters: B batch, S sequence, D width of tokens, E experts, F width of an expert, k experts of a
-token; T = B·S tokens of a device, R rows at the experts.
+Letters: B batch, S sequence, D width of tokens, E experts, F width of an expert, k
+experts of a token; T = B·S tokens of a device, R rows at the experts.
 """
 
 from collections.abc import Callable

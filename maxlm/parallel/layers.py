@@ -48,11 +48,12 @@ class Residuals:
     """Place of each leaf: i ≥ 0, among what is known without being kept; −1 − i, among
     what was kept."""
 
-    def join(self, known: PyTree, kept: Sequence[jax.Array]) -> PyTree:
+    def join(self, known: PyTree, stacked: Sequence[jax.Array]) -> PyTree:
         """Returns the backward pass; inverts :func:`split_residuals`."""
         arrays = jax.tree.leaves(known)
         leaves = [
-            arrays[place] if place >= 0 else kept[-1 - place] for place in self.places
+            arrays[place] if place >= 0 else stacked[-1 - place]
+            for place in self.places
         ]
         return jax.tree.unflatten(self.tree, leaves)
 

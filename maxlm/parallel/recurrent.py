@@ -17,7 +17,7 @@ from maxlm.config.errors import check_requirements
 from maxlm.parallel.context import require_split_length
 from maxlm.parallel.differentiable import ShardSpecs, run_on_shards
 from maxlm.parallel.local import axis_indices, make_spec
-from maxlm.parallel.runs import SequenceRuns
+from maxlm.parallel.runs import SequenceRuns, count_device_runs, split_runs
 from maxlm.sharding import AxisRules
 from pallas_kernels.causal_conv import (
     ConvActivation,
@@ -109,10 +109,15 @@ def sharded_causal_conv(
         rows,
     )
 
+    num_runs = count_device_runs(seq_axes, balanced)
+
+    def split_x(operands: _ConvOperands) -> _ConvOperands:
+        return operands._replace(x=split_runs(operands.x, num_runs))
+
     def local(operands: _ConvOperands, context: SequenceContext) -> jax.Array:
         runs = SequenceRuns(seq_axes, balanced, context.device_index)
         starts = runs.find_starts(context.segment_ids)
-        x = runs.split(operands.x)
+        x = operands.x
         state = None
         if runs.are_split:
             summary = _summarize_conv(_flatten_features(x), width, starts)
@@ -129,7 +134,8 @@ def sharded_causal_conv(
         return runs.join(y)
 
     context = SequenceContext(segment_ids, axis_indices(seq_axes))
-    return run_on_shards(local, _ConvOperands(x, weight, bias), context, specs)
+    operands = _ConvOperands(x, weight, bias)
+    return run_on_shards(local, operands, context, specs, arrange=split_x)
 
 
 def convolve_features(
@@ -243,15 +249,21 @@ def sharded_selective_scan(
         rows,
     )
 
+    num_runs = count_device_runs(seq_axes, balanced)
+
+    def split_inputs(inputs: SelectiveScanInputs) -> SelectiveScanInputs:
+        return inputs._replace(
+            x=split_runs(inputs.x, num_runs),
+            dt=split_runs(inputs.dt, num_runs),
+            B=split_runs(inputs.B, num_runs),
+            C=split_runs(inputs.C, num_runs),
+        )
+
     def local(inputs: SelectiveScanInputs, context: SequenceContext) -> jax.Array:
         runs = SequenceRuns(seq_axes, balanced, context.device_index)
         starts = runs.find_starts(context.segment_ids)
-        x = runs.split(inputs.x)
-        dt = runs.split(inputs.dt)
-        B = runs.split(inputs.B)
-        C = runs.split(inputs.C)
-        A = -jnp.exp(inputs.A_log)
-        dt_bias = inputs.dt_bias
+        x, dt, B, C, A_log, D, dt_bias = inputs
+        A = -jnp.exp(A_log)
         state = None
         if runs.are_split:
             summary = summarize_scan(x, dt, A, B, dt_bias=dt_bias, starts=starts)
@@ -262,7 +274,7 @@ def sharded_selective_scan(
             A,
             B,
             C,
-            inputs.D,
+            D,
             dt_bias=dt_bias,
             starts=starts,
             initial_state=state,
@@ -270,7 +282,7 @@ def sharded_selective_scan(
         return runs.join(y)
 
     context = SequenceContext(segment_ids, axis_indices(seq_axes))
-    return run_on_shards(local, inputs, context, specs, "attention")
+    return run_on_shards(local, inputs, context, specs, "attention", split_inputs)
 
 
 def _find_states_before(summaries: ScanSummary) -> jax.Array:

@@ -37,13 +37,11 @@ class SequenceRuns:
 
     @property
     def runs_per_device(self) -> int:
-        return 2 if self.axes and self.balanced else 1
+        return count_device_runs(self.axes, self.balanced)
 
     def split(self, x: jax.Array) -> jax.Array:
         """Splits rows [b, s, ...] into runs, side by side: [b · runs, c, ...]."""
-        num_rows, num_tokens, *features = x.shape
-        num_runs = self.runs_per_device
-        return x.reshape(num_rows * num_runs, num_tokens // num_runs, *features)
+        return split_runs(x, self.runs_per_device)
 
     def join(self, x: jax.Array) -> jax.Array:
         """Joins runs [b · runs, c, ...] → [b, s, ...]; inverts :meth:`split`."""
@@ -103,6 +101,18 @@ class SequenceRuns:
             return gathered[:, 0]
         # Devices' late runs are in descending order.
         return jnp.concatenate([gathered[:, 0], gathered[::-1, 1]])
+
+
+def count_device_runs(axes: Axes, balanced: bool) -> int:
+    """Counts the runs of a row that a device holds, where ``axes`` split the
+    sequence."""
+    return 2 if axes and balanced else 1
+
+
+def split_runs(x: jax.Array, num_runs: int) -> jax.Array:
+    """Splits rows [b, s, ...] into runs, side by side: [b · runs, c, ...]."""
+    num_rows, num_tokens, *features = x.shape
+    return x.reshape(num_rows * num_runs, num_tokens // num_runs, *features)
 
 
 def shift_runs(x: jax.Array) -> jax.Array:

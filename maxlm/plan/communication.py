@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.models.costs import BranchCosts
+from maxlm.models.remat import SAVED
 from maxlm.parallel.context import count_ring_steps
 from maxlm.parallel.terms import limit_window
 from maxlm.plan.network import PlannedCollective
@@ -89,31 +91,93 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         passes = _count_layer_passes(shape, layers)
         yield from _list_attention_collectives(shape, attention, passes)
 
-    # Gradients of norms are summed over all tokens, layer by layer, in fp32.
-    norm_elements = 0
-    for spec in work.select_trained(work.specs):
-        is_layer_vector = spec.num_layer_axes > 0 and spec.role == "vector"
-        # One with sign_update has no gradient of the loss (ParamSpec); those of experts
-        # come with their kernels'.
-        is_of_experts = "expert" in spec.axes
-        if is_layer_vector and not spec.sign_update and not is_of_experts:
-            norm_elements += spec.size
-    norm_bytes_per_layer = norm_elements / work.num_layers * FP32
-    passes = _count_layer_passes(shape, work.num_layers)
-    yield PlannedCollective(
-        "norms: gradients",
-        "all-reduce",
-        (*rules.batch, *rules.residual),
-        norm_bytes_per_layer,
-        passes.backward,
-        "backward",
-        waits=False,
-    )
+    yield from _list_vector_collectives(shape)
+    for stack in work.stacks:
+        passes = _count_layer_passes(shape, stack.num_layers)
+        for branch in stack.branches:
+            yield from _list_recurrence_collectives(
+                shape, branch, stack.token_ratio, passes
+            )
+
     token_axes = (*rules.batch, *rules.seq)
     for stack in work.stacks:
         passes = _count_layer_passes(shape, stack.num_layers)
         for kernel in stack.adapter_kernels:
             yield from _list_weight_collectives(shape, kernel, passes, token_axes)
+
+
+def _list_vector_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    """Lists sums over all tokens of gradients of what is no matrix, layer by layer, in
+    fp32: of norms, which see the residual stream, and of vectors of inner features,
+    each device's of its own."""
+    work = shape.work
+    rules = shape.split.compute
+    norm_elements = 0
+    inner_elements: Number = 0
+    for spec in work.select_trained(work.specs):
+        # One with sign_update has no gradient of the loss (ParamSpec); those of experts
+        # come with their kernels', and routers' tables of the stream's features too.
+        is_of_experts = "expert" in spec.axes
+        is_router = spec.role == "table" and "embed" in spec.axes
+        is_listed = spec.sign_update or is_of_experts or is_router
+        if spec.role == "matrix" or not spec.num_layer_axes or is_listed:
+            continue
+        feature_axes = spec.axes[spec.num_layer_axes :]
+        if _mesh_axes(rules, feature_axes):
+            num_shards = shape.split.num_shards(rules, feature_axes)
+            inner_elements = inner_elements + spec.size / num_shards
+        else:
+            norm_elements += spec.size
+    passes = _count_layer_passes(shape, work.num_layers)
+    for content, token_axes, elements in (
+        ("norms: gradients", (*rules.batch, *rules.residual), norm_elements),
+        ("inner vectors: gradients", (*rules.batch, *rules.seq), inner_elements),
+    ):
+        yield PlannedCollective(
+            content,
+            "all-reduce",
+            token_axes,
+            elements / work.num_layers * FP32,
+            passes.backward,
+            "backward",
+            waits=False,
+        )
+
+
+def _list_recurrence_collectives(
+    shape: StepShape, branch: BranchCosts, token_ratio: float, passes: _Runs
+) -> Iterator[PlannedCollective]:
+    """Lists what devices exchange within a mixer that passes a state from token to
+    token, where they split its features or its sequence."""
+    work = shape.work
+    split = shape.split
+    rules = split.compute
+    costs = branch.costs
+    feature_axes = tuple(sorted(_mesh_axes(rules, costs.flops_axes)))
+    if costs.shared_elements:
+        tokens = shape.micro_batch_tokens * token_ratio
+        yield PlannedCollective(
+            f"{branch.module}: gradients of what all features read",
+            "all-reduce",
+            feature_axes,
+            tokens * costs.shared_elements * work.dtype_bytes,
+            passes.backward,
+            "backward",
+        )
+    if not costs.exchanged_elements:
+        return
+    runs_per_device = 2 if work.config.parallel.balance_sequence else 1
+    num_runs = split.num_devices(rules.seq) * runs_per_device
+    elements = costs.exchanged_elements / split.num_shards(rules, costs.flops_axes)
+    size = shape.micro_batch_size * num_runs * elements * FP32
+    content = f"{branch.module}: states of runs"
+    # What remat policies keep of attention, they keep of a recurrence.
+    is_saved = shape.remat == "none" or "attention" in SAVED[shape.remat]
+    gathers = passes.forward + (0 if is_saved else passes.backward)
+    yield PlannedCollective(content, "all-gather", rules.seq, size, gathers, "forward")
+    yield PlannedCollective(
+        content, "reduce-scatter", rules.seq, size, passes.backward, "backward"
+    )
 
 
 def _list_matmul_collectives(
@@ -180,6 +244,15 @@ def _list_matmul_collectives(
         yield from send("its gradient", "all-reduce", other_axes, 0, backward)
 
     # Outputs: partial sums over the axes that split inputs; and their gradients.
+    if group.output_features == "latent" and input_axes:
+        again = backward if shape.remat != "none" else 0
+        yield from _in_both_passes(
+            f"{group.name}: output",
+            "all-reduce",
+            tuple(sorted(input_axes)),
+            tokens * work.dtype_bytes * group.latent_width,
+            _Runs(forward, again),
+        )
     if group.output_features == "residual":
         other_axes = _without(sorted(input_axes), sequence_axes)
         recomputes = shape.remat != "none" and work.backward_needs_branch_output(group)

@@ -639,7 +639,7 @@ def _list_attention_arrays(
     tokens = shape.micro_batch_tokens * stack.token_ratio
 
     tile_scores = 0.0
-    if has_biases or not shape.fused_attention:
+    if has_biases or heads.index_dim or not shape.fused_attention:
         # A tile of queries with all keys, in fp32: scores, weights and their gradient.
         # A row has 16 tiles, but none of less than 128 queries (tile_size of
         # pallas_kernels/attention/tiles.py).

@@ -269,6 +269,12 @@ def _count_attention_flops(shape: StepShape) -> _PassFlops:
         forward += 2 * scores * (key_dim + value_dim)
         # Scores, and gradients of weights, queries, keys and values.
         backward += 2 * scores * (3 * key_dim + 2 * value_dim)
+        # An indexer's scores, which each device that shares heads computes alike, and
+        # gradients of its queries and keys.
+        head_ways = shape.split.num_devices(shape.split.compute.heads)
+        pairs = scores * head_ways / attention.heads.num_heads
+        forward += 2 * pairs * attention.heads.index_dim
+        backward += 4 * pairs * attention.heads.index_dim
     return _PassFlops(forward, backward)
 
 
@@ -316,7 +322,8 @@ def count_attention_scores(shape: StepShape, *, fused: bool) -> Number:
     are computed: those that a kernel keeps on the chip, or the others."""
     total = 0.0
     for attention, num_layers in shape.work.attention_layer_counts.items():
-        is_fused = shape.fused_attention and not attention.has_biases
+        on_xla = attention.has_biases or attention.heads.index_dim > 0
+        is_fused = shape.fused_attention and not on_xla
         if is_fused == fused:
             total += _count_scores(shape, attention, num_layers)
     return total

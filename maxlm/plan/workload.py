@@ -139,7 +139,8 @@ class RunWorkload:
             return None
         row_tokens = self.tokens_per_row.decoder
         items_per_token = config.count_items_per_row(row_tokens) / row_tokens
-        costs = get_frontend_costs(model.frontend)
+        assert model.frontend is not None
+        costs = get_frontend_costs(model.frontend, config)
         # A stack's kernel stands for that of each of its layers.
         kernels: list[Kernel] = []
         for name, spec in self.base_specs.items():

@@ -448,7 +448,7 @@ class ItemEncoder:
             arrays[f"{ARRAY_PREFIX}{name}"] = np.concatenate([array] * num_sequences)
         return arrays
 
-    def count_tokens_alike(self, arrays: Arrays) -> int:
+    def count_tokens_alike(self, arrays: Mapping[str, Any]) -> int:
         """Counts the tokens that are the same share of a row's as an example's items
         are of its room for items, rounded up: examples with few enough tokens together
         then have few enough items."""

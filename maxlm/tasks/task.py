@@ -136,7 +136,8 @@ class Task(Config):
     """Whether its cross-entropy says how well text is compressed, in bits per byte."""
     reads_frontend: ClassVar[bool] = False
     """Whether its batches have the arrays of the model's frontend, if it has one
-    (:mod:`maxlm.models.frontends`)."""
+    (:mod:`maxlm.models.frontends`), which its loss reads. A subclass with a ``loss`` or
+    ``prepare_batch`` of its own declares it anew, too."""
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
     """The mesh axes, of those that reshape a batch, that its loss supports. A subclass
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
@@ -147,6 +148,8 @@ class Task(Config):
         reads_batches = "loss" in cls.__dict__ or "prepare_batch" in cls.__dict__
         if reads_batches and "mesh_axes" not in cls.__dict__:
             cls.mesh_axes = frozenset()
+        if reads_batches and "reads_frontend" not in cls.__dict__:
+            cls.reads_frontend = False
 
     # A Literal of its own in each subclass, which no wider type than Any allows.
     kind: Any

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chips import find_largest_divisor, get_chip
+from pallas_kernels.chips import find_largest_divisor, get_chip, round_up
 from pallas_kernels.kernel_types import Index
 from pallas_kernels.linear_recurrence.params import (
     ChunkPlan,
@@ -39,25 +39,23 @@ FORWARD_GROUP = 4
 BACKWARD_GROUP = 2
 # Below, a chunk is no tile of 16-bit operands.
 _LEAST_CHUNK = 16
-_MOST_FEATURES = 512
+_LANES = 128
 
 
 def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
-    """Returns whether the kernel runs this: chunks of 16 tokens or more, keys and
-    values of at most 512 features, no float64."""
-    plan = plan_chunks(operands.k.shape[1], call.chunk_size)
-    features = max(operands.k.shape[3], operands.v.shape[3])
-    is_known = operands.k.dtype in (jnp.bfloat16, jnp.float32)
-    has_one_type = operands.k.dtype == operands.v.dtype and (
-        operands.q is None or operands.q.dtype == operands.k.dtype
-    )
-    return (
-        plan.chunk >= _LEAST_CHUNK
-        and features <= _MOST_FEATURES
-        and is_known
-        and has_one_type
-        and get_state_dtype(operands) == jnp.float32
-    )
+    """Returns whether the kernel runs this: chunks of 16 tokens or more, operands of
+    one type, bf16 or fp32, and blocks that VMEM holds."""
+    types = {x.dtype for x in (operands.q, operands.k, operands.v) if x is not None}
+    is_known = len(types) == 1 and types <= {
+        jnp.dtype(jnp.bfloat16),
+        jnp.dtype(jnp.float32),
+    }
+    if not is_known or get_state_dtype(operands) != jnp.float32:
+        return False
+    sizes = _get_sizes(operands, call, BACKWARD_GROUP)
+    needed = _count_backward_bytes(sizes, operands.k.dtype.itemsize)
+    # What is left is for what the compiler spills.
+    return sizes.plan.chunk >= _LEAST_CHUNK and needed <= get_chip().vmem_bytes * 3 // 4
 
 
 class _HeadArrays(NamedTuple):
@@ -290,11 +288,27 @@ def _get_sizes(
     return _Sizes(B, H, N, K, V, plan, group, operands.decays_by_channel)
 
 
+def _count_backward_bytes(sizes: _Sizes, itemsize: int) -> int:
+    """Counts bytes of VMEM of the backward pass, which has the forward's operands and
+    their gradients: blocks twice, one of them being copied."""
+    K = round_up(sizes.K, _LANES)
+    V = round_up(sizes.V, _LANES)
+    # q, k and v; the gradients of these, of which q's and k's may be fp32; the output's.
+    token_bytes = itemsize * (2 * K + 3 * V) + 4 * 2 * K
+    if sizes.decays_by_channel:
+        token_bytes += 4 * 2 * K
+    state_bytes = 4 * round_up(sizes.K, 8) * V
+    L = sizes.plan.chunk
+    rows_bytes = 4 * 4 * round_up(sizes.plan.chunks_per_block, 8) * round_up(L, _LANES)
+    sums_bytes = 2 * (L.bit_length() + 1) * L * round_up(L, _LANES)
+    pipelined = sizes.plan.block * token_bytes + 3 * state_bytes + rows_bytes
+    return 2 * (pipelined + sums_bytes) + (sizes.num_groups + 1) * state_bytes
+
+
 def _get_compiler_params() -> pltpu.CompilerParams:
-    # Half of what a core has; a block of 512 features and its gradients need less.
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=get_chip().vmem_bytes * 3 // 4,
+        vmem_limit_bytes=get_chip().vmem_bytes * 7 // 8,
     )
 
 

@@ -194,10 +194,16 @@ def summarize_scan(
     Args: as for :func:`selective_scan`.
     """
     state_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    step_sizes = xla.compute_step_sizes(dt, dt_bias, state_dtype)
-    if live is not None:
-        step_sizes = jnp.where(live[:, :, None], step_sizes, 0)
-    decay = jnp.exp(jnp.sum(step_sizes, axis=1)[:, :, None] * A)
+
+    # The backward pass keeps no step sizes.
+    @jax.checkpoint
+    def sum_steps(dt: jax.Array, dt_bias: jax.Array | None) -> jax.Array:
+        step_sizes = xla.compute_step_sizes(dt, dt_bias, state_dtype)
+        if live is not None:
+            step_sizes = jnp.where(live[:, :, None], step_sizes, 0)
+        return jnp.sum(step_sizes, axis=1)
+
+    decay = jnp.exp(sum_steps(dt, dt_bias)[:, :, None] * A)
     if starts is not None:
         has_start = jnp.any(starts if live is None else starts & live, axis=1)
         decay = jnp.where(has_start[:, None, None], 0, decay)

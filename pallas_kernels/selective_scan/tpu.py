@@ -16,9 +16,10 @@ Shapes: R rows, T tokens, F channels, N numbers of state a channel, here in mult
 8 tokens, 128 channels and 8 numbers.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import log
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import find_largest_divisor, round_up
-from pallas_kernels.kernel_types import Interpret, Ref
+from pallas_kernels.kernel_types import Index, Interpret, Ref
 from pallas_kernels.selective_scan.params import ScanParams
 from pallas_kernels.selective_scan.xla import find_still_step
 
@@ -41,24 +42,28 @@ _MOST_LANE_TILES = 4
 _LN_2 = log(2.0)
 
 
-class _Operands(NamedTuple):
+T = TypeVar("T")
+"""An array, the blocks that it is cut into, or a reference to one of these."""
+
+
+class _Operands(NamedTuple, Generic[T]):
     """A scan's arguments in the kernels' shapes."""
 
-    x: jax.Array
+    x: T
     """[R, T, F]."""
-    dt: jax.Array
+    dt: T
     """[R, T, F]."""
-    B: jax.Array
+    B: T
     """fp32 [R, N, T]."""
-    C: jax.Array
+    C: T
     """fp32 [R, N, T]."""
-    keep: jax.Array | None
+    keep: T | None
     """fp32 [R, 1, T], 0 where a document begins, else 1; None: none does."""
-    rates: jax.Array
+    rates: T
     """fp32 [N, F], A / ln 2: decays are powers of two."""
-    skip: jax.Array
+    skip: T
     """fp32 [1, F], D."""
-    bias: jax.Array | None
+    bias: T | None
     """fp32 [1, F]."""
 
 
@@ -145,7 +150,7 @@ def scan_backward(
     d_after = _pad(d_state.swapaxes(1, 2), (1, num_states), (2, num_channels))
     padded_d_y = _pad(d_y, (1, num_tokens), (2, num_channels))
 
-    def reverse(k):
+    def reverse(k: Index) -> Index:
         return num_chunks - 1 - k
 
     specs = _make_specs(operands, blocks, reverse)
@@ -225,7 +230,7 @@ def scan_backward(
 
 
 def _forward_kernel(
-    operands: _Operands,
+    operands: _Operands[Ref],
     initial_ref: Ref,
     y_ref: Ref,
     after_ref: Ref,
@@ -285,7 +290,7 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    operands: _Operands,
+    operands: _Operands[Ref],
     boundary_ref: Ref,
     d_y_ref: Ref,
     d_after_ref: Ref,
@@ -445,7 +450,7 @@ class _TokenColumns(NamedTuple):
 class _Columns:
     """A chunk's columns in registers."""
 
-    def __init__(self, operands: _Operands):
+    def __init__(self, operands: _Operands[Ref]):
         self.B = operands.B[...]
         self.C = operands.C[...]
         self.keep = None if operands.keep is None else operands.keep[...]
@@ -457,11 +462,13 @@ class _Columns:
         def take(columns: jax.Array, mask: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(mask, columns, 0.0), axis=1, keepdims=True)
 
-        keep = None if self.keep is None else take(self.keep, mask[:1])
+        keep = None
+        if self.keep is not None:
+            keep = take(self.keep, self.index[:1] == token)
         return _TokenColumns(take(self.B, mask), take(self.C, mask), keep, mask)
 
 
-def _write_steps(operands: _Operands, step_ref: Ref, drive_ref: Ref) -> None:
+def _write_steps(operands: _Operands[Ref], step_ref: Ref, drive_ref: Ref) -> None:
     """Writes step sizes, and their products with x, for all tokens of a chunk."""
     steps = operands.dt[...].astype(jnp.float32)
     if operands.bias is not None:
@@ -478,7 +485,7 @@ def _put_row(rows: jax.Array, index: int, row: jax.Array) -> jax.Array:
     return jnp.where(place == index, row, rows)
 
 
-def _prepare(params: ScanParams) -> tuple[_Operands, _Blocks]:
+def _prepare(params: ScanParams) -> tuple[_Operands[jax.Array], _Blocks]:
     """Returns the arguments in the kernels' shapes, and the sizes of their blocks.
     Tokens, channels and numbers of state that fill these up change nothing."""
     num_tokens = params.x.shape[1]
@@ -518,7 +525,11 @@ def _prepare(params: ScanParams) -> tuple[_Operands, _Blocks]:
     return operands, blocks
 
 
-def _make_specs(operands: _Operands, blocks: _Blocks, find_chunk) -> _Operands:
+def _make_specs(
+    operands: _Operands[jax.Array],
+    blocks: _Blocks,
+    find_chunk: Callable[[Index], Index],
+) -> _Operands[pl.BlockSpec]:
     """Returns blocks of the operands; ``find_chunk`` maps the grid's last index to a
     chunk."""
     chunk, channels = blocks

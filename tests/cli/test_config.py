@@ -49,6 +49,14 @@ def test_a_page_made_from_the_code_is_what_the_code_says(name, monkeypatch):
 
 
 @pytest.mark.more
+def test_the_tables_of_families_are_what_the_presets_say(monkeypatch):
+    monkeypatch.setattr(Registry, "kinds", Registry.builtin_kinds)
+    monkeypatch.syspath_prepend(DOCS)
+    page = runpy.run_path(str(DOCS / "generate.py"))["families_page"]()
+    assert (DOCS / "families.md").read_text() == page, "write it anew: make docs"
+
+
+@pytest.mark.more
 def test_the_example_of_the_api_runs(tmp_path):
     """A model is trained, saved, loaded and asked to continue a text."""
     code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[

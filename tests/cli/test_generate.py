@@ -5,6 +5,7 @@ import io
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from maxlm.config.sampling import SamplingConfig
@@ -24,8 +25,8 @@ def calls(monkeypatch):
         )
         return SimpleNamespace(model=None, params=None, tokenizer=None, config=config)
 
-    def generate_text(model, params, tokenizer, prompts, sampling):
-        seen.prompts, seen.sampling = prompts, sampling
+    def generate_text(model, params, tokenizer, prompts, sampling, items=None):
+        seen.prompts, seen.sampling, seen.items = prompts, sampling, items
         for piece in (" a", "", "ß"):
             yield [f"{piece}{row}" if piece else "" for row in range(len(prompts))]
 
@@ -70,6 +71,19 @@ def test_searches(calls, run):
         assert calls.search == search
     code, _, error = run("generate", "runs/x", "hello", "--beams=3", "--best-of=4")
     assert (code, error.count("\n"), "two ways" in error) == (2, 1, True)
+
+
+def test_items_of_a_frontend_come_from_a_file(calls, run, tmp_path):
+    path = tmp_path / "items.npz"
+    np.savez(path, images=np.ones((2, 3)), tags=np.arange(2))
+    assert run("generate", "runs/x", "hello", f"--items={path}").code == 0
+    assert calls.items["images"].shape == (2, 3)
+    assert calls.items["tags"].tolist() == [0, 1]
+    code, _, error = run("generate", "runs/x", "p", f"--items={path}", "--beams=3")
+    assert (code, error.count("\n"), "--items with a search" in error) == (2, 1, True)
+    path.write_text("no arrays")
+    code, _, error = run("generate", "runs/x", "p", f"--items={path}")
+    assert (code, error.count("\n"), "numpy.savez" in error) == (2, 1, True)
 
 
 def test_standard_input_and_arguments_byte_for_byte(calls, run, monkeypatch):

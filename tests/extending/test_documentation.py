@@ -21,14 +21,15 @@ from maxlm.launch.schedulers import SCHEDULERS
 from maxlm.models.architectures import ARCHITECTURES
 from maxlm.models.blocks import FEED_FORWARDS, MIXERS
 from maxlm.models.caches.config import CACHES
+from maxlm.models.frontends import FRONTENDS
 from maxlm.optim.config import OPTIMIZERS
 from maxlm.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/extending.md").read_text()
 REGISTRIES = (
-    *(ARCHITECTURES, MIXERS, FEED_FORWARDS, CACHES, TASKS, ADAPTERS, FAMILIES),
-    *(OPTIMIZERS, STAGES, SCHEDULERS, DOCUMENT_READERS),
+    *(ARCHITECTURES, MIXERS, FEED_FORWARDS, CACHES, FRONTENDS, TASKS, ADAPTERS),
+    *(FAMILIES, OPTIMIZERS, STAGES, SCHEDULERS, DOCUMENT_READERS),
 )
 ROW = re.compile(
     r"^\| \[.*\]\(#(?P<anchor>.*)\) \| `(?P<registry>.*)` \| .* \| "

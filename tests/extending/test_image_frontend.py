@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.config.sampling import SamplingConfig
@@ -34,7 +35,8 @@ from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.run.config import RunConfig
 from maxlm.run.load import load_run
-from maxlm.tasks import TASKS, ClmTask, SourceInputs
+from maxlm.tasks import TASKS, SourceInputs
+from maxlm.tasks.text import TokenPredictionTask
 from maxlm.train.program import train_model
 from tests.train import tiny
 
@@ -120,13 +122,13 @@ class CaptionSource:
 
 
 @TASKS.register("captions")
-class CaptionTask(ClmTask):
+class CaptionTask(TokenPredictionTask):
     """Predicts captions from images."""
 
     reads_text: ClassVar[bool] = False
     reads_frontend: ClassVar[bool] = True
 
-    kind: Literal["captions"] = "captions"  # pyright: ignore
+    kind: Literal["captions"] = "captions"
 
     def batch_source(self, inputs: SourceInputs) -> CaptionSource:
         assert isinstance(inputs.frontend, ImagesConfig)
@@ -164,7 +166,9 @@ def make_config(tmp_path, tokenizer_folder):
 train = partial(train_model, say=lambda _: None)
 
 
-def test_a_run_trains_resumes_loads_and_generates_what_it_sees(make_config):
+def test_a_run_trains_resumes_loads_and_generates_what_it_sees(
+    make_config, tmp_path, capsys
+):
     whole = train(make_config("whole", 4))
     losses = [record["loss"] for record in tiny.read_metrics(whole.folder)]
     assert losses[-1] < losses[0] - 0.5
@@ -189,6 +193,19 @@ def test_a_run_trains_resumes_loads_and_generates_what_it_sees(make_config):
     for name in frontend_names:
         np.testing.assert_array_equal(params[name], after[name])
     check_generation(loaded)
+
+    # The command finds the kind as this program has registered it.
+    dark, bright = tmp_path / "dark.npz", tmp_path / "bright.npz"
+    np.savez(dark, images=np.zeros((1, PATCHES, 10)))
+    np.savez(bright, images=np.full((1, PATCHES, 10), 9.0))
+    command = ["generate", str(whole.folder), "A", "--temperature=0"]
+    command.append("--max-new-tokens=4")
+    texts = []
+    for options in ([], [f"--items={dark}"], [f"--items={bright}"]):
+        assert main([*command, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(text.startswith("A") for text in texts)
+    assert texts[1] != texts[2]
 
 
 def check_generation(loaded: Any) -> None:
@@ -248,6 +265,28 @@ def test_a_mesh_trains_as_one_device_does(parts, make_config):
     ):
         for name in expected:
             assert result[name] == pytest.approx(expected[name], rel=2e-5), (step, name)
+
+
+@pytest.mark.more
+def test_a_run_may_start_from_a_model_of_text_and_train_the_frontend_alone(
+    make_config, tmp_path, tokenizer_folder
+):
+    tiny.write_text(tmp_path / "text")
+    settings = tiny.settings(tmp_path, str(tmp_path / "text")) | {"name": "text"}
+    settings["model"] |= {"embedding_scale": 3.0}
+    settings |= {"tokenizer": {"path": tokenizer_folder}, "train": {"steps": 1}}
+    settings["compute_dtype"] = "float32"
+    base = train(RunConfig.model_validate(settings))
+    parts = {"steps": 2, "start_from": str(base.folder), "trainable": ["frontend.*"]}
+    tuned = train(make_config("tuned", 2, train=parts))
+    before = flatten_names(base.state.params)
+    fresh = flatten_names(tuned.setup.init_train_state().params)
+    for name, value in flatten_names(tuned.state.params).items():
+        if name.startswith("frontend."):
+            assert name not in before
+            assert not np.array_equal(value, fresh[name]), name
+        else:
+            np.testing.assert_array_equal(value, before[name])
 
 
 def test_the_plan_counts_the_frontend(make_config):

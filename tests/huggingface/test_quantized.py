@@ -153,7 +153,8 @@ def test_a_model_in_fp8_comes_back_as_bf16(tmp_path):
         "deepseek_v3", tmp_path / "fp8", tensors, quantization_config=quantization
     )
     result = convert(folder, tmp_path / "run")
-    assert result.notes == [
+    notes = [note for note in result.notes if "tokenizer" not in note]
+    assert notes == [
         "weights in fp8 are read as bf16",
         "left out: model.layers.3 (1 tensors), which predicts further tokens",
     ]

@@ -112,6 +112,32 @@ def test_the_same_tokens_with_gates_and_chunks(mesh, build_tiny, attention):
 
 
 @pytest.mark.more
+def test_the_same_tokens_with_sparse_attention(mesh, build_tiny):
+    """Each token attends to five earlier ones, in prompts in chunks and one by one."""
+    attention = {
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 6,
+        "latent": {"q_rank": 7, "kv_rank": 10, "rotary_dim": 2, "value_dim": 4},
+    }
+    mixer = {
+        "kind": "sparse_attention",
+        "attention": attention,
+        "index_heads": 16,
+        "index_dim": 5,
+        "top_k": 5,
+    }
+    one, four = (
+        build_tiny("llama", m, attention=None, mixer=mixer)
+        for m in (mesh(), mesh(data=2, tensor=2))
+    )
+    with jax.set_mesh(mesh()):
+        expected = [one.greedy(prompt, 6) for prompt in PROMPTS]
+    assert tokens(one, GREEDY) == expected
+    assert tokens(four, GREEDY) == expected
+
+
+@pytest.mark.more
 def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
     pairs = [(head, tail) for head in PROMPTS for tail in ([3], [1, 4, 1, 5], [9, 2])]
 

@@ -18,7 +18,12 @@ from tests.parity import compare
 
 every = pytest.mark.parametrize("name", CASES)
 # T5 does not scale its scores: softmax is near a choice of one, and magnifies rounding.
-LOOSE = dict.fromkeys(("t5", "t5_v1_1", "ul2"), 1e-4)
+# So do norms of a delta rule's outputs where a document begins: there these are one
+# product of a query and a key that may be nearly at right angles. In float64 they agree
+# to 1e-13 (tests/parity).
+LOOSE = dict.fromkeys(("t5", "t5_v1_1", "ul2"), 1e-4) | dict.fromkeys(
+    ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear"), 1e-4
+)
 
 
 def read(name: str) -> tuple[Any, Any, Any]:

@@ -96,13 +96,16 @@ def test_layers_of_the_same_modules_share_a_stack():
 
 
 def test_the_part_of_a_list_of_layers_that_repeats_is_scanned():
-    listed = ["expert", *["wide", "narrow"] * 3, "bare"]
+    listed = ["expert", *["wide", "narrow"] * 6, "bare"]
     config = make_config(listed, len(listed))
     assert describe(config) == [
         ("first_layers", 1, {"first_layers": 1}),
-        ("layers", 3, {"layers.wide": 3, "layers.narrow": 3}),
+        ("layers", 6, {"layers.wide": 6, "layers.narrow": 6}),
         ("last_layers", 1, {"last_layers": 1}),
     ]
+    # A shallow model's parameters have the names of a deep one's.
+    shallow = make_config(["wide", "wide", "narrow"], 3)
+    assert describe(shallow) == [("layers", 1, {"layers.wide": 2, "layers.narrow": 1})]
     # Layers that differ in windows alone stay in one stack, as they were.
     windows = [{"window": 3}, {"window": 5}, {"window": None}]
     plain = LLAMA_GQA.model_copy(update={"num_layers": 4})

@@ -1,6 +1,7 @@
 """The same weights in transformers and here."""
 
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ def read(values: dict[str, Any], tensors: Any = ()) -> tuple[ModelFamily, Any]:
     family = find_family(values, "config.json")
     settings, _ = family.read_config(values, "config.json", tensors)
     return family, Holder.model_validate({"model": settings}).model
+
+
+def spell_as_published(
+    family: ModelFamily, tensors: dict[str, np.ndarray], published: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Tensors that transformers saved, under the names of ``published`` where these
+    differ."""
+
+    def spell(name: str) -> str:
+        for usual, other in family.suffix_aliases.items():
+            if name not in published and name.endswith(other):
+                return name.removesuffix(other) + usual
+        return name
+
+    return {spell(name): tensor for name, tensor in tensors.items()}
 
 
 def parameters(

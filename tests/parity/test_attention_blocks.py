@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import modeling_rope_utils  # noqa: E402
 from transformers.models.cohere import modeling_cohere  # noqa: E402
 from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: E402
+from transformers.models.deepseek_v32 import modeling_deepseek_v32  # noqa: E402
 from transformers.models.gemma4 import modeling_gemma4  # noqa: E402
 from transformers.models.hunyuan_v1_dense import (  # noqa: E402
     modeling_hunyuan_v1_dense,
@@ -44,6 +45,10 @@ from maxlm.models.layers.rope import (  # noqa: E402
     YarnScaling,
     compute_rotary,
     rope_attention_factor,
+)
+from maxlm.models.layers.sparse import (  # noqa: E402
+    SparseAttention,
+    SparseAttentionConfig,
 )
 from maxlm.models.params import bind  # noqa: E402
 from maxlm.sharding import MeshConfig, ShardingConfig, make_mesh  # noqa: E402
@@ -123,7 +128,7 @@ GROUPED = {"query": (N, H), "key": (K, H), "value": (K, H)}
 
 
 def ours(
-    config: AttentionConfig,
+    config: AttentionConfig | SparseAttentionConfig,
     flat: dict[str, np.ndarray],
     norm: NormConfig = NormConfig(eps=1e-6),
     *,
@@ -136,7 +141,12 @@ def ours(
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     context = BuildContext(rules, jnp.float32, D, num_layers=2, init_std=0.02)
-    layer = build_attention(config, norm, context)
+    if isinstance(config, SparseAttentionConfig):
+        layer = SparseAttention(config, norm, context)
+        heads = config.attention
+    else:
+        layer = build_attention(config, norm, context)
+        heads = config
     places = jnp.broadcast_to(jnp.arange(S), (2, S))
     with jax.set_mesh(mesh):
         rotary = None
@@ -150,7 +160,7 @@ def ours(
             rotary=rotary,
             slopes=None,
             biases=None,
-            scale=scale or config.head_dim**-0.5,
+            scale=scale or heads.head_dim**-0.5,
             window=None,
             causal=True,
             shared=shared,
@@ -446,6 +456,42 @@ def test_latent_attention_without_rope_as_kimi_linear_has_it():
         positions=PositionsConfig(kind="none"),
     )
     assert_equal(here, y)
+
+
+@pytest.mark.parametrize("top_k", [5, S])
+def test_sparse_attention_as_deepseek_v32_has_it(top_k):
+    """With 32 heads of the indexer: with few, scores tie at 0. Its RoPE turns halves,
+    attention's the pairs side by side."""
+    settings = {
+        **LATENT_SIZES,
+        "index_n_heads": 32,
+        "index_head_dim": 8,
+        "index_topk": top_k,
+        "attention_bias": False,
+    }
+    config = cls_config("DeepseekV32Config", **settings)
+    there = randomize(modeling_deepseek_v32.DeepseekV32Attention(config, 0))
+    P = LATENT.rotary_dim
+    y, _ = there(torch.tensor(draw_inputs()), turn(plain_frequencies(P)), causal_mask())
+    order = [*range(0, P, 2), *range(1, P, 2)]
+    indexer = there.indexer
+    flat = latent_weights(there, order)
+    flat |= {
+        "index_query.kernel": array(indexer.wq_b.weight).T,
+        "index_key.kernel": array(indexer.wk.weight).T,
+        "index_key_norm.scale": array(indexer.k_norm.weight),
+        "index_key_norm.bias": array(indexer.k_norm.bias),
+        "index_weight.kernel": array(indexer.weights_proj.weight).T,
+    }
+    sparse = SparseAttentionConfig(
+        attention=LATENT_HEADS, index_heads=32, index_dim=8, top_k=top_k
+    )
+    here = ours(sparse, flat, rotary_dim=P)
+    assert_equal(here, y)
+    if top_k < S:  # the choice matters
+        whole = sparse.model_copy(update={"top_k": S})
+        others = ours(whole, flat, rotary_dim=P)
+        assert np.abs(here - others).max() > 0.1 * np.abs(here).max()
 
 
 def longrope(length: int) -> tuple[Scaling, dict[str, Any]]:

@@ -43,7 +43,8 @@ def test_same_logits_in_float64(name):
 
 @every
 def test_documents_in_one_row_and_padding(name):
-    assert measure.packed(name) < (1e-4 if name == "t5_v1_1" else 1e-5)
+    is_loose = name == "t5_v1_1" or name in measure.DELTA_RULES
+    assert measure.packed(name) < (1e-4 if is_loose else 1e-5)
 
 
 @pytest.mark.parametrize("name", GENERATE)
@@ -77,15 +78,16 @@ def test_there_and_back(name, dtype, tmp_path):
     model.save_pretrained(first)
     assert convert(first, run).family == measure.case(name).family.name
     convert(run, again)
-    want, got = _tensors(first), _tensors(again)
+    got = _tensors(again)
+    want = compare.spell_as_published(measure.case(name).family, _tensors(first), got)
     assert got.keys() == want.keys()
     for key, tensor in want.items():
         assert (got[key].dtype, got[key].shape) == (tensor.dtype, tensor.shape), key
         assert got[key].tobytes() == tensor.tobytes(), key
     tokens = measure.batch(name)
-    logits = [
-        measure.theirs(_loaded(name, folder), tokens) for folder in (first, again)
-    ]
+    # Copied: how torch rounds a product follows from where its operands lie in files.
+    models = [copy.deepcopy(_loaded(name, folder)) for folder in (first, again)]
+    logits = [measure.theirs(model, tokens) for model in models]
     np.testing.assert_array_equal(*logits)
 
 

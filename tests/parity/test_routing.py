@@ -11,18 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers.models.deepseek_v3 import (  # noqa: E402
-    configuration_deepseek_v3 as v3_config,
+from transformers import DeepseekV3Config, GptOssConfig  # noqa: E402
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (  # noqa: E402
+    DeepseekV3TopkRouter,
 )
-from transformers.models.deepseek_v3 import (
-    modeling_deepseek_v3 as v3,
-)
-from transformers.models.gpt_oss import (  # noqa: E402
-    configuration_gpt_oss as oss_config,
-)
-from transformers.models.gpt_oss import (
-    modeling_gpt_oss as oss,
-)
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter  # noqa: E402
 
 from maxlm.models.layers.moe import MoeConfig, route  # noqa: E402
 from tests.parity.measure import all_double  # noqa: E402
@@ -65,15 +58,18 @@ def route_there(router: Any, x: np.ndarray) -> Any:
     return sort_by_expert(weights.numpy(), numbers.numpy())
 
 
-def build_v3_router(kernel: np.ndarray, bias: np.ndarray, **settings: Any) -> Any:
-    config = v3_config.DeepseekV3Config(
+def build_v3_router(
+    kernel: np.ndarray, bias: np.ndarray, groups: int, groups_per_token: int
+) -> Any:
+    config = DeepseekV3Config(
         hidden_size=WIDTH,
         n_routed_experts=EXPERTS,
         num_experts_per_tok=CHOSEN,
         routed_scaling_factor=2.5,
-        **settings,
+        n_group=groups,
+        topk_group=groups_per_token,
     )
-    router = v3.DeepseekV3TopkRouter(config)
+    router = DeepseekV3TopkRouter(config)
     with torch.no_grad():
         router.weight.copy_(torch.tensor(kernel.T))
         router.e_score_correction_bias.copy_(torch.tensor(bias))
@@ -98,7 +94,7 @@ def test_groups_chosen_by_biased_scores_of_either_sign(groups, shift):
         group_score="top2",
     )
     with all_double():
-        router = build_v3_router(kernel, bias, n_group=groups, topk_group=few)
+        router = build_v3_router(kernel, bias, groups, few)
         there = route_there(router, x)
     here = route_here(x @ kernel, bias, config)
     np.testing.assert_array_equal(here[1], there[1])
@@ -120,7 +116,7 @@ def test_experts_that_tie_serve_with_the_same_weights():
         group_score="top2",
     )
     with all_double():
-        router = build_v3_router(kernel, bias, n_group=3, topk_group=2)
+        router = build_v3_router(kernel, bias, 3, 2)
         there, _ = route_there(router, x)
     here, _ = route_here(x @ kernel, bias, config)
     np.testing.assert_allclose(np.sort(here), np.sort(there), rtol=1e-12)
@@ -132,9 +128,7 @@ def test_softmax_over_the_chosen_logits_is_a_renormalised_softmax():
     bias = draw(EXPERTS, seed=8)
     with all_double():
         settings = {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
-        router = oss.GptOssTopKRouter(
-            oss_config.GptOssConfig(hidden_size=WIDTH, **settings)
-        )
+        router = GptOssTopKRouter(GptOssConfig(hidden_size=WIDTH, **settings))
         with torch.no_grad():
             router.weight.copy_(torch.tensor(kernel.T))
             router.bias.copy_(torch.tensor(bias))

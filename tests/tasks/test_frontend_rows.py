@@ -43,8 +43,15 @@ def make_row(num_items: int, prompt: str, completion: str, start: int = 0) -> An
     return row
 
 
-def make_source(folder, rows, frontend=FRONTEND, seq_len=16, **settings: Any) -> Any:
-    task = make_task(folder, rows, kind="sft", examples_per_row=None, **settings)
+def make_source(
+    folder: Any,
+    rows: list[Any],
+    frontend: FrontendConfig = FRONTEND,
+    seq_len: int = 16,
+    settings: Any = None,
+) -> Any:
+    settings = {"kind": "sft", "examples_per_row": None, **(settings or {})}
+    task = make_task(folder, rows, **settings)
     inputs = make_inputs(seq_len, 1)
     inputs = SourceInputs(**{**vars(inputs), "frontend": frontend})
     return task.batch_source(inputs)
@@ -77,7 +84,7 @@ def test_a_text_has_its_placeholders_where_it_says(prompt, expected, tmp_path):
 
 def test_placeholders_are_not_learnt_with_the_prompt(tmp_path):
     row = make_row(1, "5 96 6", "7")
-    batch = make_source(tmp_path, [row], learn_prompt=True).rows(0, [0])
+    batch = make_source(tmp_path, [row], settings={"learn_prompt": True}).rows(0, [0])
     assert batch["tokens"][0, :5].tolist() == [5, 96, 96, 6, 7]
     assert batch["weights"][0, :5].tolist() == [0, 0, 1, 1, 1]
 
@@ -119,7 +126,8 @@ def test_no_row_has_more_items_than_room(tmp_path):
 
 def test_an_example_whose_placeholders_are_cut_off_is_left_out(tmp_path):
     rows = [make_row(3, "5", "6 7 8 9"), make_row(1, "5", "7")]
-    source = make_source(tmp_path, rows, max_length=8, too_long="cut_start")
+    settings = {"max_length": 8, "too_long": "cut_start"}
+    source = make_source(tmp_path, rows, settings=settings)
     assert source.rows_per_epoch == 1
     assert source.rows(0, [0])["frontend.vector_numbers"].max() == 2
 
@@ -131,6 +139,8 @@ def test_an_example_whose_placeholders_are_cut_off_is_left_out(tmp_path):
         (make_row(2, "5", "7") | {"tags": None}, "reads pairs, tags, there are pairs"),
         (make_row(1, "5", "7") | {"pairs": [[[1, 2], [3, 4]]]}, r"\[items, 2, 3\]"),
         (make_row(1, "5", "7") | {"pairs": [[[1, 2, 3], [4]]]}, "no array of numbers"),
+        (make_row(1, "5", "7") | {"pairs": [{"a": 1}]}, "no array of numbers"),
+        (make_row(1, "5", "7") | {"pairs": "text"}, "no array of numbers"),
         (make_row(2, "96 96 96", "7"), "3 placeholders for 4 vectors"),
         (make_row(0, "96 5", "7"), "1 placeholders for 0 vectors"),
         (make_row(9, "5", "7"), "9 items, where a row of a batch has 8"),

@@ -33,7 +33,8 @@ RATE = 1e-2
 DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
-GATED, MAMBA, HYBRID = "gated, chunks", "mamba", "hybrid"
+GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
+HYBRID = "hybrid"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -83,13 +84,39 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"chunk": 5, "temperature": {"scale": 0.5, "length": 3}, "value_norm": True},
         "mlp": {"d_ff": 48},
     },
+    # Latent attention to what an indexer chooses.
+    SPARSE: _BASE
+    | {
+        "mixer": {
+            "kind": "sparse_attention",
+            "attention": {
+                "num_heads": 8,
+                "num_kv_heads": 8,
+                "head_dim": 10,
+                "latent": {
+                    "q_rank": 8,
+                    "kv_rank": 16,
+                    "rotary_dim": 4,
+                    "value_dim": 6,
+                },
+            },
+            "index_heads": 8,
+            "index_dim": 6,
+            "top_k": 3,
+        },
+        "mlp": {"d_ff": 48},
+    },
     LATENT: _BASE
     | {
         "num_layers": 3,
         "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10, "sinks": True}
         | {"latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}},
         "mlp": {"d_ff": 48},
-        "moe": _EXPERTS,
+        # With every part that experts may have.
+        "moe": _EXPERTS
+        | {"activation": {"kind": "clamped_swiglu"}, "bias": True, "router_bias": True}
+        | {"shared_gate": True, "shared_d_ff": 24, "latent_dim": 16}
+        | {"score": "sigmoid", "selection_bias": True},
         "dense_layers": 1,
         "mtp": {"num_modules": 2},
     },
@@ -117,6 +144,25 @@ MODELS[MAMBA] = _BASE | {
     | {"inner_norms": "learned"},
     "ffn": "none",
     "positions": {"kind": "none"},
+    "remat": "attention",
+}
+# States that are matrices, by head and by channel, beside attention.
+MODELS[DELTA] = _BASE | {
+    "num_layers": 6,
+    "attention": _HEADS | {"output_gate": "element"},
+    "mlp": {"d_ff": 48},
+    "kinds": {
+        "delta": {
+            "mixer": {"kind": "gated_delta_net", "num_heads": 8, "num_key_heads": 4}
+            | {"key_dim": 5, "value_dim": 6, "negative_eigenvalues": True}
+        },
+        "kimi": {
+            "mixer": {"kind": "kimi_delta_attention", "num_heads": 8, "head_dim": 5}
+            | {"rank": 4}
+        },
+        "full": {"positions": {"kind": "none"}},
+    },
+    "pattern": ["delta", "kimi", "full"],
     "remat": "attention",
 }
 # Every other mixer with a state, by turns: one group of heads, and several; attention
@@ -216,9 +262,9 @@ CELLS: dict[str, Cell] = {
     "tp": _cell({}, (*ALL, CAPACITY, HYBRID), tensor=4),
     "tp+sp": _cell(SP, tensor=4),
     "cp all-gather": _cell(
-        _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA), context=4
+        _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA, DELTA), context=4
     ),
-    "cp ring": _cell(_context("ring"), (*ALL, CAPACITY), context=4),
+    "cp ring": _cell(_context("ring"), (*ALL, CAPACITY, SPARSE), context=4),
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
@@ -240,13 +286,15 @@ CELLS: dict[str, Cell] = {
     "d_model split in compute": _cell(
         _compute(embed=["fsdp"], batch=["data", "expert"]), data=2, fsdp=2
     ),
-    "hsdp × tp+sp": _cell(SP, (*ALL, PATTERN, LATENT), data=2, fsdp=2, tensor=2),
+    "hsdp × tp+sp": _cell(
+        SP, (*ALL, PATTERN, LATENT, SPARSE), data=2, fsdp=2, tensor=2
+    ),
     "zero2 × tp+sp": _cell(
         {"sharding": {**ZERO2, **SEQUENCE_PARALLEL}}, ("gqa_window",), fsdp=4, tensor=2
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA, HYBRID, LATENT),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT),
         fsdp=2,
         context=2,
         tensor=2,
@@ -274,7 +322,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
         _pipe("1f1b", **SP),
-        (*ALL, KINDS, GATED, MAMBA, HYBRID),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, SPARSE),
         stage=2,
         fsdp=2,
         tensor=2,
@@ -304,7 +352,7 @@ CELLS: dict[str, Cell] = {
 # train.
 REFUSED: dict[str, tuple[str, ...]] = {
     "cp all-gather": (CAPACITY,),
-    "cp ring": (CAPACITY,),
+    "cp ring": (CAPACITY, SPARSE),
     "cp ulysses": (CAPACITY,),
     "ep": DENSE,
     "ep × fsdp × tp": DENSE,

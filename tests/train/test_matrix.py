@@ -29,6 +29,7 @@ COLUMNS = {
     cells.LATENT: "MLA, MoE",
     cells.KINDS: "kinds by turns",
     cells.GATED: "gates, chunks",
+    cells.SPARSE: "sparse",
 }
 DEVICES = 64
 # Each block of YAML, and what a plan is to say of it.

@@ -51,8 +51,15 @@ def has_compiler() -> bool:
 
 
 def measure(spec: Spec, chip: str) -> CallCosts:
-    """Compile a function for a chip and count its kernels' cycles. Takes seconds, and a
-    process.
+    """Compile a function for a chip and count its kernels' cycles: see
+    :func:`measure_program`, which returns the program's text too."""
+    costs, _ = measure_program(spec, chip)
+    return costs
+
+
+def measure_program(spec: Spec, chip: str) -> tuple[CallCosts, str]:
+    """Compile a function for a chip, count its kernels' cycles, and return these and
+    the scheduled program's text. Takes seconds, and a process.
 
     Args:
         chip: of ``CHIPS``.
@@ -96,13 +103,15 @@ def measure(spec: Spec, chip: str) -> CallCosts:
             for key in values.files:
                 i, j = map(int, key.split("_"))
                 calls[i].values[j] = values[key]
-        return call_costs(
+        text = (folder / "hlo.txt").read_text()
+        costs = call_costs(
             read_schedules(folder / "dump"),
-            (folder / "hlo.txt").read_text(),
+            text,
             calls,
             CHIPS[chip],
             result["temp_bytes"],
         )
+        return costs, text
 
 
 def _reason(stderr: str) -> str:

@@ -47,6 +47,8 @@ FAMILIES = Registry[ModelFamily](
         "qwen2_moe": f"{_FOLDER}.qwen_moe:QWEN2_MOE",
         "dots1": f"{_FOLDER}.dots:DOTS1",
         "llama4": f"{_FOLDER}.llama4:LLAMA4",
+        "glm4_moe_lite": f"{_FOLDER}.deepseek:GLM4_MOE_LITE",
+        "olmoe": f"{_FOLDER}.olmoe:OLMOE",
         "minimax_m2": f"{_FOLDER}.minimax:MINIMAX_M2",
         "granitemoe": f"{_FOLDER}.granite_moe:GRANITE_MOE",
         "ernie4_5_moe": f"{_FOLDER}.ernie_moe:ERNIE4_5_MOE",

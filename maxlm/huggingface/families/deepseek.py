@@ -1,8 +1,10 @@
 """DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, many
 small experts with shared ones beside them, a dense layer first. DeepSeek-V3 and R1
 (DeepSeek-AI 2024, arXiv 2412.19437) and Kimi K2 (Kimi Team 2025, arXiv 2507.20534):
-experts scored by sigmoids, chosen with a bias that balances them, from few groups."""
+experts scored by sigmoids, chosen with a bias that balances them, from few groups.
+GLM-4.7-Flash (Z.ai 2026, its published code and weights) has the same layers."""
 
+from dataclasses import replace
 from typing import Any
 
 from maxlm.huggingface.families import fields, llama, qwen
@@ -27,6 +29,7 @@ SHARED_EXPERTS = map_linears(
 SELECTION_BIAS = {
     f"{L}.mlp.gate.e_score_correction_bias": copy("moe.selection_bias"),
 }
+_DENSE, _SPARSE = "dense", "sparse"
 _LATENT_NORM_EPS = 1e-6
 """That of the norms of narrow vectors, whatever the file says of the others."""
 
@@ -117,7 +120,46 @@ def write_dense_layers(config: TransformerConfig) -> dict[str, Any]:
     return {"first_k_dense_replace": config.dense_layers, "intermediate_size": d_ff}
 
 
+def read_dense_list(
+    reader: ConfigReader, settings: dict[str, Any], default: int
+) -> None:
+    """Reads the first layers that are dense from a list of all layers, or their number;
+    dense layers behind others are refused."""
+    read_dense_layers(reader, settings, default)
+    kinds = reader.names("mlp_layer_types")
+    if not kinds:
+        return
+    num_layers = settings["num_layers"]
+    num_dense = kinds.index(_SPARSE) if _SPARSE in kinds else num_layers
+    expected = [_DENSE] * num_dense + [_SPARSE] * (num_layers - num_dense)
+    reader.read_implemented("mlp_layer_types", expected)
+    settings["dense_layers"] = num_dense
+    settings.pop("mlp", None)
+    if num_dense:
+        settings["mlp"] = {"d_ff": reader.size("intermediate_size")}
+
+
+def write_dense_list(config: TransformerConfig) -> dict[str, Any]:
+    """Writes what :func:`read_dense_list` reads."""
+    num_sparse = config.num_layers - config.dense_layers
+    kinds = [_DENSE] * config.dense_layers + [_SPARSE] * num_sparse
+    return {**write_dense_layers(config), "mlp_layer_types": kinds}
+
+
 def _read_v3(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    _read_latent(reader, settings)
+    read_dense_layers(reader, settings, 3)
+
+
+def _read_glm(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    _read_latent(reader, settings)
+    if not reader.has("mlp_layer_types"):
+        # The library has one dense layer then, whatever the number.
+        reader.read_implemented("first_k_dense_replace", 1, None)
+    read_dense_list(reader, settings, 1)
+
+
+def _read_latent(reader: ConfigReader, settings: dict[str, Any]) -> None:
     attention = settings["attention"]
     reader.read_implemented("num_key_value_heads", attention["num_heads"])
     latent = attention["latent"]
@@ -125,15 +167,21 @@ def _read_v3(reader: ConfigReader, settings: dict[str, Any]) -> None:
     attention["head_dim"] = reader.size("qk_nope_head_dim") + latent["rotary_dim"]
     if settings["norm"]["eps"] != _LATENT_NORM_EPS:
         latent["norm_eps"] = _LATENT_NORM_EPS
-    read_dense_layers(reader, settings, 3)
 
 
 def _write_v3(config: TransformerConfig) -> dict[str, Any]:
+    return {**_write_latent(config), **write_dense_layers(config)}
+
+
+def _write_glm(config: TransformerConfig) -> dict[str, Any]:
+    return {**_write_latent(config), **write_dense_list(config)}
+
+
+def _write_latent(config: TransformerConfig) -> dict[str, Any]:
     attention = config.attention
     return {
         "num_key_value_heads": attention.num_heads,
         "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
-        **write_dense_layers(config),
     }
 
 
@@ -248,4 +296,18 @@ DEEPSEEK_V3 = ModelFamily(
         # Of losses, and of layers that transformers drops too.
         *("aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers"),
     ],
+)
+GLM4_MOE_LITE = replace(
+    DEEPSEEK_V3,
+    name="glm4_moe_lite",
+    hf_architecture="Glm4MoeLiteForCausalLM",
+    fields={
+        **DEEPSEEK_V3.fields,
+        **map_sigmoid_routing(groups=1, groups_per_token=1),
+        "routed_scaling_factor": fields.map_number("moe.scale", 1.8),
+        "rms_norm_eps": fields.map_number("norm.eps", 1e-5),
+    },
+    read_extra=_read_glm,
+    write_extra=_write_glm,
+    other_model_types=[],
 )

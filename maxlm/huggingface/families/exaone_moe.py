@@ -12,21 +12,11 @@ from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
 
 L = "model.layers.{layer}"
-DENSE, SPARSE = "dense", "sparse"
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     num_layers = settings["num_layers"]
-    kinds_of_ffn = reader.names("mlp_layer_types")
-    num_dense = len(kinds_of_ffn) - kinds_of_ffn.count(SPARSE)
-    deepseek.read_dense_layers(reader, settings, 1)
-    if kinds_of_ffn:
-        expected = [DENSE] * num_dense + [SPARSE] * (num_layers - num_dense)
-        reader.read_implemented("mlp_layer_types", expected)
-        settings["dense_layers"] = num_dense
-        d_ff = reader.size("intermediate_size")
-        settings["mlp"] = {"d_ff": d_ff} if num_dense else None
-
+    deepseek.read_dense_list(reader, settings, 1)
     window = reader.size("sliding_window", 4096, nullable=True)
     period = 0
     if window is None or reader.has("layer_types"):
@@ -45,10 +35,8 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 def _write(config: TransformerConfig) -> dict[str, Any]:
     kinds, window = fields.write_layer_types(config)
-    num_sparse = config.num_layers - config.dense_layers
     return {
-        **deepseek.write_dense_layers(config),
-        "mlp_layer_types": [DENSE] * config.dense_layers + [SPARSE] * num_sparse,
+        **deepseek.write_dense_list(config),
         "layer_types": kinds,
         "sliding_window": window,
     }

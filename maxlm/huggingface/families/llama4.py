@@ -6,6 +6,7 @@ larger model. Images are not read: of the published models it is the language mo
 from collections.abc import Sequence
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.huggingface.families import fields, llama
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import (
@@ -96,15 +97,14 @@ def _find_period(names: Sequence[str]) -> int:
 
 def _read_layers_with_positions(reader: ConfigReader, num_layers: int) -> list[bool]:
     interval = reader.size("no_rope_layer_interval", 4)
-    flags = reader.values.get("no_rope_layers") or []
-    reader.ignore("no_rope_layers")
-    if not flags:
-        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
     # In spite of its name 1 marks a layer with positions.
-    if any(flag not in (0, 1) for flag in flags) or len(flags) < num_layers:
-        expected = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-        reader.read_implemented("no_rope_layers", expected)
-    return [bool(flag) for flag in flags[:num_layers]]
+    default = [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    flags = reader.flags("no_rope_layers") or default
+    if len(flags) < num_layers:
+        message = f"no_rope_layers does not name {num_layers} layers"
+        fix = "take it from the published model"
+        raise MaxlmError(message, where=reader.where, fix=fix)
+    return flags[:num_layers]
 
 
 def _read_sparse_layers(reader: ConfigReader, num_layers: int) -> list[bool]:

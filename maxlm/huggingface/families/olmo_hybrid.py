@@ -65,6 +65,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     rope = reader.read_nested("rope_parameters")
     if reader.has("rope_theta") or rope.has("rope_theta"):
         settings["positions"] = read_position_settings(reader, attention["head_dim"])
+    rope.ignore("rope_type")  # of positions that there are not
     settings["kinds"][LINEAR]["placement"] = "pre"
     num_layers = settings["num_layers"]
     kinds = [FULL if layer % 4 == 3 else LINEAR for layer in range(num_layers)]

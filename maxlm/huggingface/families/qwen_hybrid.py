@@ -180,7 +180,13 @@ QWEN3_5 = ModelFamily(
 QWEN3_5_MOE = ModelFamily(
     "qwen3_5_moe",
     "Qwen3_5MoeForCausalLM",
-    {**_map_common(2), **_MOE},
+    {
+        **_map_common(2),
+        **_MOE,
+        "norm_topk_prob": fields.require_value(True),
+        # Of dense layers, which there are none of.
+        "intermediate_size": fields.ignore_key(),
+    },
     {**_OUTER, **_APART, **_EXPERTS},
     {**_FIXED_MOE, "moe.renormalise": True},
     rope_kwargs={"partial": 0.25},

@@ -24,6 +24,7 @@ from pydantic import (
 from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
+    LONGEST_SINGLE_PERIOD,
     FeedForwardChoice,
     KindName,
     LayerKind,
@@ -227,6 +228,10 @@ class TransformerConfig(Config):
                 where="frontend",
                 fix="set it to null, or use a decoder",
             )
+        if self.mtp is not None:
+            # Its modules read the tokens that follow, and would read placeholders.
+            message = "a frontend beside mtp, which reads tokens alone"
+            raise MaxlmError(message, where="mtp", fix="set one of them to null")
         if frontend.placeholder_id >= self.vocab_size:
             message = f"{frontend.placeholder_id} is no row of the model's table, "
             message += f"vocab_size={self.vocab_size}"
@@ -478,7 +483,8 @@ class TransformerConfig(Config):
         last = period[:num_left]
 
         are_unlike = len({layer.block for layer in period}) > 1
-        if are_unlike and num_periods == 1:
+        is_list = num_periods == 1 and len(period) > LONGEST_SINGLE_PERIOD
+        if are_unlike and is_list:
             # A list of all layers: some part of it may repeat all the same.
             layers = first + period + last
             repeats = find_repeats(layers)

@@ -28,6 +28,11 @@ LONGEST_PERIOD = 64
 """Most layers of a period that is looked for in a pattern that does not repeat from
 layer 0 on. Published patterns have at most a dozen."""
 
+LONGEST_SINGLE_PERIOD = 12
+"""Most layers of a pattern that is one period even if it never repeats, so that a
+shallow model's parameters have the names of a deeper one's. A longer pattern is a list
+of layers. Published periods have at most 8."""
+
 KindName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 

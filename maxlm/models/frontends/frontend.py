@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from pydantic import Field
@@ -55,9 +56,9 @@ class FrontendCosts:
     """Costs of a frontend, as it states them for the plan. How large its matrices are
     follows from their declarations."""
 
-    rows_per_item: float = 1.0
-    """Rows that each matrix multiplies, of an item: 1 for a patch, the number of its
-    patches for an image whose layers see them all."""
+    rows_per_item: float
+    """Rows that each matrix multiplies, of an item: of an image its patches, if all of
+    them go through."""
     extra_flops: float = 0.0
     """Forward FLOPs of an item beside matrices, such as those of attention's
     scores."""
@@ -67,8 +68,8 @@ class Frontend(Protocol):
     """A module (``flax.nnx.Module``) whose parameters are ``frontend....`` of the
     model's.
 
-    It may state its ``costs()``, a :class:`FrontendCosts`; otherwise its matrices see
-    each item once.
+    It may state its ``costs()``, a :class:`FrontendCosts`; otherwise its matrices
+    multiply a row for each vector.
     """
 
     def encode(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -84,12 +85,6 @@ class Frontend(Protocol):
             ``embedding_scale``, before positions and norms.
         """
         ...
-
-
-def get_frontend_costs(frontend: Frontend | None) -> FrontendCosts:
-    """Returns a frontend's own ``costs()``, or those of one that states none."""
-    count_costs: Callable[[], FrontendCosts] | None = getattr(frontend, "costs", None)
-    return FrontendCosts() if count_costs is None else count_costs()
 
 
 class FrontendConfig(Config):
@@ -148,14 +143,7 @@ class FrontendConfig(Config):
             raise MaxlmError(message, fix="give these arrays")
         checked: dict[str, np.ndarray] = {}
         for name, spec in specs.items():
-            try:
-                array = np.asarray(arrays[name], spec.dtype)
-            except (ValueError, OverflowError):  # ragged lists, or texts
-                raise MaxlmError(
-                    f"{name} is no array of numbers",
-                    where=name,
-                    fix="give lists of equal lengths",
-                ) from None
+            array = _read_numbers(name, arrays[name]).astype(spec.dtype)
             if array.shape[1:] != spec.shape or not array.shape or not len(array):
                 message = f"{name} has the shape {list(array.shape)}, and not "
                 message += f"[items, {', '.join(map(str, spec.shape))}]"
@@ -215,6 +203,26 @@ class FrontendConfig(Config):
         """Returns the same for a table of at most so many rows."""
         placeholder_id = min(self.placeholder_id, vocab_size - 1)
         return self.model_copy(update={"placeholder_id": placeholder_id})
+
+
+def get_frontend_costs(frontend: Frontend, config: FrontendConfig) -> FrontendCosts:
+    """Returns a frontend's own ``costs()``, or those of one that states none."""
+    count_costs: Callable[[], FrontendCosts] | None = getattr(frontend, "costs", None)
+    if count_costs is None:
+        return FrontendCosts(rows_per_item=config.vectors_per_item)
+    return count_costs()
+
+
+def _read_numbers(name: str, values: object) -> np.ndarray:
+    """Returns nested lists of numbers, or an array, as an array."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of unlike lengths
+        array = None
+    if array is None or not jnp.issubdtype(array.dtype, jnp.number):
+        message = f"{name} is no array of numbers"
+        raise MaxlmError(message, where=name, fix="give lists of equal lengths")
+    return array
 
 
 @dataclass(frozen=True)

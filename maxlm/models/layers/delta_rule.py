@@ -321,6 +321,8 @@ class DeltaRule(nnx.Module):
             tuple(matrices),
             extra_flops=flops,
             flops_axes=("heads",),
+            # The map of a state, [K, K] a head, and the state behind a run.
+            exchanged_elements=states + num_heads * key_dim**2,
             working_elements=2 * kept + states / BLOCK_TOKENS,
             block_elements=2 * block,
             block_tokens=BLOCK_TOKENS,

@@ -4,15 +4,16 @@ Shapes: B batch, S sequence, D model, N query heads, H head dim, Hv value dim, C
 dims (``kv_rank``), P rotary dims.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.build_context import BuildContext
-from maxlm.models.caches import CacheLayout
+from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.caches.kinds import kv_cache_spec
-from maxlm.models.caches.paged import AttentionCache
 from maxlm.models.costs import AttentionCosts, LayerCosts, MatrixGroup
 from maxlm.models.layers.attend import (
     AttentionInputs,
@@ -28,6 +29,22 @@ from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import materialize
 from maxlm.parallel.terms import limit_window
+
+
+class LatentProjections(NamedTuple):
+    """What latent attention makes of a layer's input."""
+
+    q_plain: jax.Array
+    """[B, S, N, H − P]: queries' dimensions without positions."""
+    q_rotary: jax.Array
+    """[B, S, N, P]: those that RoPE has turned."""
+    vector: jax.Array
+    """[B, S, C]: what keys and values of all heads come from."""
+    shared_key: jax.Array
+    """[B, S, 1, P]: the rotary part of the key, one for all heads."""
+    gate: jax.Array | None
+    query_vector: jax.Array | None
+    """[B, S, q_rank], normalised: what queries come from; None without a q_rank."""
 
 
 class LatentAttention(nnx.Module):
@@ -106,94 +123,103 @@ class LatentAttention(nnx.Module):
         self,
         x: jax.Array,
         inputs: AttentionInputs,
-        cache: AttentionCache | None = None,
-    ) -> tuple[jax.Array, AttentionCache | None]:
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """See :class:`~maxlm.models.layers.attention.Attention`. Without
         ``inputs.rotary`` the rotary dimensions are like the others, but for the key that
         all heads share (Kimi Linear)."""
+        projections = self.project_input(x, inputs)
+        if cache is None:
+            q, k, v = self.make_heads(projections)
+            y, _ = attend(self, q, k, v, inputs, None, self.rules)
+        else:
+            q, k = self.make_vectors(projections)
+            y, cache = attend(
+                self,
+                q,
+                k,
+                None,
+                inputs,
+                cache,
+                self.shared_rules,
+                value_dim=self.latent.kv_rank,
+            )
+            y = self.make_head_outputs(y)
+        return self.finish(y, projections.gate), cache
+
+    def project_input(
+        self, x: jax.Array, inputs: AttentionInputs
+    ) -> "LatentProjections":
+        """Maps x [B, S, D] to queries and to the vectors of keys and values."""
         # The first map of queries: to heads, or with a q_rank to a narrow vector.
         first_query_map = self.query if self.query_down is None else self.query_down
         maps = [first_query_map, self.key_down, self.key_rotary]
         if self.gate is not None:
             maps.append(self.gate)
-        query_or_latent, vector, shared_key, *gates = project(x, *maps)
-        gate = checkpoint_name(gates[0], "qkv") if gates else None
-        q = query_or_latent
+        query_or_vector, vector, shared_key, *gates = project(x, *maps)
+        query_vector = None
+        q = query_or_vector
         if self.query_norm is not None:
-            q = self.query(self.query_norm(query_or_latent))
+            query_vector = self.query_norm(query_or_vector)
+            q = self.query(query_vector)
         q = scale_by_position(q, inputs.positions, self.config.temperature)
-        q_plain = q[..., : self._plain_dim]  # [B, S, N, H − P]
-        q_rotary = _turn(q[..., self._plain_dim :], inputs.rotary)  # [B, S, N, P]
-        vector = self.key_norm(vector)  # [B, S, C]
-        # One rotary key for all heads: [B, S, 1, P].
-        shared_key = _turn(shared_key[:, :, None], inputs.rotary)
-        if cache is None:
-            y, cache = self._attend_by_heads(
-                q_plain, q_rotary, vector, shared_key, inputs
-            )
-        else:
-            y, cache = self._attend_by_vectors(
-                q_plain, q_rotary, vector, shared_key, inputs, cache
-            )
-        return self.out(apply_output_gate(y, gate), seq_axis="residual"), cache
+        return LatentProjections(
+            q_plain=q[..., : self._plain_dim],
+            q_rotary=_turn(q[..., self._plain_dim :], inputs.rotary),
+            vector=self.key_norm(vector),
+            shared_key=_turn(shared_key[:, :, None], inputs.rotary),
+            gate=checkpoint_name(gates[0], "qkv") if gates else None,
+            query_vector=query_vector,
+        )
 
     @property
     def _plain_dim(self) -> int:
         """Dimensions of a query or key head without positions, H − P."""
         return self.config.head_dim - self.latent.rotary_dim
 
-    def _attend_by_heads(
-        self,
-        q_plain: jax.Array,
-        q_rotary: jax.Array,
-        vector: jax.Array,
-        shared_key: jax.Array,
-        inputs: AttentionInputs,
-    ) -> tuple[jax.Array, None]:
-        """Makes every head's keys and values of the vectors, and attends to them, as
-        training does: a score takes H + Hv multiplications, not 2·C + P."""
+    def make_heads(
+        self, projections: "LatentProjections"
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Makes queries and keys [B, S, N, H] and values [B, S, N, Hv] of every head, as
+        training attends to them: a score takes H + Hv multiplications, not 2·C + P."""
         # [B, S, N, H − P] and [B, S, N, Hv].
-        k_plain, v = project(vector, self.key_up, self.value_up)
+        k_plain, v = project(projections.vector, self.key_up, self.value_up)
+        shared_key = projections.shared_key
         k_rotary_shape = (*k_plain.shape[:3], shared_key.shape[-1])
         k_rotary = jnp.broadcast_to(
             shared_key, k_rotary_shape, out_sharding=jax.typeof(k_plain).sharding
         )
         k = jnp.concatenate([k_plain, k_rotary], axis=-1)
-        q = jnp.concatenate([q_plain, q_rotary], axis=-1)
-        q = checkpoint_name(q, "qkv")
-        k = checkpoint_name(k, "qkv")
-        v = checkpoint_name(v, "qkv")
-        y, _ = attend(self, q, k, v, inputs, None, self.rules)
-        return y, None
+        q = jnp.concatenate([projections.q_plain, projections.q_rotary], axis=-1)
+        return (
+            checkpoint_name(q, "qkv"),
+            checkpoint_name(k, "qkv"),
+            checkpoint_name(v, "qkv"),
+        )
 
-    def _attend_by_vectors(
-        self,
-        q_plain: jax.Array,
-        q_rotary: jax.Array,
-        vector: jax.Array,
-        shared_key: jax.Array,
-        inputs: AttentionInputs,
-        cache: AttentionCache,
-    ) -> tuple[jax.Array, AttentionCache | None]:
-        """Attends to a cache of vectors without making keys and values: q·(U c) =
+    def make_vectors(
+        self, projections: "LatentProjections"
+    ) -> tuple[jax.Array, jax.Array]:
+        """Makes queries [B, S, N, C + P] of the vectors, and the vectors with their
+        rotary part [B, S, 1, C + P], without keys and values of heads: q·(U c) =
         (Uᵀ q)·c, and Σ w (V c) = V Σ w c (§2.1.2), so that a token reads C + P numbers
         of each earlier one."""
-        q_vector = self._apply_kernel(q_plain, self.key_up, "bsnh,cnh->bsnc")
-        q = jnp.concatenate([q_vector, q_rotary], axis=-1)  # [B, S, N, C + P]
-        k = jnp.concatenate([vector[:, :, None], shared_key], axis=-1)  # one kv head
-        y, new_cache = attend(
-            self,
-            q,
-            k,
-            None,
-            inputs,
-            cache,
-            self.shared_rules,
-            value_dim=self.latent.kv_rank,
+        q_vector = self._apply_kernel(
+            projections.q_plain, self.key_up, "bsnh,cnh->bsnc"
         )
-        return self._apply_kernel(y, self.value_up, "bsnc,cnh->bsnh"), new_cache
+        q = jnp.concatenate([q_vector, projections.q_rotary], axis=-1)
+        vector = projections.vector[:, :, None]  # one kv head
+        return q, jnp.concatenate([vector, projections.shared_key], axis=-1)
 
-    def cache_spec(self, layout: CacheLayout, window: int | None) -> AttentionCache:
+    def make_head_outputs(self, y: jax.Array) -> jax.Array:
+        """Maps weighted vectors [B, S, N, C] to outputs of heads [B, S, N, Hv]."""
+        return self._apply_kernel(y, self.value_up, "bsnc,cnh->bsnh")
+
+    def finish(self, y: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """Maps outputs of heads [B, S, N, Hv], behind their gate, to [B, S, D]."""
+        return self.out(apply_output_gate(y, gate), seq_axis="residual")
+
+    def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
         """A layer's cache of vectors with the shared rotary keys behind them;
         attention's values are the vectors."""
         return kv_cache_spec(

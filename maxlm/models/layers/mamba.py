@@ -229,6 +229,11 @@ class Mamba(nnx.Module):
             ),
             extra_flops=flops,
             flops_axes=("mlp",),
+            # B and C.
+            shared_elements=2 * config.d_state,
+            # Decay and offset of each number of state, and the convolution's inputs.
+            exchanged_elements=config.d_inner
+            * (2 * config.d_state + config.d_conv - 1),
             # States between chunks, and about as many within one.
             working_elements=2 * config.d_inner * config.d_state / CHUNK_TOKENS,
         )

@@ -1,0 +1,87 @@
+"""Linear recurrences compiled by the TPU's own compiler: every kind, both passes; and
+memory that grows with the number of chunks alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.linear_recurrence import linear_recurrence
+from pallas_kernels.linear_recurrence.params import RecurrenceOperands
+from tests.aot.conftest import describe_device, read_kernels
+from tests.pallas_kernels.recurrence_cases import KINDS
+
+# B, T, H, N, K, V and tokens of a chunk; none of odd sizes is a tile.
+SHAPES = {
+    "bf16": ((1, 2048, 2, 4, 128, 128), 64, jnp.bfloat16),
+    "bf16, long chunks, odd lengths": ((2, 700, 1, 2, 96, 130), 128, jnp.bfloat16),
+    "fp32, odd sizes": ((2, 77, 2, 6, 20, 12), 32, jnp.float32),
+    "fp32, wide": ((1, 1024, 1, 1, 256, 128), 64, jnp.float32),
+}
+
+
+def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int = 0):
+    """Compiles forward and backward; ``tokens`` replace those of the shape."""
+    (B, T, H, N, K, V), chunk, dtype = SHAPES[shape]
+    T = tokens or T
+    by_channel, delta = KINDS[kind]
+    device = describe_device(CHIPS[chip].topology)
+    mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    like = partial(jax.ShapeDtypeStruct, sharding=sharding)
+    operands = RecurrenceOperands(
+        like((B, T, H, K), dtype),
+        like((B, T, H, K), dtype),
+        like((B, T, N, V), dtype),
+        like((B, T, N, K) if by_channel else (B, T, N), jnp.float32),
+        like((B, T, N), jnp.float32) if delta else None,
+    )
+    state = like((B, N, K, V), jnp.float32)
+    starts = like((B, T), jnp.bool_)
+
+    def run(operands, state, starts):
+        def recur(operands, state):
+            return linear_recurrence(
+                *operands,
+                initial_state=state,
+                starts=starts,
+                chunk_size=chunk,
+                backend=backend,
+            )
+
+        results, pull = jax.vjp(recur, operands, state)
+        return results, pull(results)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(run).lower(operands, state, starts).compile()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_both_passes_compile(chip, kind, shape):
+    text = compile_passes(chip, kind, shape, "tpu").as_text()
+    assert sorted(read_kernels(chip, text)) == [
+        "linear_recurrence_backward",
+        "linear_recurrence_forward",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["tpu", "xla"])
+@pytest.mark.parametrize("kind", ["kimi delta", "state space"])
+def test_memory_grows_with_the_number_of_chunks_alone(kind, backend):
+    """Twice the tokens, twice what grows; and less of it than one array of a state a
+    token has, at any length."""
+    sizes = []
+    for tokens in (2048, 4096, 8192):
+        compiled = compile_passes("v5p", kind, "bf16", backend, tokens)
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    first = sizes[1] - sizes[0]
+    second = sizes[2] - sizes[1]
+    assert second <= 2.2 * first
+    state_a_token = 4 * 128 * 128 * 4
+    assert second / 4096 < state_a_token / 8

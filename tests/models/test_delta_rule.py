@@ -1,0 +1,312 @@
+"""Layers with a gated delta rule compute what the papers say: a float64 NumPy
+implementation, token by token, gives the same for packed rows; caches give the same as
+whole rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.config.sampling import SamplingConfig
+from maxlm.inference.engine import Engine
+from maxlm.inference.engine_config import EngineConfig
+from maxlm.inference.requests import GenerationRequest
+from maxlm.models.architectures.transformer import DecoderConfig
+from maxlm.models.blocks import MIXERS
+from maxlm.models.costs import get_costs
+from maxlm.models.layers.gated_delta_net import GatedDeltaNetConfig
+from maxlm.models.layers.kimi_delta_attention import KimiDeltaAttentionConfig
+from maxlm.models.params import bind, flatten_names, init_params, param_specs
+from tests.models import building, reference
+from tests.models.building import POSITIONS, SEGMENTS
+
+WIDTH = 3
+DELTA = {"kind": "gated_delta_net", "num_heads": 6, "num_key_heads": 3} | {
+    "key_dim": 5,
+    "value_dim": 4,
+    "conv_width": WIDTH,
+}
+MIXERS_BY_NAME = {
+    "delta": DELTA,
+    "negative": DELTA | {"negative_eigenvalues": True, "norm_eps": 0.01},
+    "kimi": {"kind": "kimi_delta_attention", "num_heads": 2, "head_dim": 5, "rank": 3}
+    | {"conv_width": WIDTH},
+}
+
+
+def make_config(name: str, **changes) -> DecoderConfig:
+    settings = {
+        "vocab_size": 29,
+        "num_layers": 2,
+        "d_model": 7,
+        "max_seq_len": 64,
+        "mixer": MIXERS_BY_NAME[name],
+        "ffn": "none",
+        "norm": {"eps": 1e-4},
+        "positions": {"kind": "none"},
+    }
+    return DecoderConfig.model_validate(settings | changes)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def convolve(x, weight, segments):
+    """x [S, heads, size] → silu of the sums over each token's own document."""
+    total = np.zeros_like(x)
+    for s in range(len(x)):
+        for lag in range(WIDTH):
+            if lag <= s and len({*segments[s - lag : s + 1]}) == 1:
+                total[s] += weight[..., -1 - lag] * x[s - lag]
+    return total * sigmoid(total)
+
+
+def normalise(x):
+    return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def mixer(x, p, segments, config, model_eps):
+    """x [S, D] → [S, D] (Yang et al. 2024, eq. 10; Kimi Team 2025, eq. 1), with
+    parameters p."""
+
+    def project(name):
+        return np.tensordot(x, p[name]["kernel"], 1)
+
+    q, k, v = (
+        convolve(project(name), p[f"{name}_conv"], segments)
+        for name in ("query", "key", "value")
+    )
+    q = normalise(q)
+    k = normalise(k)
+    rates = np.exp(p["A_log"])
+    if config["kind"] == "gated_delta_net":
+        steps = np.log1p(np.exp(project("decay") + p["dt_bias"]))
+        decay = np.exp(-rates * steps)[..., None]
+        gate = project("gate")
+        gate = gate * sigmoid(gate)
+    else:
+        logits = np.tensordot(project("decay_down"), p["decay_up"]["kernel"], 1)
+        steps = np.log1p(np.exp(logits + p["dt_bias"]))
+        decay = np.exp(-rates[:, None] * steps)
+        gate = np.tensordot(project("gate_down"), p["gate_up"]["kernel"], 1)
+        gate = sigmoid(gate)
+    beta = sigmoid(project("beta"))
+    if config.get("negative_eigenvalues"):
+        beta = 2 * beta
+    num_heads, value_dim = v.shape[1:]
+    key_dim = k.shape[2]
+    group_size = num_heads // k.shape[1]
+    y = np.zeros_like(v)
+    for head in range(num_heads):
+        state = np.zeros((key_dim, value_dim))
+        for s in range(len(x)):
+            if s and segments[s] != segments[s - 1]:
+                state[:] = 0
+            key = k[s, head // group_size]
+            state = decay[s, head, :, None] * state
+            read = key @ state
+            state = state + beta[s, head] * np.outer(key, v[s, head] - read)
+            y[s, head] = q[s, head // group_size] @ state / np.sqrt(key_dim)
+    eps = config["norm_eps"] or model_eps
+    y = y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + eps)
+    y = y * p["norm"]["scale"] * gate
+    return np.tensordot(y, p["out"]["kernel"], 2)
+
+
+def reference_hidden(config, params, tokens, segments):
+    """Hidden states [S, D] of one row."""
+    settings = config.model_dump()
+    x = params["embedding"]["table"][tokens]
+    for index in range(config.num_layers):
+        p = reference.layer_of(params["layers"], index)
+        y = reference.norms(x, p["attention_norm"], settings["norm"])
+        mixer_settings = settings["mixer"]
+        eps = settings["norm"]["eps"]
+        x = x + mixer(y, p[mixer_settings["kind"]], segments, mixer_settings, eps)
+    return reference.norms(x, params["final_norm"], settings["norm"])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kimi",
+        pytest.param("delta", marks=pytest.mark.more),
+        pytest.param("negative", marks=pytest.mark.more),
+    ],
+)
+def test_hidden_states_and_gradients_equal_the_reference(name, one_device_mesh):
+    """Rows of several documents. Gradients by central differences in float64 along a
+    random direction for each parameter."""
+    config = make_config(name)
+    mesh = one_device_mesh
+    params = building.random_params(config, mesh)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, config.vocab_size, SEGMENTS.shape)
+    cotangent = rng.standard_normal((*SEGMENTS.shape, config.d_model))
+    cotangent *= (SEGMENTS > 0)[..., None]
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            hidden, _ = bind(model, params)(tokens, POSITIONS, SEGMENTS)
+            return jnp.sum(hidden * cotangent), hidden
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    with jax.set_mesh(mesh):
+        model = building.decoder(config, mesh)
+        placed = building.on_devices(params, building.storage(config, mesh))
+        gradients, hidden = run(placed)
+
+    def reference_rows(params):
+        rows = zip(tokens, SEGMENTS, strict=True)
+        return np.array([reference_hidden(config, params, *row) for row in rows])
+
+    truth = reference_rows(params)
+    assert np.abs(hidden - truth).max() <= 1e-5 * np.abs(truth).max()
+    gradients = flatten_names(gradients)
+    for parameter in gradients:
+        if parameter.startswith("head"):
+            continue
+        direction = rng.standard_normal(gradients[parameter].shape)
+        above, below = (
+            np.sum(
+                cotangent
+                * reference_rows(
+                    building.change(
+                        params,
+                        parameter,
+                        lambda x, step=step, along=direction: x + step * along,
+                    )
+                )
+            )
+            for step in (1e-5, -1e-5)
+        )
+        slope = (above - below) / 2e-5
+        scale = np.abs(gradients[parameter]).max() * np.sqrt(direction.size)
+        result = np.sum(gradients[parameter] * direction)
+        assert result == pytest.approx(slope, abs=1e-4 * scale), parameter
+
+
+@pytest.mark.heavy
+def test_generation_equals_the_full_forward_pass(one_device_mesh):
+    """A hybrid of both kinds and attention; more prompts than rows, in chunks that end
+    anywhere, some shorter than the convolutions; rows are used again."""
+    attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    config = make_config(
+        "delta",
+        num_layers=3,
+        mixer=None,
+        attention=attention,
+        kinds={
+            "delta": {"mixer": MIXERS_BY_NAME["negative"]},
+            "kimi": {"mixer": MIXERS_BY_NAME["kimi"]},
+            "full": {},
+        },
+        pattern=["delta", "full", "kimi"],
+        init_std=0.6,
+    )
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 29, length).tolist() for length in (1, 19, 2, 11)]
+    with jax.set_mesh(one_device_mesh):
+        model = building.decoder(config, one_device_mesh)
+        specs = param_specs(model)
+        params = jax.jit(lambda: init_params(specs, jax.random.key(0)))()
+        engine = Engine(
+            model,
+            params,
+            EngineConfig(
+                max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
+            ),
+        )
+        greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+        requests = [
+            GenerationRequest(str(i), tuple(prompt), greedy, top_logprobs=0)
+            for i, prompt in enumerate(prompts)
+        ]
+        outputs: dict[str, list] = {}
+        for output in engine.run(requests):
+            tokens = outputs.setdefault(output.request_id, [])
+            tokens += zip(output.token_ids, output.logprobs, strict=True)
+
+        @jax.jit
+        def read(params, text):
+            bound = bind(model, params)
+            places = jnp.arange(32, dtype=jnp.int32)[None]
+            return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
+
+        for number, prompt in enumerate(prompts):
+            tokens = [token for token, _ in outputs[str(number)]]
+            logprobs = [one.logprob for _, one in outputs[str(number)]]
+            assert len(tokens) == 8
+            text = np.zeros((1, 32), np.int32)
+            text[0, : len(prompt) + 8] = [*prompt, *tokens]
+            rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
+            assert rows.argmax(-1).tolist() == tokens
+            np.testing.assert_allclose(logprobs, rows.max(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest_rate"), [("gated_delta_net", 0.01), ("kimi_delta_attention", 1)]
+)
+def test_steps_and_decays_begin_as_published(name, lowest_rate, one_device_mesh):
+    sizes = {"num_heads": 400, "num_key_heads": 400, "key_dim": 1, "value_dim": 1}
+    if name == "kimi_delta_attention":
+        sizes = {"num_heads": 400, "head_dim": 1}
+    config = make_config("delta", mixer={"kind": name} | sizes)
+    with jax.set_mesh(one_device_mesh):
+        specs = param_specs(building.decoder(config, one_device_mesh))
+        layer = {"layers": {name: specs["layers"][name]}}
+        params = init_params(layer, jax.random.key(0))
+    values = jax.tree.map(np.asarray, params["layers"][name])
+    steps = np.log10(np.log1p(np.exp(values["dt_bias"].astype(np.float64))))
+    assert steps.min() == pytest.approx(-3, abs=0.02)
+    assert steps.max() == pytest.approx(-1, abs=0.02)
+    assert steps.mean() == pytest.approx(-2, abs=0.1)
+    rates = np.exp(values["A_log"])
+    assert rates.min() >= lowest_rate
+    assert rates.max() == pytest.approx(16, abs=0.2)
+    assert rates.mean() == pytest.approx((16 + lowest_rate) / 2, abs=0.6)
+
+
+def test_small_mixers_keep_their_ratios():
+    config = GatedDeltaNetConfig(
+        num_heads=32, num_key_heads=16, key_dim=128, value_dim=256
+    )
+    small = config.shrunk(head_dim=8, seq_len=64)
+    assert (small.num_heads, small.num_key_heads) == (4, 2)
+    assert (small.key_dim, small.value_dim) == (8, 16)
+    kimi = KimiDeltaAttentionConfig(num_heads=32, head_dim=128).shrunk(8, 64)
+    assert (kimi.num_heads, kimi.head_dim, kimi.rank) == (4, 8, None)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    message = "num_heads=6 is not a multiple of num_key_heads=4"
+    with pytest.raises(MaxlmError, match=message):
+        GatedDeltaNetConfig(num_heads=6, num_key_heads=4, key_dim=2, value_dim=2)
+
+
+@pytest.mark.parametrize("name", MIXERS_BY_NAME)
+def test_they_train_on_every_mesh_axis_and_state_their_costs(name, one_device_mesh):
+    config = make_config(name)
+    assert set(MIXERS.get(MIXERS_BY_NAME[name]["kind"]).mesh_axes) == {
+        "context",
+        "stage",
+    }
+    with jax.set_mesh(one_device_mesh):
+        model = building.decoder(config, one_device_mesh)
+        layer = model.stacks["layers"]
+    costs = get_costs(layer.mixer)
+    names = {name for group in costs.matrices for name in group.names}
+    specs = flatten_names(param_specs(layer.mixer))
+    matrices = {name for name, spec in specs.items() if spec.role == "matrix"}
+    assert names == matrices
+    mixer = MIXERS_BY_NAME[name]
+    num_heads = mixer["num_heads"]
+    state = num_heads * mixer.get("key_dim", 5) * mixer.get("value_dim", 5)
+    # What is written, corrected and read: three products with a state, at least.
+    assert costs.extra_flops > 6 * state
+    assert costs.exchanged_elements == state + num_heads * mixer.get("key_dim", 5) ** 2
