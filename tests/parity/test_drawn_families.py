@@ -21,6 +21,9 @@ CASES = (
     *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
     *("olmoe", "glm4_moe_lite"),
+    *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
+    *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
+    *("falcon_h1_plain", "minimax"),
 )
 NAMES = [
     f"{case}@{number}"
