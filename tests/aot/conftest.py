@@ -107,7 +107,8 @@ def read_kernels(chip: str, text: str) -> list[str]:
             name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call', line)
             limit, used = (
                 re.search(
-                    rf'"{key}":\[{{"memory_space":"1","offset":"0","size":"(\d+)"', line
+                    rf'"{key}":\[{{"memory_space":"1","offset":"\d+","size":"(\d+)"',
+                    line,
                 )
                 for key in ("scoped_memory_configs", "used_scoped_memory_configs")
             )

@@ -12,6 +12,7 @@ from flax import nnx
 from maxlm.models.blocks import build_attention
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches.layout import allocate_cache_array
+from maxlm.models.caches.paged import PagedCache
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.norm import NormConfig
@@ -82,6 +83,7 @@ def test_an_earlier_layer_s_cache_is_read_and_not_written(mesh, tensor):
             batch=batch,
         )
         _, cache = bind(source, source_params)(x[0], inputs, cache)
+        assert isinstance(cache, PagedCache)
         y, after = bind(sharing, sharing_params)(x[1], inputs, cache)
         for array, unchanged in zip(
             jax.tree.leaves(after), jax.tree.leaves(cache), strict=True

@@ -43,7 +43,9 @@ def test_the_best_are_chosen_and_of_equal_ones_the_earliest():
     scores = rng.integers(-2, 3, (4, 9, 9)).astype(np.float32)  # many are equal
     is_seen = rng.random((4, 9, 9)) < 0.7
     for top_k in (1, 4, 9):
-        chosen = np.asarray(choose_best(jnp.asarray(scores), is_seen, top_k))
+        chosen = np.asarray(
+            choose_best(jnp.asarray(scores), jnp.asarray(is_seen), top_k)
+        )
         for index in np.ndindex(4, 9):
             order = np.argsort(-scores[index], kind="stable")
             best = [place for place in order if is_seen[index][place]][:top_k]
@@ -84,7 +86,10 @@ def run(layer, params, x):
 def reference(params, x):
     """Outputs [B, S, D] and the indexer's loss in float64, a token at a time (arXiv
     2512.02556, eq. 1 to 4)."""
-    p = {name: np.float64(value) for name, value in flatten_names(params).items()}
+    p = {
+        name: np.asarray(value, np.float64)
+        for name, value in flatten_names(params).items()
+    }
 
     def rms(row, name):
         size = np.sqrt(np.mean(row**2) + 1e-5)
@@ -106,7 +111,7 @@ def reference(params, x):
         vectors = []
         keys = []
         index_keys = []
-        for s, row in enumerate(np.float64(x[b])):
+        for s, row in enumerate(x[b].astype(np.float64)):
             at = POSITIONS[b, s]
             vector = rms(row @ p["key_down.kernel"], "key_norm")
             shared = turn(row @ p["key_rotary.kernel"], at)
