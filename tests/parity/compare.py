@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def read(values: dict[str, Any], tensors: Any = ()) -> tuple[ModelFamily, Any]:
 def spell_as_published(
     family: ModelFamily, tensors: dict[str, np.ndarray], published: Collection[str]
 ) -> dict[str, np.ndarray]:
-    """Tensors that transformers saved, under the names of ``published`` where these
-    differ."""
+    """Tensors that transformers saved and the family reads, under the names of
+    ``published`` where these differ."""
 
     def spell(name: str) -> str:
         for usual, other in family.suffix_aliases.items():
@@ -45,7 +46,10 @@ def spell_as_published(
                 return name.removesuffix(other) + usual
         return name
 
-    return {spell(name): tensor for name, tensor in tensors.items()}
+    def is_read(name: str) -> bool:
+        return not any(fnmatch(name, pattern) for pattern in family.ignored_tensors)
+
+    return {spell(name): tensor for name, tensor in tensors.items() if is_read(name)}
 
 
 def parameters(

@@ -21,6 +21,9 @@ CASES = (
     *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
     *("olmoe", "glm4_moe_lite"),
+    *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
+    *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
+    *("falcon_h1_plain", "minimax"),
 )
 NAMES = [
     f"{case}@{number}"
@@ -37,12 +40,13 @@ def is_loose(name: str) -> bool:
 
 @drawn
 def test_logits(name):
-    assert measure.single(name) < (1e-4 if is_loose(name) else 1e-5)
-
-
-@pytest.mark.parametrize("name", filter(is_loose, NAMES))
-def test_logits_in_float64(name):
+    if not is_loose(name):
+        assert measure.single(name) < 1e-5
+        return
+    # Exact in float64, and in fp32 not further from that than the other's.
     assert measure.double(name) < 1e-12
+    here, there = measure.rounding(name)
+    assert here < max(1e-5, 2 * there)
 
 
 @drawn
