@@ -3,6 +3,7 @@ rare is read as the published code reads it."""
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -494,3 +495,24 @@ def test_a_share_of_a_head_is_written_so_that_it_is_read_again():
                 PositionsConfig(kind="rope", rotary_dim=size), head
             )
             assert int(head * values["partial_rotary_factor"]) == size
+
+
+@pytest.mark.parametrize("name", ["qwen3_next_80b_a3b", "qwen3_5_9b_text"])
+def test_a_layer_that_predicts_further_tokens_is_left_out_in_one_note(name):
+    family = find_family(PUBLISHED[name], "config.json")
+    config, _ = settings(PUBLISHED[name])
+    names = ["mtp.fc.weight", "mtp.layers.0.mlp.experts.3.up_proj.weight"]
+    patterns = family.list_ignored_tensors(config)
+    assert all(
+        any(fnmatchcase(name, pattern) for pattern in patterns) for name in names
+    )
+    note = "left out: mtp (2 tensors), which predicts further tokens"
+    assert family.describe_left_out(config, names) == [note]
+
+
+def test_layers_of_kimi_linear_that_are_not_named_are_refused():
+    numbers = PUBLISHED["kimi_linear_48b_a3b"]["linear_attn_config"]
+    values = nested("kimi_linear_48b_a3b", "linear_attn_config", kda_layers=[1, 2])
+    assert len(numbers["kda_layers"]) == 20
+    with pytest.raises(MaxlmError, match="do not name 27 layers"):
+        settings(values)
