@@ -34,7 +34,7 @@ drawn = pytest.mark.parametrize("name", NAMES)
 
 def is_loose(name: str) -> bool:
     """Whether fp32's rounding is magnified."""
-    return name.partition("@")[0] in measure.DELTA_RULES
+    return name.partition("@")[0] in (*measure.DELTA_RULES, "minimax")
 
 
 @drawn
@@ -44,7 +44,8 @@ def test_logits(name):
 
 @pytest.mark.parametrize("name", filter(is_loose, NAMES))
 def test_logits_in_float64(name):
-    assert measure.double(name) < 1e-12
+    # MiniMax's tables of decays are fp32 in its file.
+    assert measure.double(name) < (2e-6 if name.startswith("minimax") else 1e-12)
 
 
 @drawn
