@@ -18,6 +18,8 @@ FOLDER = Path(__file__).parents[1] / "models" / "golden"
 # What says which library wrote a config.json, not what the model computes.
 LEFT_OUT = ("transformers_version", "id2label", "label2id")
 
+DECAYS = ("query_decay", "key_decay", "diagonal_decay")
+
 
 def main(names: tuple[str, ...]) -> None:
     FOLDER.mkdir(exist_ok=True)
@@ -30,6 +32,12 @@ def write(name: str, path: Path) -> None:
     with torch.no_grad():
         for parameter in model.state_dict().values():
             parameter.copy_(parameter.to(torch.bfloat16))
+        for module in model.modules():
+            # MiniMax's tables follow from its slopes, which are rounded now.
+            if hasattr(module, "decay_factors"):
+                tables = module.decay_factors(module.slope_rate)
+                for key, table in zip(DECAYS, tables, strict=True):
+                    getattr(module, key).copy_(table)
     whole = measure.batch(name)
     row = measure.Batch(*(None if x is None else x[:1] for x in whole))
     shown = {
