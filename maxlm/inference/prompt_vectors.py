@@ -136,8 +136,8 @@ class PromptEncoder:
             for name, array in arrays.items()
         }
         with jax.set_mesh(self._mesh):
-            vectors = encode_items(self._model, self._params, padded)
-        return np.asarray(vectors[0, : num_items * frontend.vectors_per_item])
+            vectors = np.asarray(encode_items(self._model, self._params, padded))
+        return vectors[0, : num_items * frontend.vectors_per_item]
 
 
 @partial(jax.jit, static_argnums=0)

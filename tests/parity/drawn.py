@@ -74,6 +74,8 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         if key in values:
             kinds = values[key]
             values[key] = [kinds[layer % len(kinds)] for layer in range(layers)]
+    if "rotary_dim" in values:
+        values["rotary_dim"] = head_dim // 2
     # The heads drawn have an even number of dimensions in each half.
     for key in ("partial_rotary_factor", "rotary_pct"):
         if key in values:
