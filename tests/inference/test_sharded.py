@@ -138,6 +138,35 @@ def test_the_same_tokens_with_sparse_attention(mesh, build_tiny):
 
 
 @pytest.mark.more
+def test_the_same_tokens_with_states(mesh, build_tiny):
+    """Layers of every mixer with a state but the delta rules', by turns."""
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+    space = {"kind": "mamba2", "num_heads": 4, "head_dim": 5, "state_size": 3}
+    both = {
+        "kind": "parallel_heads",
+        "attention": attention,
+        "mixer": space | {"num_groups": 2},
+    }
+    mixers = {
+        "space": space,
+        "scan": {"kind": "mamba", "d_inner": 12, "d_state": 3, "dt_rank": 2},
+        "line": {"kind": "lightning", "num_heads": 4, "head_dim": 3},
+        "both": both,
+    }
+    kinds = {name: {"mixer": mixer} for name, mixer in mixers.items()}
+    kinds["conv"] = {"mixer": {"kind": "short_conv"}, "placement": "normed"}
+    model = {"attention": attention, "kinds": kinds, "pattern": [*kinds]}
+    one, four = (
+        build_tiny("llama", m, num_layers=5, **model)
+        for m in (mesh(), mesh(data=2, tensor=2))
+    )
+    with jax.set_mesh(mesh()):
+        expected = [one.greedy(prompt, 6) for prompt in PROMPTS]
+    assert tokens(one, GREEDY) == expected
+    assert tokens(four, GREEDY) == expected
+
+
+@pytest.mark.more
 def test_the_same_scores_on_eight_devices_as_on_one(sharded, tinies):
     pairs = [(head, tail) for head in PROMPTS for tail in ([3], [1, 4, 1, 5], [9, 2])]
 

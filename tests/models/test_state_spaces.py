@@ -44,17 +44,20 @@ def lines():
 def test_slopes_follow_from_the_head_and_the_layer_of_the_model(lines):
     """Layers 0 to 6 are line, full, line, line, full, line, and behind whole periods
     line again: the slopes of MiniMax-01's published code, by numbers of the model."""
-    params = init_params(param_specs(lines), jax.random.key(3))
+    specs = param_specs(lines)
     by_head = np.float64(2) ** (-8 * np.arange(1, 4) / 3)
 
     def slopes(*layers: int) -> np.ndarray:
         share = 1 - np.array(layers) / (6 + 1e-5) + 1e-5
         return share[:, None] * by_head
 
-    first = params["layers"]["line"]["lightning"]["slopes"]
-    np.testing.assert_allclose(first, slopes(0, 2, 3, 5), rtol=1e-6)
-    last = params["last_layers"]["lightning"]["slopes"]
-    np.testing.assert_allclose(last, slopes(6), rtol=1e-6)
+    slope_specs = {
+        "first": specs["layers"]["line"]["lightning"]["slopes"],
+        "last": specs["last_layers"]["lightning"]["slopes"],
+    }
+    values = init_params(slope_specs, jax.random.key(3))
+    np.testing.assert_allclose(values["first"], slopes(0, 2, 3, 5), rtol=1e-6)
+    np.testing.assert_allclose(values["last"], slopes(6), rtol=1e-6)
 
 
 @pytest.mark.more

@@ -1,11 +1,11 @@
 """The same weights in transformers and here."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from maxlm.models.params import bind, flatten_names, join_path, param_specs
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 
+TensorT = TypeVar("TensorT")
+
 
 class Holder(Config):
     model: ModelConfig
@@ -35,8 +37,8 @@ def read(values: dict[str, Any], tensors: Any = ()) -> tuple[ModelFamily, Any]:
 
 
 def spell_as_published(
-    family: ModelFamily, tensors: dict[str, np.ndarray], published: Collection[str]
-) -> dict[str, np.ndarray]:
+    family: ModelFamily, tensors: Mapping[str, TensorT], published: Collection[str]
+) -> dict[str, TensorT]:
     """Tensors that transformers saved and the family reads, under the names of
     ``published`` where these differ."""
 

@@ -34,8 +34,10 @@ drawn = pytest.mark.parametrize("name", NAMES)
 
 
 def is_loose(name: str) -> bool:
-    """Whether fp32's rounding is magnified."""
-    return name.partition("@")[0] in measure.DELTA_RULES
+    """Whether fp32's rounding is magnified: by norms of what a state gives (delta
+    rules, MiniMax, Mamba-2), or of what its writes are made of (Jamba)."""
+    magnified = ("minimax", "jamba", "bamba", "granitemoehybrid_dense")
+    return name.partition("@")[0] in (*measure.DELTA_RULES, *magnified)
 
 
 @drawn
@@ -43,8 +45,9 @@ def test_logits(name):
     if not is_loose(name):
         assert measure.single(name) < 1e-5
         return
-    # Exact in float64, and in fp32 about as far from that as the other.
-    assert measure.double(name) < 1e-12
+    # Exact in float64, and in fp32 about as far from that as the other. MiniMax's tables
+    # of decays are fp32 in its file.
+    assert measure.double(name) < (2e-6 if name.startswith("minimax") else 1e-12)
     here, there = measure.rounding(name)
     assert here < max(1e-5, 5 * there)
 

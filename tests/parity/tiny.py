@@ -20,6 +20,11 @@ STATE_SPACE = (
 )
 """Ends of the names of a state space's parameters that have a range of their own."""
 
+STATE_SPACE_MAPS = (
+    *("mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.dt_proj.weight"),
+    *("mamba.in_proj.weight", "mamba.x_proj.weight", "mamba.dt_proj.weight"),
+)
+
 
 def get_case(name: str) -> tuple[str, dict[str, Any]]:
     """A class of transformers and the arguments of its config: a case's, or of
@@ -70,6 +75,9 @@ def randomize(model: Any, *, untie: bool = False) -> Any:
                 buffer.copy_(0.3 * torch.randn(buffer.shape))
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
+            if name.endswith(STATE_SPACE_MAPS):
+                # What a state holds and shows is a product of three maps' results.
+                spread *= 0.5
             noise = spread * torch.randn(parameter.shape)
             if name.endswith(STATE_SPACE):
                 # Rates and steps as they begin, about: others leave nothing of a state,
