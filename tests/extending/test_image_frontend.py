@@ -257,7 +257,10 @@ def check_generation(loaded: Any) -> None:
     ids=["tensor", "context", "circular", "1f1b"],
 )
 def test_a_mesh_trains_as_one_device_does(parts, make_config):
-    train_settings = {"train": {"steps": 2, "micro_batches": 2}}
+    train_settings = {
+        "train": {"steps": 2, "micro_batches": 2},
+        "sharding": {"max_unsharded": 1.0},
+    }
     one = train(make_config("one", 2, **train_settings))
     many = train(make_config("many", 2, **train_settings, **parts))
     for (step, expected), (_, result) in zip(
