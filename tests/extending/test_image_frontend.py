@@ -275,7 +275,7 @@ def test_a_run_may_start_from_a_model_of_text_and_train_the_frontend_alone(
     make_config, tmp_path, tokenizer_folder
 ):
     tiny.write_text(tmp_path / "text")
-    settings = tiny.settings(tmp_path, str(tmp_path / "text")) | {"name": "text"}
+    settings = tiny.settings(tmp_path, str(tmp_path / "text")) | {"name": "base"}
     settings["model"] |= {"embedding_scale": 3.0}
     settings |= {"tokenizer": {"path": tokenizer_folder}, "train": {"steps": 1}}
     settings["compute_dtype"] = "float32"
