@@ -31,7 +31,7 @@ _QK_NORMS = {
 }
 
 
-class Layer(NamedTuple):
+class LayerOfModel(NamedTuple):
     """One kind of layers of a model."""
 
     config: TransformerConfig
@@ -47,12 +47,12 @@ class Layer(NamedTuple):
         return self.config.get_positions(self.kind)
 
 
-def _list_layers(config: TransformerConfig) -> Iterator[Layer]:
+def _list_layers(config: TransformerConfig) -> Iterator[LayerOfModel]:
     """Yields the kinds of layers of all trunks."""
     for trunk in config.trunks:
         for stack in trunk.stacks:
             for kind in stack.kinds:
-                yield Layer(config, stack, kind)
+                yield LayerOfModel(config, stack, kind)
 
 
 def _describe_norm(norm: NormConfig, placement: str) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _describe_norm(norm: NormConfig, placement: str) -> Iterator[str]:
     yield name
 
 
-def _describe_attention(layer: Layer) -> Iterator[str]:
+def _describe_attention(layer: LayerOfModel) -> Iterator[str]:
     attention = layer.attention
     if attention is None:
         return
@@ -99,7 +99,7 @@ def _describe_attention(layer: Layer) -> Iterator[str]:
     yield from (word for word, is_there in words.items() if is_there)
 
 
-def _describe_positions(layer: Layer) -> Iterator[str]:
+def _describe_positions(layer: LayerOfModel) -> Iterator[str]:
     positions = layer.positions
     attention = layer.attention
     if positions.kind != "rope":
@@ -113,7 +113,7 @@ def _describe_positions(layer: Layer) -> Iterator[str]:
         yield positions.scaling.kind.replace("_", " ")
 
 
-def _describe_feed_forward(layer: Layer) -> Iterator[str]:
+def _describe_feed_forward(layer: LayerOfModel) -> Iterator[str]:
     ffn = layer.stack.block.ffn
     if isinstance(ffn, MlpConfig):
         yield _name_unit(ffn.activation, ffn.gated)
@@ -147,7 +147,7 @@ def _name_unit(activation: Activation | ClampedSwiglu, gated: bool) -> str:
     return _GATED.get(activation, f"gated {name}") if gated else name
 
 
-def _describe_other_mixers(layer: Layer) -> Iterator[str]:
+def _describe_other_mixers(layer: LayerOfModel) -> Iterator[str]:
     mixer = layer.stack.block.mixer
     if mixer is None:
         yield "none in some layers"
@@ -155,7 +155,7 @@ def _describe_other_mixers(layer: Layer) -> Iterator[str]:
         yield get_kind(mixer).replace("_", " ")
 
 
-def _describe_cache(layer: Layer) -> Iterator[str]:
+def _describe_cache(layer: LayerOfModel) -> Iterator[str]:
     mixer = layer.stack.block.mixer
     attention = layer.attention
     if attention is not None and attention.latent is not None:

@@ -138,12 +138,15 @@ def sharded_linear_recurrence(
     by_feature = rules.spec("batch", "seq", "heads", None)
     by_head = rules.spec("batch", "seq", "heads")
     specs = ShardSpecs(
-        RecurrenceOperands(
-            by_feature,
-            by_feature,
-            by_feature,
-            by_head if log_decay.ndim == 3 else by_feature,
-            None if beta is None else by_head,
+        # A tree of specs in the place of arrays.
+        RecurrenceOperands._make(
+            (
+                by_feature,
+                by_feature,
+                by_feature,
+                by_head if log_decay.ndim == 3 else by_feature,
+                None if beta is None else by_head,
+            )
         ),
         make_context_specs(segment_ids, rules),
         by_feature,
@@ -156,8 +159,15 @@ def sharded_linear_recurrence(
         if runs.are_split:
 
             def summarize(operands: RecurrenceOperands) -> RunSummary:
-                _, *others = (None if x is None else runs.split(x) for x in operands)
-                return summarize_run(*others, starts=starts, chunk_size=chunk_size)
+                beta = operands.beta
+                return summarize_run(
+                    runs.split(operands.k),
+                    runs.split(operands.v),
+                    runs.split(operands.log_decay),
+                    None if beta is None else runs.split(beta),
+                    starts=starts,
+                    chunk_size=chunk_size,
+                )
 
             # What its backward pass needs is as much as that of the runs themselves.
             summary = jax.checkpoint(summarize, prevent_cse=False)(operands)
@@ -268,8 +278,13 @@ def _recur(
 
 
 def _recur_forward(operands, starts, state, call):
+    q, k, v, log_decay, beta = call.split(operands)
     y, block_states = linear_recurrence_forward(
-        *call.split(operands),
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
         initial_state=state,
         starts=starts,
         scale=call.scale,
@@ -281,8 +296,13 @@ def _recur_forward(operands, starts, state, call):
 
 def _recur_backward(call, saved, d_y):
     operands, starts, block_states = saved
+    q, k, v, log_decay, beta = call.split(operands)
     gradients, d_state = linear_recurrence_backward(
-        *call.split(operands),
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
         block_states,
         call.split(d_y),
         starts=starts,

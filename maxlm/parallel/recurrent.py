@@ -100,10 +100,13 @@ def sharded_causal_conv(
     width = weight.shape[-1]
     rows = rules.spec("batch", "seq", *feature_axes)
     specs = ShardSpecs(
-        _ConvOperands(
-            rows,
-            rules.spec(*feature_axes, None),
-            None if bias is None else rules.spec(*feature_axes),
+        # A tree of specs in the place of arrays.
+        _ConvOperands._make(
+            (
+                rows,
+                rules.spec(*feature_axes, None),
+                None if bias is None else rules.spec(*feature_axes),
+            )
         ),
         make_context_specs(segment_ids, rules),
         rows,
@@ -236,14 +239,16 @@ def sharded_selective_scan(
     whole_rows = rules.spec("batch", "seq", None)
     features = rules.spec(feature_axis)
     specs = ShardSpecs(
-        SelectiveScanInputs(
-            x=rows,
-            dt=rows,
-            B=whole_rows,
-            C=whole_rows,
-            A_log=rules.spec(feature_axis, None),
-            D=features,
-            dt_bias=features,
+        SelectiveScanInputs._make(
+            (
+                rows,  # x
+                rows,  # dt
+                whole_rows,  # B
+                whole_rows,  # C
+                rules.spec(feature_axis, None),  # A_log
+                features,  # D
+                features,  # dt_bias
+            )
         ),
         make_context_specs(segment_ids, rules),
         rows,
@@ -303,7 +308,7 @@ def make_context_specs(
     """Returns the specs of a program's context."""
     index_spec = make_spec((rules.mesh_axes("seq"),))
     segment_spec = None if segment_ids is None else rules.spec("batch", "seq")
-    return SequenceContext(segment_spec, index_spec)
+    return SequenceContext._make((segment_spec, index_spec))
 
 
 def check_split_length(seq_len: int, rules: AxisRules, balanced: bool) -> None:

@@ -14,9 +14,8 @@ level whose blocks m of a pair of blocks hold one token each:
         ▪          ▪      4444▪            Both terms are sums of few numbers, of one
         1▪         1▪     44441▪           sign, and never differences. For log decays
           ▪        22▪    444422▪          that are not positive both exponentials are
-          1▪       221▪   4444221▪         at most 1: any decay, −inf but for a rounding
-                                           included, is exact to fp32's rounding of the
-                                           result.
+          1▪       221▪   4444221▪         at most 1, so any decay is exact to the
+                                           rounding of the result.
 
 A log decay above 0 is exact too while exp() of no sum within a chunk overflows.
 """

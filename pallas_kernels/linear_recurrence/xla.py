@@ -8,12 +8,15 @@ exists at once is a block's.
 """
 
 from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.linear_recurrence.chunks import (
+    ChunkSums,
     assemble,
     invert_unit_lower,
     multiply_decayed,
@@ -29,6 +32,8 @@ from pallas_kernels.linear_recurrence.params import (
     pad_tokens,
     plan_chunks,
 )
+
+Arrays = TypeVar("Arrays", RecurrenceOperands, jax.Array | None)
 
 
 def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
@@ -101,7 +106,7 @@ def backward(
     return gradients, d_state
 
 
-def _slice_block(arrays, number: jax.Array, plan: ChunkPlan):
+def _slice_block(arrays: Arrays, number: jax.Array, plan: ChunkPlan) -> Arrays:
     """Returns a block of arrays [B, T, ...]."""
 
     def cut(x: jax.Array) -> jax.Array:
@@ -137,89 +142,136 @@ def run_block(
         operands: [B, tokens, ...], tokens a multiple of ``chunk``.
         state: [B, N, K, V].
     """
+    B, N, K, V = state.shape
+    layout = _Layout(B, operands.k.shape[1] // chunk, chunk, operands.k.shape[2], N)
     dtype = get_state_dtype(operands)
+    split = partial(layout.split, dtype=dtype)
     precision = get_precision(operands)
     matmul = partial(jnp.matmul, precision=precision)
-    B, N, K, V = state.shape
-    tokens, H = operands.k.shape[1:3]
-    G = N // H
-    num_chunks = tokens // chunk
-
-    # Z is chunks × rows × key heads. The dimensions are one because levels of blocks add
-    # two, and XLA for CPUs (jaxlib 0.10.2) writes out of bounds in sums over products of
-    # seven.
-    def by_chunk(x: jax.Array) -> jax.Array:
-        """Returns [B, tokens, heads, d] as [Z, heads / H, chunk, d]."""
-        heads, width = x.shape[2:]
-        x = x.reshape(B, num_chunks, chunk, H, heads // H, width)
-        x = x.transpose(1, 0, 3, 4, 2, 5).astype(dtype)
-        return x.reshape(-1, heads // H, chunk, width)
-
-    def over_chunks(x: jax.Array) -> jax.Array:
-        """Returns [Z, ...] as [chunks, Z / chunks, ...], to be scanned over."""
-        return x.reshape(num_chunks, B * H, *x.shape[1:])
-
-    k = by_chunk(operands.k)
-    v = by_chunk(operands.v)
+    k = split(operands.k)
+    v = split(operands.v)
     log_decay = operands.log_decay
     if not operands.decays_by_channel:
         log_decay = log_decay[..., None]
-    sums = sum_decays(by_chunk(log_decay))
-    # Factors to a token from the chunk's start, and from it to the chunk's end.
-    from_start = jnp.exp(sums.chunk.prefix)
-    to_end = jnp.exp(sums.chunk.suffix)
-    over_chunk = jnp.exp(sums.total).mT  # [Z, G, K or 1, 1]
-    state = state.reshape(B * H, G, K, V)
-
+    sums = sum_decays(split(log_decay))
+    state = state.reshape(-1, N // layout.H, K, V)
     if operands.beta is None:
+        last_state, states = _sum_states(k, v, sums, state, layout, precision)
         written = v
-        if operands.decays_by_channel:
-            added = matmul((k * to_end).mT, v)
-        else:
-            added = matmul(k.mT, v * to_end)
-
-        def advance(state, inputs):
-            over_chunk, added = inputs
-            return over_chunk * state + added, state
-
-        inputs = jax.tree.map(over_chunks, (over_chunk, added))
-        last_state, states = lax.scan(advance, state, inputs)
     else:
-        beta = by_chunk(operands.beta[..., None])
-        products = multiply_decayed(k, k, sums, diagonal=False, precision=precision)
-        inverse = invert_unit_lower(scale_rows(products, beta), precision)
-        new = matmul(inverse, beta * v)
-        if operands.decays_by_channel:
-            read = matmul(inverse, beta * from_start * k)
-            to_end_k = k * to_end
-        else:
-            read = matmul(inverse * (beta * from_start).mT, k)
-            to_end_k = k
-
-        def advance_delta(state, inputs):
-            over_chunk, new, read, to_end_k, to_end = inputs
-            written = new - matmul(read, state)
-            decayed_rows = written if operands.decays_by_channel else written * to_end
-            next_state = over_chunk * state + matmul(to_end_k.mT, decayed_rows)
-            return next_state, (state, written)
-
-        inputs = (over_chunk, new, read, to_end_k, to_end)
-        inputs = jax.tree.map(over_chunks, inputs)
-        last_state, (states, written) = lax.scan(advance_delta, state, inputs)
-        written = written.reshape(v.shape)
+        beta = split(operands.beta[..., None])
+        last_state, states, written = _apply_delta_rule(
+            k, v, beta, sums, state, layout, precision
+        )
     last_state = last_state.reshape(B, N, K, V)
     if operands.q is None:
         return None, last_state
 
-    q = by_chunk(operands.q)
-    states = states.reshape(-1, G, K, V)
+    q = split(operands.q)
     weights = assemble(multiply_decayed(q, k, sums, diagonal=True, precision=precision))
+    from_start = jnp.exp(sums.chunk.prefix)
     if operands.decays_by_channel:
         output = matmul(q * from_start, states)
     else:
         output = matmul(q, states) * from_start
     output = scale * (output + matmul(weights, written))
-    # [Z, G, chunk, V] → [B, tokens, N, V].
-    output = output.reshape(num_chunks, B, H, G, chunk, V).transpose(1, 0, 4, 2, 3, 5)
-    output = output.reshape(B, tokens, N, V)
-    return output.astype(operands.v.dtype), last_state
+    return layout.join(output).astype(operands.v.dtype), last_state
+
+
+class _Layout(NamedTuple):
+    """A block's tokens by chunk and key head: [Z, G, chunk, d], Z = chunks · B · H.
+
+    The dimensions of Z are one because levels of blocks add two, and XLA for CPUs
+    (jaxlib 0.10.2) writes out of bounds in sums over products of seven.
+    """
+
+    B: int
+    num_chunks: int
+    chunk: int
+    H: int
+    N: int
+
+    def split(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Returns [B, tokens, heads, d] as [Z, heads / H, chunk, d]."""
+        heads, width = x.shape[2:]
+        group = heads // self.H
+        x = x.reshape(self.B, self.num_chunks, self.chunk, self.H, group, width)
+        x = x.transpose(1, 0, 3, 4, 2, 5).astype(dtype)
+        return x.reshape(-1, group, self.chunk, width)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """Returns [Z, G, chunk, d] as [B, tokens, N, d]."""
+        group = self.N // self.H
+        width = x.shape[-1]
+        x = x.reshape(self.num_chunks, self.B, self.H, group, self.chunk, width)
+        x = x.transpose(1, 0, 4, 2, 3, 5)
+        return x.reshape(self.B, -1, self.N, width)
+
+    def stack_chunks(self, x: jax.Array) -> jax.Array:
+        """Returns [Z, ...] as [chunks, B · H, ...], to be scanned over."""
+        return x.reshape(self.num_chunks, self.B * self.H, *x.shape[1:])
+
+
+def _sum_states(
+    k: jax.Array,
+    v: jax.Array,
+    sums: ChunkSums,
+    state: jax.Array,
+    layout: _Layout,
+    precision: lax.Precision,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the states behind the block, [B · H, G, K, V], and before each chunk, [Z,
+    G, K, V], without a delta rule."""
+    to_end = jnp.exp(sums.chunk.suffix)
+    if to_end.shape[-1] == 1:
+        added = jnp.matmul(k.mT, v * to_end, precision=precision)
+    else:
+        added = jnp.matmul((k * to_end).mT, v, precision=precision)
+    over_chunk = jnp.exp(sums.total).mT  # [Z, G, K or 1, 1]
+
+    def advance(state, inputs):
+        over_chunk, added = inputs
+        return over_chunk * state + added, state
+
+    inputs = jax.tree.map(layout.stack_chunks, (over_chunk, added))
+    last_state, states = lax.scan(advance, state, inputs)
+    return last_state, states.reshape(-1, *states.shape[2:])
+
+
+def _apply_delta_rule(
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    sums: ChunkSums,
+    state: jax.Array,
+    layout: _Layout,
+    precision: lax.Precision,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what :func:`_sum_states` does, and U, [Z, G, chunk, V]."""
+    matmul = partial(jnp.matmul, precision=precision)
+    products = multiply_decayed(k, k, sums, diagonal=False, precision=precision)
+    inverse = invert_unit_lower(scale_rows(products, beta), precision)
+    from_start = jnp.exp(sums.chunk.prefix)
+    to_end = jnp.exp(sums.chunk.suffix)
+    over_chunk = jnp.exp(sums.total).mT  # [Z, G, K or 1, 1]
+    new = matmul(inverse, beta * v)
+    decays_by_channel = to_end.shape[-1] > 1
+    if decays_by_channel:
+        read = matmul(inverse, beta * from_start * k)
+        keys = k * to_end
+    else:
+        # Value heads of one key head share its keys.
+        read = matmul(inverse * (beta * from_start).mT, k)
+        keys = k
+
+    def advance(state, inputs):
+        over_chunk, new, read, keys, to_end = inputs
+        written = new - matmul(read, state)
+        to_add = written if decays_by_channel else written * to_end
+        next_state = over_chunk * state + matmul(keys.mT, to_add)
+        return next_state, (state, written)
+
+    inputs = (over_chunk, new, read, keys, to_end)
+    inputs = jax.tree.map(layout.stack_chunks, inputs)
+    last_state, (states, written) = lax.scan(advance, state, inputs)
+    return last_state, states.reshape(-1, *states.shape[2:]), written.reshape(v.shape)

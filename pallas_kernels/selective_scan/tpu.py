@@ -462,7 +462,9 @@ class _Columns:
         def take(columns: jax.Array, mask: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(mask, columns, 0.0), axis=1, keepdims=True)
 
-        keep = None if self.keep is None else take(self.keep, mask[:1])
+        keep = None
+        if self.keep is not None:
+            keep = take(self.keep, self.index[:1] == token)
         return _TokenColumns(take(self.B, mask), take(self.C, mask), keep, mask)
 
 

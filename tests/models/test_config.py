@@ -14,7 +14,7 @@ from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA, make_uniform_batch
 
 BOTH = {"architecture": "encoder_decoder", "encoder_layers": 2}
-FAR = {"kind": "llama3", "factor": 8, "original_length": 64, "low_freq_factor": 4}
+FAR = {"kind": "llama3", "factor": 8, "original_length": 64, "low_freq_factor": 5}
 LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
 
 
@@ -50,7 +50,7 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
             {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}},
             "not beyond",
         ),
-        ({}, {"positions": {"scaling": FAR}}, "low_freq_factor=4.0 is above"),
+        ({}, {"positions": {"scaling": FAR}}, "low_freq_factor=5.0 is above"),
         (
             {},
             {"attention": {"num_kv_heads": 4, "latent": LATENT | {"rotary_dim": 3}}},

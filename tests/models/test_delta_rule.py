@@ -192,17 +192,25 @@ def test_hidden_states_and_gradients_equal_the_reference(name, one_device_mesh):
 
 
 @pytest.mark.heavy
-def test_generation_equals_the_full_forward_pass(one_device_mesh):
+@pytest.mark.parametrize(
+    "sizes", [{}, pytest.param({"tensor": 2}, marks=pytest.mark.more)]
+)
+def test_generation_equals_the_full_forward_pass(sizes, mesh):
     """A hybrid of both kinds and attention; more prompts than rows, in chunks that end
     anywhere, some shorter than the convolutions; rows are used again."""
-    attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    axes = mesh(**sizes)
+    attention = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
     config = make_config(
         "delta",
+        vocab_size=30,
         num_layers=3,
         mixer=None,
         attention=attention,
         kinds={
-            "delta": {"mixer": MIXERS_BY_NAME["negative"]},
+            "delta": {
+                "mixer": MIXERS_BY_NAME["negative"]
+                | {"num_heads": 4, "num_key_heads": 2}
+            },
             "kimi": {"mixer": MIXERS_BY_NAME["kimi"]},
             "full": {},
         },
@@ -211,8 +219,8 @@ def test_generation_equals_the_full_forward_pass(one_device_mesh):
     )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 29, length).tolist() for length in (1, 19, 2, 11)]
-    with jax.set_mesh(one_device_mesh):
-        model = building.decoder(config, one_device_mesh)
+    with jax.set_mesh(axes):
+        model = building.decoder(config, axes)
         specs = param_specs(model)
         params = jax.jit(lambda: init_params(specs, jax.random.key(0)))()
         engine = Engine(
@@ -235,14 +243,14 @@ def test_generation_equals_the_full_forward_pass(one_device_mesh):
         @jax.jit
         def read(params, text):
             bound = bind(model, params)
-            places = jnp.arange(32, dtype=jnp.int32)[None]
+            places = jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32), text.shape)
             return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
 
         for number, prompt in enumerate(prompts):
             tokens = [token for token, _ in outputs[str(number)]]
             logprobs = [one.logprob for _, one in outputs[str(number)]]
             assert len(tokens) == 8
-            text = np.zeros((1, 32), np.int32)
+            text = np.zeros((2, 32), np.int32)
             text[0, : len(prompt) + 8] = [*prompt, *tokens]
             rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
             assert rows.argmax(-1).tolist() == tokens

@@ -17,8 +17,20 @@ from tests.models.published import CASES, golden
 from tests.parity import compare
 
 every = pytest.mark.parametrize("name", CASES)
+# Families all of whose blocks others have: their files are read below all the same.
+MORE = str.split("""arcee cohere2 ernie4_5 exaone4 glm gpt_bigcode gpt_neox gptj ministral
+    olmo2 opt seed_oss stablelm starcoder2""")
+mostly = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.more) if n in MORE else n for n in CASES],
+)
 # T5 does not scale its scores: softmax is near a choice of one, and magnifies rounding.
-LOOSE = dict.fromkeys(("t5", "t5_v1_1", "ul2"), 1e-4)
+# So do norms of a delta rule's outputs where a document begins: there these are one
+# product of a query and a key that may be nearly at right angles. In float64 they agree
+# to 1e-13 (tests/parity).
+LOOSE = dict.fromkeys(("t5", "t5_v1_1", "ul2"), 1e-4) | dict.fromkeys(
+    ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear"), 1e-4
+)
 
 
 def read(name: str) -> tuple[Any, Any, Any]:
@@ -32,7 +44,7 @@ def test_every_family_has_a_case():
     assert {read(name)[0].name for name in CASES} == set(FAMILIES.builtin_kinds())
 
 
-@every
+@mostly
 def test_the_published_logits(name):
     case = golden(name)
     _, config, entries = read(name)

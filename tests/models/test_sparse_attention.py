@@ -94,7 +94,8 @@ def reference(params, x):
         rotated = row.copy()
         for i in range(2):
             angle = position * 30.0 ** (-i / 2)
-            c, s = np.cos(angle), np.sin(angle)
+            c = np.cos(angle)
+            s = np.sin(angle)
             rotated[i] = c * row[i] - s * row[i + 2]
             rotated[i + 2] = s * row[i] + c * row[i + 2]
         return rotated
@@ -102,7 +103,9 @@ def reference(params, x):
     y = np.zeros(x.shape)
     loss = 0.0
     for b in range(len(x)):
-        vectors, keys, index_keys = [], [], []
+        vectors = []
+        keys = []
+        index_keys = []
         for s, row in enumerate(np.float64(x[b])):
             at = POSITIONS[b, s]
             vector = rms(row @ p["key_down.kernel"], "key_norm")
@@ -154,7 +157,7 @@ def test_outputs_and_the_indexer_s_loss_equal_the_reference(layer, one_device_me
         y, aux = run(layer, params, jnp.asarray(x))
     expected, loss = reference(params, x)
     assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert aux.sums["index_loss"] == pytest.approx(loss, rel=1e-5)
+    assert aux.sums["index_kl"] == pytest.approx(loss, rel=1e-5)
     assert aux.loss == pytest.approx(0.5 * loss, rel=1e-5)
 
 
@@ -167,13 +170,13 @@ def test_the_indexer_learns_from_its_own_loss_alone(layer, one_device_mesh):
     def sum_outputs(params, x):
         return jnp.sum(run(layer, params, x)[0] ** 2)
 
-    def index_loss(params, x):
-        return run(layer, params, x)[1].sums["index_loss"]
+    def index_kl(params, x):
+        return run(layer, params, x)[1].sums["index_kl"]
 
     with jax.set_mesh(one_device_mesh):
         arguments = jax.tree.map(jnp.asarray, (params, x))
         of_outputs, _ = jax.grad(sum_outputs, argnums=(0, 1))(*arguments)
-        of_loss, d_x = jax.grad(index_loss, argnums=(0, 1))(*arguments)
+        of_loss, d_x = jax.grad(index_kl, argnums=(0, 1))(*arguments)
     assert not np.any(d_x)
     of_outputs = flatten_names(of_outputs)
     rng = np.random.default_rng(2)

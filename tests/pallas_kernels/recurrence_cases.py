@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from pallas_kernels.linear_recurrence.params import RecurrenceOperands
 
@@ -104,3 +105,20 @@ def define_recurrence(
                 output[row, token, head] = scale * (query @ state)
             final[row, head] = state
     return output, final
+
+
+def draw_cotangents(case: RecurrenceCase) -> tuple[np.ndarray, np.ndarray]:
+    """Draws those of the output and of the final state."""
+    rng = np.random.default_rng(9)
+    output = rng.standard_normal(case.operands.v.shape)
+    state = rng.standard_normal(case.initial_state.shape)
+    return output.astype(np.float32), state.astype(np.float32)
+
+
+def near(result: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
+    """Compares arrays, relative to the largest expected value where it is above 1."""
+    expected = np.asarray(expected, np.float64)
+    size = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), expected, rtol=0, atol=tolerance * size
+    )

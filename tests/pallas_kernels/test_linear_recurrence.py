@@ -29,6 +29,8 @@ from tests.pallas_kernels.recurrence_cases import (
     V,
     define_recurrence,
     draw_case,
+    draw_cotangents,
+    near,
 )
 
 CHUNK = 32
@@ -40,15 +42,6 @@ heavy = pytest.mark.heavy
 def _short_blocks(monkeypatch):
     """Blocks of two chunks, so that few tokens are several blocks."""
     monkeypatch.setattr(params, "BLOCK_TOKENS", 2 * CHUNK)
-
-
-def near(result, expected, tolerance: float) -> None:
-    """Compares arrays, relative to the largest expected value where it is above 1."""
-    expected = np.asarray(expected, np.float64)
-    size = max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(
-        np.asarray(result, np.float64), expected, rtol=0, atol=tolerance * size
-    )
 
 
 @partial(jax.jit, static_argnames=("function", "chunk_size"))
@@ -75,13 +68,6 @@ def run_backward(
 
     _, pull = jax.vjp(run, case.operands, case.initial_state)
     return pull(cotangents)
-
-
-def draw_cotangents(case: RecurrenceCase):
-    rng = np.random.default_rng(9)
-    output = rng.standard_normal(case.operands.v.shape)
-    state = rng.standard_normal(case.initial_state.shape)
-    return output.astype(np.float32), state.astype(np.float32)
 
 
 LENGTHS = [

@@ -22,8 +22,9 @@ from tests.pallas_kernels.recurrence_cases import (
     RecurrenceCase,
     define_recurrence,
     draw_case,
+    draw_cotangents,
+    near,
 )
-from tests.pallas_kernels.test_linear_recurrence import draw_cotangents, near
 
 CHUNK = 16
 pytestmark = pytest.mark.heavy

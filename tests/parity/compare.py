@@ -1,6 +1,8 @@
 """The same weights in transformers and here."""
 
 import json
+from collections.abc import Collection
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,24 @@ def read(values: dict[str, Any], tensors: Any = ()) -> tuple[ModelFamily, Any]:
     family = find_family(values, "config.json")
     settings, _ = family.read_config(values, "config.json", tensors)
     return family, Holder.model_validate({"model": settings}).model
+
+
+def spell_as_published(
+    family: ModelFamily, tensors: dict[str, np.ndarray], published: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Tensors that transformers saved and the family reads, under the names of
+    ``published`` where these differ."""
+
+    def spell(name: str) -> str:
+        for usual, other in family.suffix_aliases.items():
+            if name not in published and name.endswith(other):
+                return name.removesuffix(other) + usual
+        return name
+
+    def is_read(name: str) -> bool:
+        return not any(fnmatch(name, pattern) for pattern in family.ignored_tensors)
+
+    return {spell(name): tensor for name, tensor in tensors.items() if is_read(name)}
 
 
 def parameters(

@@ -8,6 +8,27 @@ LENGTH = 23
 Values = dict[str, Any]
 
 
+def _draw_delta_rule(architecture: str, draw: random.Random) -> dict[str, int]:
+    """Heads of layers with a delta rule, by key."""
+    key_heads = draw.randint(1, 4)
+    group = draw.randint(1, 3)
+    value_dim = draw.randint(2, 9)
+    key_dim = draw.randint(2, 9)
+    if architecture.startswith("Olmo"):
+        # transformers saves convolutions of queries, keys and values in equal parts,
+        # whatever their channels.
+        key_dim = group * value_dim
+    return {
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * group,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": value_dim,
+        "linear_num_heads": key_heads,
+        "linear_head_dim": key_dim,
+        "linear_conv_kernel_dim": draw.randint(2, 5),
+    }
+
+
 def draw_settings(architecture: str, settings: Values, draw: random.Random) -> Values:
     """Draws other sizes for the arguments of a config of transformers."""
     heads = draw.randint(1, 7)
@@ -32,6 +53,7 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         "q_lora_rank kv_lora_rank": 2 * draw.randint(1, 9),
         "type_vocab_size moe_intermediate_size v_head_dim": draw.randint(1, 9),
         "vocab_size": draw.randint(19, 211),
+        **_draw_delta_rule(architecture, draw),
     }
     by_key = {key: size for keys, size in sizes.items() for key in keys.split()}
     if "kv_lora_rank" in settings:
@@ -52,6 +74,8 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         if key in values:
             kinds = values[key]
             values[key] = [kinds[layer % len(kinds)] for layer in range(layers)]
+    if "rotary_dim" in values:
+        values["rotary_dim"] = head_dim // 2
     # The heads drawn have an even number of dimensions in each half.
     for key in ("partial_rotary_factor", "rotary_pct"):
         if key in values:

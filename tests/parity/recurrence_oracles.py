@@ -21,6 +21,7 @@ from tests.pallas_kernels.recurrence_cases import (
     N,
     RecurrenceCase,
     draw_case,
+    draw_cotangents,
 )
 
 Arrays = Sequence[np.ndarray]
@@ -149,7 +150,7 @@ def _make_delta(
         )
 
     arrays = [x for x in (*case.operands, case.initial_state) if x is not None]
-    return Oracle(arrays, _draw_cotangents(case), run, _with_state, SCALE)
+    return Oracle(arrays, draw_cotangents(case), run, _with_state, SCALE)
 
 
 def _with_state(q, k, v, log_decay, beta, state):
@@ -161,12 +162,6 @@ def _repeat_heads(case: RecurrenceCase) -> RecurrenceCase:
     q, k, *others = case.operands
     wide = [np.repeat(np.asarray(x), N // H, axis=2) for x in (q, k)]
     return case._replace(operands=RecurrenceOperands(*wide, *others))
-
-
-def _draw_cotangents(case: RecurrenceCase) -> Arrays:
-    rng = np.random.default_rng(5)
-    shapes = case.operands.v.shape, case.initial_state.shape
-    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
 def make_mamba_2(num_tokens: int) -> Oracle:
@@ -199,7 +194,7 @@ def make_mamba_2(num_tokens: int) -> Oracle:
         operands = RecurrenceOperands(C, B, delta[..., None] * x, A * delta)
         return operands, state.swapaxes(2, 3)
 
-    return Oracle(arrays, _draw_cotangents(case), run, prepare, 1.0)
+    return Oracle(arrays, draw_cotangents(case), run, prepare, 1.0)
 
 
 class _OpenGate(torch.nn.Module):

@@ -16,23 +16,42 @@ transformers.utils.logging.disable_progress_bar()
 CASES = (
     *("ministral", "stablelm", "starcoder2", "cohere", "glm", "glm4", "ernie4_5"),
     *("seed_oss", "cohere_plus", "cohere2", "smollm3", "olmo2", "olmo3", "exaone4"),
-    *("granite", "hunyuan_v1_dense", "arcee", "nemotron"),
+    *("granite", "hunyuan_v1_dense", "arcee", "nemotron", "gpt_neox", "opt"),
+    *("gptj", "gpt_bigcode"),
     *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
     *("olmoe", "glm4_moe_lite"),
+    *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
+    *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
+    *("falcon_h1_plain", "minimax"),
 )
-NAMES = [f"{case}@{number}" for case in CASES for number in range(1, 5)]
+NAMES = [
+    f"{case}@{number}"
+    for case in (*CASES, *measure.DELTA_RULES)
+    for number in range(1, 5)
+]
 drawn = pytest.mark.parametrize("name", NAMES)
+
+
+def is_loose(name: str) -> bool:
+    """Whether fp32's rounding is magnified."""
+    return name.partition("@")[0] in measure.DELTA_RULES
 
 
 @drawn
 def test_logits(name):
-    assert measure.single(name) < 1e-5
+    if not is_loose(name):
+        assert measure.single(name) < 1e-5
+        return
+    # Exact in float64, and in fp32 not further from that than the other's.
+    assert measure.double(name) < 1e-12
+    here, there = measure.rounding(name)
+    assert here < max(1e-5, 2 * there)
 
 
 @drawn
 def test_steps_through_the_cache(name):
-    assert measure.cached(name) < 1e-5
+    assert measure.cached(name) < (1e-4 if is_loose(name) else 1e-5)
 
 
 @drawn
@@ -42,8 +61,10 @@ def test_files_come_back_bit_for_bit(name: str, tmp_path: Path):
     measure.build(name).to(torch.bfloat16).save_pretrained(first)
     convert(first, run)
     convert(run, again)
-    there = compare.tensors_of(first)[1]
     back = compare.tensors_of(again)[1]
+    there = compare.spell_as_published(
+        measure.case(name).family, compare.tensors_of(first)[1], back
+    )
     assert back.keys() == there.keys()
     for key, tensor in there.items():
         assert (back[key].dtype, back[key].shape) == (tensor.dtype, tensor.shape), key

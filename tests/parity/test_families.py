@@ -3,9 +3,12 @@ few lines of torch. Weights are random, sizes odd, and in float64 only rounding 
 between the two."""
 
 import copy
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,13 +40,19 @@ def test_same_logits(name):
 
 @every
 def test_same_logits_in_float64(name):
-    # BLOOM's tanh has a constant of eight digits; all others agree within 1e-13.
-    assert measure.double(name) < (1e-9 if name == "bloom" else 1e-12)
+    # BLOOM's tanh has a constant of eight digits, and MiniMax's tables of decays are
+    # fp32 in its file; all others agree within 1e-13.
+    assert measure.double(name) < {"bloom": 1e-9, "minimax": 2e-6}.get(name, 1e-12)
 
 
 @every
 def test_documents_in_one_row_and_padding(name):
-    assert measure.packed(name) < (1e-4 if name == "t5_v1_1" else 1e-5)
+    if name in measure.DELTA_RULES:
+        with jax.enable_x64(True):
+            assert measure.packed(name, jnp.float64) < 1e-12
+        return
+    is_loose = name in ("t5_v1_1", "minimax")
+    assert measure.packed(name) < (1e-4 if is_loose else 1e-5)
 
 
 @pytest.mark.parametrize("name", GENERATE)
@@ -77,11 +86,14 @@ def test_there_and_back(name, dtype, tmp_path):
     model.save_pretrained(first)
     assert convert(first, run).family == measure.case(name).family.name
     convert(run, again)
-    want, got = _tensors(first), _tensors(again)
+    got = _tensors(again)
+    want = compare.spell_as_published(measure.case(name).family, _tensors(first), got)
     assert got.keys() == want.keys()
     for key, tensor in want.items():
         assert (got[key].dtype, got[key].shape) == (tensor.dtype, tensor.shape), key
         assert got[key].tobytes() == tensor.tobytes(), key
+    if name == "minimax" and dtype == "bfloat16":
+        return  # tables of decays are made anew, in fp32
     tokens = measure.batch(name)
     # Copied: how torch rounds a product follows from where its operands lie in files.
     models = [copy.deepcopy(_loaded(name, folder)) for folder in (first, again)]
@@ -109,6 +121,12 @@ def _loaded(name: str, folder: Path) -> Any:
         "dtype": "auto",
     }
     model, loading = cls.from_pretrained(folder, output_loading_info=True, **kinds)
+    ignored = measure.case(name).family.ignored_tensors
+    loading["missing_keys"] = [
+        key
+        for key in loading["missing_keys"]
+        if not any(fnmatch(key, pattern) for pattern in ignored)
+    ]
     assert not any(loading.values()), loading
     return model.eval()
 

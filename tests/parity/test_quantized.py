@@ -1,5 +1,6 @@
 """Weights that are published quantized, against transformers' own dequantization."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -36,8 +37,6 @@ def test_fp8_by_blocks(tmp_path):
     plain = torch.randn(15, 8, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 4, generator=generator) + 0.1
     there = Fp8Dequantize(None)._dequantize_one(plain, scales, torch.bfloat16)
-    import ml_dtypes
-
     codes = plain.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     quantization = FP8 | {"weight_block_size": [5, 2]}
     tensors = {"x": codes, "x_scale_inv": scales.numpy()}

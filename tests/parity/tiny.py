@@ -14,6 +14,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+STATE_SPACE = (
+    *("mixer.A_log", "mixer.dt_bias", "mixer.dt_proj.bias"),
+    *("mamba.A_log", "mamba.dt_bias", "mamba.dt_proj.bias"),
+)
+"""Ends of the names of a state space's parameters that have a range of their own."""
+
+
 def get_case(name: str) -> tuple[str, dict[str, Any]]:
     """A class of transformers and the arguments of its config: a case's, or of
     ``CASE@N`` the same with the Nth sizes drawn for it."""
@@ -61,9 +68,14 @@ def randomize(model: Any, *, untie: bool = False) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.3 * torch.randn(buffer.shape))
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
             noise = spread * torch.randn(parameter.shape)
+            if name.endswith(STATE_SPACE):
+                # Rates and steps as they begin, about: others leave nothing of a state,
+                # or let it grow without bound.
+                parameter.add_(0.2 * noise)
+                continue
             one = parameter.ndim == 1 and bool((parameter == 1).all())
             parameter.copy_(noise + (1 if one else 0))
     return model

@@ -22,7 +22,7 @@ from maxlm.run.setup import set_up_run
 from maxlm.sharding import MESH_AXES
 from tests.models.building import QUICK
 from tests.plan import architectures
-from tests.train.cells import CAPACITY, MODELS
+from tests.train.cells import CAPACITY, GATED, MODELS
 
 pytestmark = pytest.mark.heavy
 
@@ -59,6 +59,8 @@ REST = (
     ("ep × fsdp × tp", "gated_experts", 0.03),
     ("fsdp", "latent_experts", 0.01),
     ("tp+sp", "latent_experts", 0.06),
+    ("fsdp", GATED, 0.01),
+    ("tp+sp", GATED, 0.03),
 )
 # jax 0.10 gathers what leaves a program that is manual over `stage` alone.
 OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)

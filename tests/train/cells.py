@@ -34,6 +34,7 @@ DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
 CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
 GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
+HYBRID = "hybrid"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -164,6 +165,35 @@ MODELS[DELTA] = _BASE | {
     "pattern": ["delta", "kimi", "full"],
     "remat": "attention",
 }
+# Every other mixer with a state, by turns: one group of heads, and several; attention
+# beside it; branches that join the normed stream.
+_SPACE = {"kind": "mamba2", "num_heads": 8, "head_dim": 3, "state_size": 5}
+MODELS[HYBRID] = _BASE | {
+    "num_layers": 8,
+    "attention": _HEADS,
+    "mlp": {"d_ff": 48, "gate_scale": 0.8, "output_scale": 1.2},
+    "kinds": {
+        "space": {"mixer": _SPACE | {"gated_norm": "norm_first"}, "ffn": "none"},
+        "line": {
+            "mixer": {"kind": "lightning", "num_heads": 8, "head_dim": 3},
+            "placement": "normed",
+            "mixer_scales": {"stream": 1.1, "output": 0.9},
+            "ffn": "none",
+        },
+        "conv": {"mixer": {"kind": "short_conv", "bias": True}},
+        "both": {
+            "mixer": {
+                "kind": "parallel_heads",
+                "attention": _HEADS,
+                "mixer": _SPACE | {"num_groups": 4, "bias": True, "max_step": 1.0},
+                "mixer_output_scale": 0.7,
+            },
+            "ffn": "none",
+        },
+    },
+    "pattern": ["space", "line", "conv", "both"],
+    "remat": "attention",
+}
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
 }
@@ -229,7 +259,7 @@ CELLS: dict[str, Cell] = {
     "zero1": _cell({"sharding": ZERO1}, fsdp=8),
     "zero2": _cell({"sharding": ZERO2}, fsdp=8),
     "fsdp": _cell(fsdp=8),
-    "tp": _cell({}, (*ALL, CAPACITY), tensor=4),
+    "tp": _cell({}, (*ALL, CAPACITY, HYBRID), tensor=4),
     "tp+sp": _cell(SP, tensor=4),
     "cp all-gather": _cell(
         _context("all_gather"), (*ALL, CAPACITY, GATED, MAMBA, DELTA), context=4
@@ -247,7 +277,7 @@ CELLS: dict[str, Cell] = {
     "cp ring, 8 ways": _cell(_context("ring"), context=8),
     "cp ring in order, 8 ways": _cell(
         _context("ring", balance_sequence=False),
-        ("gqa_window", GATED, MAMBA),
+        ("gqa_window", GATED, MAMBA, HYBRID),
         context=8,
     ),
     "cp ulysses × tp, 8 ways": _cell(
@@ -264,7 +294,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA, DELTA, LATENT),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT),
         fsdp=2,
         context=2,
         tensor=2,
@@ -292,7 +322,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
         _pipe("1f1b", **SP),
-        (*ALL, KINDS, GATED, MAMBA, DELTA, SPARSE),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, SPARSE),
         stage=2,
         fsdp=2,
         tensor=2,

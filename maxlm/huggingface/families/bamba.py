@@ -73,12 +73,17 @@ def write_expand(config: TransformerConfig) -> int:
     """Writes what :func:`read_expand` reads. Raises MaxlmError: channels that are no
     multiple of the width."""
     mixer = fields.find_mixer(config, Mamba2Config)
-    inner = mixer.num_heads * mixer.head_dim
-    if inner % config.d_model:
-        message = f"num_heads · head_dim={inner} is no multiple of {config.d_model}"
-        fix = "make it one of d_model, or keep maxlm's own files"
+    return divide_by_width(config, mixer.num_heads * mixer.head_dim)
+
+
+def divide_by_width(config: TransformerConfig, num_channels: int) -> int:
+    """Returns the multiple of the model's width that channels are. Raises MaxlmError:
+    they are none."""
+    if num_channels % config.d_model:
+        message = f"{num_channels} channels are no multiple of d_model={config.d_model}"
+        fix = "make them one, or keep maxlm's own files"
         raise MaxlmError(message, where="mixer", fix=fix)
-    return inner // config.d_model
+    return num_channels // config.d_model
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:

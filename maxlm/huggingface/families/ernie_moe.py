@@ -29,9 +29,6 @@ def _table(config: TransformerConfig) -> NameTable:
 
 
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    moe = settings["moe"]
-    bias = settings["attention"]["bias"]
-    reader.read_implemented("use_bias", False)  # of experts there is none
     num_layers = settings["num_layers"]
     first = reader.size("moe_layer_start_index", 1, least=0)
     last = reader.number("moe_layer_end_index", -1, least=-1)
@@ -43,10 +40,9 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
         for layer in range(num_layers)
     ]
     d_ff = reader.size("intermediate_size")
-    mlp = {"d_ff": d_ff, "bias": bias}
     num_dense = has_experts.index(True) if any(has_experts) else num_layers
     if not all(has_experts):
-        settings["mlp"] = mlp
+        settings["mlp"] = {"d_ff": d_ff}
     if all(has_experts[num_dense:]):
         settings["dense_layers"] = num_dense
     else:
@@ -54,7 +50,6 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
         settings["pattern"] = [
             EXPERTS if is_sparse else DENSE for is_sparse in has_experts
         ]
-    moe.setdefault("shared_experts", 2)
 
 
 def _write(config: TransformerConfig) -> dict[str, Any]:
@@ -91,7 +86,8 @@ ERNIE4_5_MOE = ModelFamily(
         **llama.map_kv_heads(4),
         "rms_norm_eps": fields.map_number("norm.eps", 1e-5),
         "tie_word_embeddings": fields.map_flag("tie_embeddings", True),
-        "use_bias": fields.map_flag("attention.bias", False),
+        # Those of experts have none there.
+        "use_bias": fields.require_value(False, ours="attention.bias"),
         "moe_num_experts": fields.map_size("moe.num_experts", alias="num_experts"),
         "moe_k": fields.map_size("moe.experts_per_token", alias="num_experts_per_tok"),
         "moe_intermediate_size": fields.map_size("moe.d_ff"),

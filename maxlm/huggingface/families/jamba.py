@@ -85,7 +85,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     assert ffn is not None
     values: dict[str, Any] = {
         "intermediate_size": ffn.d_ff,
-        "mamba_expand": mamba.write_expand(config),
+        "mamba_expand": bamba.divide_by_width(config, mixer.d_inner),
         "mamba_d_state": mixer.d_state,
         "mamba_d_conv": mixer.d_conv,
         "mamba_dt_rank": mixer.dt_rank,

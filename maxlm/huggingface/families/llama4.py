@@ -177,6 +177,5 @@ LLAMA4 = ModelFamily(
     rope_kwargs={"theta": 500_000.0},
     read_extra=_read,
     write_extra=_write,
-    # Of all layers, whatever their kind; the published code does not read it.
-    ignored_keys=["for_llm_compressor"],
+    ignored_keys=["for_llm_compressor"],  # which the published code does not read
 )

@@ -4,7 +4,6 @@ chooses, without weights. What Jamba has of it too is here."""
 
 from typing import Any
 
-from maxlm.config import MaxlmError
 from maxlm.huggingface.families import fields, mamba2
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import NameTable, copy, depthwise, linear
@@ -45,26 +44,16 @@ def read_rank(reader: ConfigReader, key: str, d_model: int) -> int:
     return reader.size(key, usual)
 
 
-def write_expand(config: TransformerConfig) -> int:
-    """Returns the multiple of the model's width that the channels are. Raises
-    MaxlmError: they are none."""
-    inner = fields.find_mixer(config, MambaConfig).d_inner
-    if inner % config.d_model:
-        message = f"d_inner={inner} is no multiple of d_model={config.d_model}"
-        fix = "make it one, or keep maxlm's own files"
-        raise MaxlmError(message, where="mixer", fix=fix)
-    return inner // config.d_model
-
-
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     mixer = settings["mixer"]
     d_model = settings["d_model"]
-    inner = reader.size("expand", 2) * d_model
+    # The latter wins, in files that have both (Falcon-Mamba).
+    expand = reader.size("expand", 2)
+    inner = reader.size("intermediate_size", expand * d_model)
     mixer["d_inner"] = inner
     mixer["dt_rank"] = read_rank(reader, "time_step_rank", d_model)
     # Once more, in some files.
     same = {
-        "intermediate_size": inner,
         "d_inner": inner,
         "d_model": d_model,
         "n_layer": settings["num_layers"],
@@ -76,7 +65,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
 def _write(config: TransformerConfig) -> dict[str, Any]:
     mixer = fields.find_mixer(config, MambaConfig)
     return {
-        "expand": write_expand(config),
+        "expand": max(1, mixer.d_inner // config.d_model),
         "intermediate_size": mixer.d_inner,
         "time_step_rank": mixer.dt_rank,
     }

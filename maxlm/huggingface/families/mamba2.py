@@ -22,7 +22,8 @@ their files says it."""
 # What chooses initial weights, how sums are rounded or cut into chunks.
 INERT = (
     *("chunk_size", "residual_in_fp32", "rescale_prenorm_residual", "time_step_rank"),
-    *("time_step_min", "time_step_max", "time_step_floor"),
+    *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale"),
+    *("time_step_init_scheme", "rms_norm", "norm_before_gate"),
 )
 
 

@@ -40,6 +40,10 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
         for layer in range(num_layers)
     ]
     names = fields.read_layer_types(reader, usual, _KIND_OF_NAME)
+    # The published code turns so many dimensions; transformers does not read it.
+    rotary_dim = reader.size("rotary_dim", attention["head_dim"])
+    if rotary_dim != attention["head_dim"]:
+        settings["positions"]["rotary_dim"] = rotary_dim
     lightning = {
         "kind": "lightning",
         "num_heads": attention["num_heads"],
@@ -66,6 +70,8 @@ def _read_scales(reader: ConfigReader, prefix: str) -> dict[str, float]:
 def _write(config: TransformerConfig) -> dict[str, Any]:
     kinds = fields.list_kind_names(config)
     values: dict[str, Any] = {"layer_types": [_NAME_OF_KIND[kind] for kind in kinds]}
+    if config.positions.rotary_dim is not None:
+        values["rotary_dim"] = config.positions.rotary_dim
     for kind, prefix in _PREFIX_OF_KIND.items():
         if kind not in config.kinds:
             continue
@@ -96,7 +102,7 @@ MINIMAX = ModelFamily(
     },
     TABLE,
     {"placement": "normed"},
-    rope_kwargs={"theta": 1_000_000.0},
+    rope_kwargs={"theta": 1_000_000.0, "partial": 1.0},
     read_extra=_read,
     write_extra=_write,
     ignored_tensors=(

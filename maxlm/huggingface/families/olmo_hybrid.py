@@ -61,11 +61,14 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     width = settings["d_model"]
     mixer.setdefault("key_dim", int(0.75 * width / mixer["num_key_heads"]))
     mixer.setdefault("value_dim", 2 * mixer["key_dim"])
-    settings["positions"] = {"kind": "none"}
     rope = reader.read_nested("rope_parameters")
-    if reader.has("rope_theta") or rope.has("rope_theta"):
+    thetas = [source.values.get("rope_theta", 1) for source in (reader, rope)]
+    # Published models have a null there; a file without the key has the usual base.
+    if None in thetas:
+        settings["positions"] = {"kind": "none"}
+        rope.ignore("rope_type")
+    else:
         settings["positions"] = read_position_settings(reader, attention["head_dim"])
-    rope.ignore("rope_type")  # of positions that there are not
     settings["kinds"][LINEAR]["placement"] = "pre"
     num_layers = settings["num_layers"]
     kinds = [FULL if layer % 4 == 3 else LINEAR for layer in range(num_layers)]

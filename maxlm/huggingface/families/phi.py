@@ -98,9 +98,13 @@ PHI3 = ModelFamily(
         **llama.COMMON,
         **llama.SWIGLU,
         "attention_bias": fields.require_value(False),
+        "mlp_bias": fields.require_value(False),
+        "lm_head_bias": fields.require_value(False),
         "sliding_window": fields.map_size("attention.window", None),
     },
     PHI3_TABLE,
     read_extra=_read_phi3,
     write_extra=_write_phi3,
+    # Of Phi-4-mini, which the published code does not read.
+    ignored_keys=["full_attn_mod", "interpolate_factor"],
 )

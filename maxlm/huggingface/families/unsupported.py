@@ -29,8 +29,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     # Decoders whose blocks are all here.
     **_group(_FILE, "llama", "cwm exaone helium internlm3 iquestcoder"),
     **_group(_FILE, "gemma2", "vaultgemma"),
-    **_group(_FILE, "gpt2", "gpt_bigcode gpt-sw3"),
-    **_group(_FILE, "stablelm", "gpt_neox gptj"),
+    **_group(_FILE, "gpt2", "gpt-sw3"),
     **_group(_FILE, "nemotron", "jais2 persimmon"),
     **_group(_FILE, "mistral", "ministral3"),
     **_group(_FILE, "granite", "hyperclovax"),
@@ -59,7 +58,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "gpt_neo": UnsupportedType(
         "a file of its own: windows and unscaled scores", "gpt2"
     ),
-    "gpt_neox_japanese": UnsupportedType("a bias in its last layer alone", "stablelm"),
+    "gpt_neox_japanese": UnsupportedType("a bias in its last layer alone", "gpt_neox"),
     "granite_swa": UnsupportedType("a theta for each layer", "granite"),
     "granitemoe_swa": UnsupportedType("a theta for each layer", "granitemoe"),
     "granitemoeshared": UnsupportedType("a shared MLP beside experts", "granitemoe"),
@@ -77,7 +76,6 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "nanochat": UnsupportedType("norms without weights", "llama"),
     "olmo": UnsupportedType("LayerNorm without weights", "llama"),
     "openai-gpt": UnsupportedType("a file of its own: GPT-2 with norms behind", "gpt2"),
-    "opt": UnsupportedType("a file of its own: GPT with offset positions", "gpt2"),
     "xglm": UnsupportedType("sinusoids of another order", "bart"),
     # Sparse attention, hyper-connections, several streams.
     **_group(

@@ -310,8 +310,8 @@ class DeltaRule(nnx.Module):
         share = jnp.dtype(self.dtype).itemsize / 4
         # Convolutions' outputs, queries and keys of length one, outputs; decays and
         # betas in fp32; and as many gradients.
-        kept = share * (convolved + 2 * key_features + value_features)
-        kept += decays + num_heads
+        by_token = share * (convolved + 2 * key_features + value_features)
+        by_token += decays + num_heads
         states = num_heads * key_dim * value_dim
         # Of a block in fp32: its operands, three matrices of each chunk with itself,
         # the state at each chunk, and what is made of these; with their gradients.
@@ -323,7 +323,7 @@ class DeltaRule(nnx.Module):
             flops_axes=("heads",),
             # The map of a state, [K, K] a head, and the state behind a run.
             exchanged_elements=states + num_heads * key_dim**2,
-            working_elements=2 * kept + states / BLOCK_TOKENS,
+            working_elements=2 * by_token + states / BLOCK_TOKENS,
             block_elements=2 * block,
             block_tokens=BLOCK_TOKENS,
         )

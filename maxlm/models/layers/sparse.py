@@ -207,7 +207,7 @@ class SparseAttention(LatentAttention):
         queries = _Scored(q, index.query, index.weight, place, segments)
         keys = _Keys(k, v, index.key, segments)
         y, loss = self._attend_in_tiles(queries, keys, inputs.scale)
-        aux = Aux(self.sparse.loss_weight * loss, {"index_loss": loss})
+        aux = Aux(self.sparse.loss_weight * loss, {"index_kl": loss})
         return self.finish(y, projections.gate), aux
 
     def _project_index(
