@@ -257,7 +257,10 @@ def check_generation(loaded: Any) -> None:
     ids=["tensor", "context", "circular", "1f1b"],
 )
 def test_a_mesh_trains_as_one_device_does(parts, make_config):
-    train_settings = {"train": {"steps": 2, "micro_batches": 2}}
+    train_settings = {
+        "train": {"steps": 2, "micro_batches": 2},
+        "sharding": {"max_unsharded": 1.0},
+    }
     one = train(make_config("one", 2, **train_settings))
     many = train(make_config("many", 2, **train_settings, **parts))
     for (step, expected), (_, result) in zip(
@@ -272,7 +275,7 @@ def test_a_run_may_start_from_a_model_of_text_and_train_the_frontend_alone(
     make_config, tmp_path, tokenizer_folder
 ):
     tiny.write_text(tmp_path / "text")
-    settings = tiny.settings(tmp_path, str(tmp_path / "text")) | {"name": "text"}
+    settings = tiny.settings(tmp_path, str(tmp_path / "text")) | {"name": "base"}
     settings["model"] |= {"embedding_scale": 3.0}
     settings |= {"tokenizer": {"path": tokenizer_folder}, "train": {"steps": 1}}
     settings["compute_dtype"] = "float32"

@@ -10,7 +10,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
-from maxlm.inference.prompt_vectors import make_prompt_vectors
+from maxlm.inference.engine_inputs import InputBuilder
+from maxlm.inference.prompt_vectors import ChunkVectors, make_prompt_vectors
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scheduler import Scheduler
 from maxlm.models.architectures.transformer import DecoderConfig
@@ -150,3 +151,83 @@ def test_prefixes_are_shared_up_to_the_first_vector_that_differs():
     assert count_cached("c", values[[0, 2]]) == 4
     assert count_cached("d", values[[1, 0]]) == 4
     assert count_cached("e", values[[0, 2]]) == 12
+
+
+class HostVectors(ChunkVectors):
+    """Leaves vectors on the host."""
+
+    def __init__(self, width: int):
+        super().__init__(width, np.float32, None)  # type: ignore[arg-type]
+
+    def put(self, values: np.ndarray) -> Any:
+        return values
+
+
+class NoAdapters:
+    def make_masks(self, names: Any) -> None:
+        del names
+
+
+def test_each_chunk_has_the_vectors_of_its_own_tokens():
+    """Over the chunks of prompts of any length, beginning anywhere: each placeholder is
+    computed once, in a chunk, with its own vector, also a prompt's last token."""
+    config = EngineConfig(
+        max_sequences=4, max_length=32, page_size=4, prefill_tokens=8, max_chunks=3
+    )
+    scheduler = Scheduler(config, (None,), num_shards=2)
+    adapters: Any = NoAdapters()
+    builder = InputBuilder(config, 2, VOCAB, 0, False, adapters, HostVectors(3))
+    random = np.random.default_rng(0)
+    placed = {}
+    for number in range(12):
+        prompt = random.integers(1, 60, int(random.integers(1, 20)))
+        count = int(random.integers(0, len(prompt) + 1))
+        places = np.sort(random.choice(len(prompt), count, replace=False))
+        if number % 2 and count:
+            places[-1] = len(prompt) - 1
+        request = GenerationRequest(str(number), tuple(prompt.tolist()), GREEDY)
+        values = random.normal(size=(len(places), 3))
+        vectors = None
+        if count:
+            vectors = make_prompt_vectors(places.tolist(), values, np.float32)
+        (sequence,) = scheduler.add(request, vectors=vectors)
+        placed[sequence] = vectors
+    seen: dict[tuple[Any, int], np.ndarray] = {}
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.schedule()
+        assert step is not None
+        inputs = builder.build(
+            step, builder.choose_shape(step), scheduler.page_tables, {}
+        )
+        for row in step.decode:
+            vectors = placed[row.sequence]
+            assert vectors is None or row.sequence.num_computed > vectors.places[-1]
+        begins = [0, 0]
+        num_read = 0
+        for sequence, start, num_tokens, _ in step.prefill:
+            shard = sequence.shard
+            numbers = inputs.chunk_vector_numbers
+            values = inputs.chunk_vectors
+            assert numbers is not None
+            for place in range(num_tokens):
+                vector_number = numbers[shard, begins[shard] + place]
+                if vector_number:
+                    key = (sequence, start + place)
+                    assert key not in seen
+                    seen[key] = np.asarray(values)[shard, vector_number - 1]
+                    num_read += 1
+            begins[shard] += num_tokens
+        if inputs.chunk_vector_numbers is not None:
+            assert np.count_nonzero(inputs.chunk_vector_numbers) == num_read
+        drawn = {row.sequence: [1] * row.num_tokens for row in step.decode}
+        drawn |= {chunk.sequence: [1] for chunk in step.prefill if chunk.samples}
+        scheduler.finish_step(step, drawn)
+        for sequence in drawn:
+            if sequence.num_output_tokens >= 3:
+                scheduler.finish(sequence)
+    for sequence, vectors in placed.items():
+        if vectors is None:
+            continue
+        for place, value in zip(vectors.places, vectors.values, strict=True):
+            np.testing.assert_array_equal(seen.pop((sequence, int(place))), value)
+    assert not seen
