@@ -176,9 +176,15 @@ SIZES = map_sizes(
 
 
 def find_mixer(config: TransformerConfig, mixer_class: type[MixerT]) -> MixerT:
-    """Returns the mixer of a class that layers of a model have."""
-    mixers = (mixer for mixer in config.list_mixers())
-    return next(mixer for mixer in mixers if isinstance(mixer, mixer_class))
+    """Returns the mixer of a class that layers of a model have. Raises MaxlmError: none
+    has one."""
+    for mixer in config.list_mixers():
+        if isinstance(mixer, mixer_class):
+            return mixer
+    raise MaxlmError(
+        f"a model without layers of {mixer_class.__name__.removesuffix('Config')}",
+        fix="write it under another family",
+    )
 
 
 def map_in_mixer(
@@ -237,9 +243,13 @@ def refuse_pattern(problem: str) -> MaxlmError:
 
 
 def list_kind_names(config: TransformerConfig) -> list[str]:
-    """Returns the name of each layer's kind, of a model all of whose kinds have
-    names."""
+    """Returns the name of each layer's kind, of a model all of whose kinds have names.
+    Raises MaxlmError: a model without a pattern."""
     pattern = config.pattern
+    if not pattern:
+        raise MaxlmError(
+            "a model without a pattern of layers", fix="write it under another family"
+        )
     return [str(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
 

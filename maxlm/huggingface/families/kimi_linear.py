@@ -222,6 +222,7 @@ KIMI_LINEAR = ModelFamily(
     _make_table,
     {
         "positions.kind": "none",
+        f"kinds.{LINEAR}.mixer.kind": DELTA,
         # That of the published code's class, whatever the model's.
         "attention.latent.norm_eps": 1e-6,
         "moe.score": "sigmoid",
