@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, C channels, W width of the window.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ def causal_conv(
     _check(x, weight, bias, starts, initial_state, live)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is 'silu' or None; got {activation!r}")
-    y = _convolve(x, weight, bias, initial_state, starts, activation)
+    # A type checker does not see through the decorator of _convolve.
+    y = cast(jax.Array, _convolve(x, weight, bias, initial_state, starts, activation))
     state = update_conv_state(x, weight.shape[1], starts, initial_state, live)
     return y, state
 

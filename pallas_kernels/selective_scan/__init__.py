@@ -103,8 +103,9 @@ def selective_scan(
     if num_tokens == 1:
         if starts is not None:
             initial_state = jnp.where(starts[:, :, None], 0, initial_state)
-        token = (array[:, 0] for array in (x, dt, B, C))
-        y, state = _step(initial_state, *token, A, D, dt_bias)
+        y, state = _step(
+            initial_state, x[:, 0], dt[:, 0], B[:, 0], C[:, 0], A, D, dt_bias
+        )
         return y[:, None], state
     state = initial_state.astype(state_dtype)
     params = ScanParams(x, dt, A, B, C, D, dt_bias, starts, state)
