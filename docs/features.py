@@ -227,7 +227,7 @@ def make_unsupported_table() -> str:
     """Returns a row for model types that need the same."""
     by_need: dict[tuple[str, str], list[str]] = {}
     for model_type, entry in KNOWN_UNSUPPORTED.items():
-        by_need.setdefault(tuple(entry), []).append(model_type)
+        by_need.setdefault((entry.needs, entry.nearest), []).append(model_type)
     rows = ["| model type | needs | nearest family |\n|---|---|---|\n"]
     for (needs, nearest), model_types in by_need.items():
         named = ", ".join(f"`{name}`" for name in model_types)

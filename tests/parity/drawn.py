@@ -55,7 +55,7 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         "vocab_size": draw.randint(19, 211),
         **_draw_delta_rule(architecture, draw),
     }
-    by_key = {key: size for keys, size in sizes.items() for key in keys.split()}
+    by_key: Values = {key: size for keys, size in sizes.items() for key in keys.split()}
     if "kv_lora_rank" in settings:
         by_key["num_key_value_heads"] = heads
 
@@ -102,7 +102,7 @@ def _draw_state_space(values: Values, draw: random.Random) -> Values:
         "mamba_head_dim": channels,
         "n_groups": groups,
     }
-    by_key = {key: size for keys, size in sizes.items() for key in keys.split()}
+    by_key: Values = {key: size for keys, size in sizes.items() for key in keys.split()}
     drawn = {key: size for key, size in by_key.items() if key in values}
     if "num_heads" in values and "n_groups" in values:  # Mamba-2
         drawn |= {"num_heads": heads, "head_dim": channels}

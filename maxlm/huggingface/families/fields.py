@@ -266,7 +266,7 @@ def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     return ACTIVATIONS[reader.choice(key, ACTIVATIONS, default)]
 
 
-def to_hf_activation(name: str) -> str:
+def to_hf_activation(name: object) -> str:
     """Returns the inverse of :func:`read_activation`. Raises MaxlmError: a unit of its
     own, which has no name."""
     for theirs, ours in ACTIVATIONS.items():
