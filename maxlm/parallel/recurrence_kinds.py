@@ -40,7 +40,7 @@ from maxlm.parallel.runs import SequenceRuns
 from maxlm.sharding import AxisRules
 from pallas_kernels.causal_conv import ConvActivation
 from pallas_kernels.linear_recurrence import (
-    RunSummary,
+    StateTransition,
     apply_run,
     linear_recurrence,
     linear_recurrence_backward,
@@ -158,7 +158,7 @@ def sharded_linear_recurrence(
         state = None
         if runs.are_split:
 
-            def summarize(operands: RecurrenceOperands) -> RunSummary:
+            def summarize(operands: RecurrenceOperands) -> StateTransition:
                 beta = operands.beta
                 return summarize_run(
                     runs.split(operands.k),
@@ -182,11 +182,13 @@ def sharded_linear_recurrence(
     return run_on_shards(local, operands, context, specs, "attention")
 
 
-def _find_states_before(summaries: RunSummary) -> jax.Array:
+def _find_states_before(summaries: StateTransition) -> jax.Array:
     """Returns the state before each run of a row, [K, b, ...], zeros before the
     first."""
 
-    def advance(state: jax.Array, summary: RunSummary) -> tuple[jax.Array, jax.Array]:
+    def advance(
+        state: jax.Array, summary: StateTransition
+    ) -> tuple[jax.Array, jax.Array]:
         return apply_run(summary, state), state
 
     zeros = jnp.zeros_like(summaries.state[0])

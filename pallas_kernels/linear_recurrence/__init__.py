@@ -17,7 +17,7 @@ from pallas_kernels.linear_recurrence.api import (
     linear_recurrence_forward,
 )
 from pallas_kernels.linear_recurrence.runs import (
-    RunSummary,
+    StateTransition,
     apply_run,
     combine_runs,
     find_segment_starts,
@@ -29,7 +29,7 @@ from pallas_kernels.linear_recurrence.sequential import (
 )
 
 __all__ = [
-    "RunSummary",
+    "StateTransition",
     "apply_run",
     "combine_runs",
     "find_segment_starts",

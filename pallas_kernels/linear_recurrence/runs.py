@@ -19,7 +19,7 @@ from pallas_kernels.linear_recurrence.params import (
 )
 
 
-class RunSummary(NamedTuple):
+class StateTransition(NamedTuple):
     """What a run of tokens does to the state before it: S ↦ transition·S + state.
 
     Every array of it is zero or more and finite for log decays that are not positive;
@@ -43,7 +43,7 @@ def summarize_run(
     token_mask: jax.Array | None = None,
     chunk_size: int = 64,
     backend: str | None = None,
-) -> RunSummary:
+) -> StateTransition:
     """Computes what a run of tokens does to the state before it; differentiable, with
     the memory of :func:`~pallas_kernels.linear_recurrence.linear_recurrence`.
 
@@ -64,17 +64,17 @@ def summarize_run(
         total = jnp.sum(operands.log_decay, axis=1)
         state = jnp.zeros((B, N, K, V), dtype)
         state = advance_state(operands, state, chunk_size, backend)
-        return RunSummary(jnp.exp(total), state)
+        return StateTransition(jnp.exp(total), state)
     # The map of a state's columns is the same for each of them: the columns of the unit
     # matrix, which write nothing new, become the transition's.
     unit = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, N, K, K))
     state = jnp.concatenate([jnp.zeros((B, N, K, V), dtype), unit], axis=3)
     v = jnp.pad(v, [(0, 0), (0, 0), (0, 0), (0, K)])
     state = advance_state(operands._replace(v=v), state, chunk_size, backend)
-    return RunSummary(state[..., V:], state[..., :V])
+    return StateTransition(state[..., V:], state[..., :V])
 
 
-def combine_runs(first: RunSummary, second: RunSummary) -> RunSummary:
+def combine_runs(first: StateTransition, second: StateTransition) -> StateTransition:
     """Returns the summary of two runs that follow each other; associative but for
     rounding."""
     state = apply_run(second, first.state)
@@ -82,10 +82,10 @@ def combine_runs(first: RunSummary, second: RunSummary) -> RunSummary:
         transition = _multiply(second.transition, first.transition)
     else:
         transition = second.transition * first.transition
-    return RunSummary(transition, state)
+    return StateTransition(transition, state)
 
 
-def apply_run(run: RunSummary, state: jax.Array) -> jax.Array:
+def apply_run(run: StateTransition, state: jax.Array) -> jax.Array:
     """Returns the state behind a run, fp32 [B, N, K, V], from the one before it."""
     transition = run.transition
     if transition.ndim == 4:

@@ -250,7 +250,7 @@ def check_generation(loaded: Any) -> None:
     "parts",
     [
         {"mesh": {"data": 2, "tensor": 2}},
-        {"mesh": {"fsdp": 2, "context": 2}},
+        {"mesh": {"fsdp": 4, "context": 2}},
         {"mesh": {"data": 2, "stage": 2}, "parallel": {"schedule": "circular"}},
         {"mesh": {"data": 2, "stage": 2}, "parallel": {"schedule": "1f1b"}},
     ],
@@ -259,6 +259,8 @@ def check_generation(loaded: Any) -> None:
 def test_a_mesh_trains_as_one_device_does(parts, make_config):
     train_settings = {
         "train": {"steps": 2, "micro_batches": 2},
+        # Two rows of a micro-batch on each of eight devices.
+        "data": {"seq_len": SEQ, "batch_size": 16, "workers": 0},
         "sharding": {"max_unsharded": 1.0},
     }
     one = train(make_config("one", 2, **train_settings))
