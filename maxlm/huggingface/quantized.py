@@ -180,12 +180,13 @@ def _join_block_fp8(
 
 def _read_block_shape(quantization: Mapping[str, Any], where: str) -> tuple[int, int]:
     shape = quantization.get("weight_block_size")
-    is_pair = isinstance(shape, list) and len(shape) == 2
-    if not is_pair or any(type(size) is not int or size < 1 for size in shape):
+    sizes = shape if isinstance(shape, list) else []
+    are_sizes = all(type(size) is int and size > 0 for size in sizes)
+    if len(sizes) != 2 or not are_sizes:
         message = f"{CONFIG_KEY}.weight_block_size={shape!r} is not a pair of sizes"
         fix = "use a model with a scale for each block, or one in bf16"
         raise MaxlmError(message, where=where, fix=fix)
-    rows, columns = shape
+    rows, columns = sizes
     return rows, columns
 
 

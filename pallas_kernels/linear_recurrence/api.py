@@ -96,7 +96,7 @@ def linear_recurrence(
     operands = mark_tokens(operands, starts, token_mask)
     state = _prepare_state(operands, initial_state)
     call = _prepare_call(operands, scale, chunk_size, backend, block_sizes, interpret)
-    output, final_state = _recur(operands, state, call)
+    output, final_state = _run(operands, state, call)
     assert output is not None
     return output, final_state
 
@@ -110,7 +110,7 @@ def advance_state(
     """Returns the state behind the tokens alone, [B, N, K, V]; operands are marked and
     have no q."""
     call = _prepare_call(operands, 1.0, chunk_size, backend, None, False)
-    _, final_state = _recur(operands, state, call)
+    _, final_state = _run(operands, state, call)
     return final_state
 
 
@@ -155,6 +155,14 @@ def _prepare_call(
 def _module(name: str) -> RecurrenceKernel:
     module = importlib.import_module(f"pallas_kernels.linear_recurrence.{name}")
     return cast(RecurrenceKernel, module)
+
+
+def _run(
+    operands: RecurrenceOperands, state: jax.Array, call: RecurrenceCall
+) -> tuple[jax.Array | None, jax.Array]:
+    """Runs :func:`_recur`, whose type is lost where its gradient is defined."""
+    outputs = _recur(operands, state, call)
+    return cast(tuple[jax.Array | None, jax.Array], outputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

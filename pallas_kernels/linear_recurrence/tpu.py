@@ -9,7 +9,7 @@ group forward and backward.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import find_largest_divisor, get_chip, round_up
-from pallas_kernels.kernel_types import Index
+from pallas_kernels.kernel_types import Index, Ref
 from pallas_kernels.linear_recurrence.params import (
     ChunkPlan,
     RecurrenceCall,
@@ -58,15 +58,19 @@ def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
     return sizes.plan.chunk >= _LEAST_CHUNK and needed <= get_chip().vmem_bytes * 3 // 4
 
 
-class _HeadArrays(NamedTuple):
+ArrayT = TypeVar("ArrayT")
+"""Arrays, their blocks' specs, or references to blocks."""
+
+
+class _HeadArrays(NamedTuple, Generic[ArrayT]):
     """Operands with heads first: [B, heads, T, ...], or rows of chunks."""
 
-    q: jax.Array | None
-    k: jax.Array
-    v: jax.Array
-    log_decay: jax.Array
+    q: ArrayT | None
+    k: ArrayT
+    v: ArrayT
+    log_decay: ArrayT
     """[B, N, blocks, chunks, L], or by channel [B, N, T, K]."""
-    beta: jax.Array | None
+    beta: ArrayT | None
     """[B, N, blocks, chunks, L]."""
 
 
@@ -326,7 +330,9 @@ def _loop(count: int, body: Callable[[Index, None], None]) -> None:
         lax.fori_loop(0, count, body, None)
 
 
-def _move_heads_first(operands: RecurrenceOperands, plan: ChunkPlan) -> _HeadArrays:
+def _move_heads_first(
+    operands: RecurrenceOperands, plan: ChunkPlan
+) -> _HeadArrays[jax.Array]:
     def move(x: jax.Array) -> jax.Array:
         return x.swapaxes(1, 2)
 
@@ -347,7 +353,7 @@ def _move_heads_first(operands: RecurrenceOperands, plan: ChunkPlan) -> _HeadArr
 
 
 def _move_heads_back(
-    gradients: _HeadArrays, operands: RecurrenceOperands, num_tokens: int
+    gradients: _HeadArrays[jax.Array], operands: RecurrenceOperands, num_tokens: int
 ) -> RecurrenceOperands:
     """Returns gradients like the operands: sums over the value heads of a key head."""
 
@@ -359,14 +365,24 @@ def _move_heads_back(
             by_token = by_token.reshape(B, H, N // H, *by_token.shape[2:]).sum(2)
         return by_token.swapaxes(1, 2)[:, :num_tokens].astype(like.dtype)
 
-    moved = [
-        None if x is None else move(x, like)
-        for x, like in zip(gradients, operands, strict=True)
-    ]
-    return RecurrenceOperands(*moved)
+    d_q = None
+    if gradients.q is not None and operands.q is not None:
+        d_q = move(gradients.q, operands.q)
+    d_beta = None
+    if gradients.beta is not None and operands.beta is not None:
+        d_beta = move(gradients.beta, operands.beta)
+    return RecurrenceOperands(
+        d_q,
+        move(gradients.k, operands.k),
+        move(gradients.v, operands.v),
+        move(gradients.log_decay, operands.log_decay),
+        d_beta,
+    )
 
 
-def _shape_gradients(arrays: _HeadArrays, sizes: _Sizes) -> _HeadArrays:
+def _shape_gradients(
+    arrays: _HeadArrays[jax.Array], sizes: _Sizes
+) -> _HeadArrays[jax.ShapeDtypeStruct]:
     """Returns the gradients' shapes; of q and k a value head's each, to be summed."""
     grouped = jnp.float32 if sizes.H != sizes.N else arrays.k.dtype
     by_value_head = jax.ShapeDtypeStruct(
@@ -398,8 +414,12 @@ def _make_index_maps(sizes: _Sizes, *, reverse: bool):
 
 
 def _make_operand_specs(
-    arrays: _HeadArrays, sizes: _Sizes, *, reverse: bool, is_gradient: bool = False
-) -> _HeadArrays:
+    arrays: _HeadArrays[jax.Array] | _HeadArrays[jax.ShapeDtypeStruct],
+    sizes: _Sizes,
+    *,
+    reverse: bool,
+    is_gradient: bool = False,
+) -> _HeadArrays[pl.BlockSpec]:
     """Returns the blocks of operands, or of their gradients, of which q's and k's have
     a value head each."""
     by_token, _, _ = _make_index_maps(sizes, reverse=reverse)
@@ -441,7 +461,9 @@ def _get_chunk_rows(group: Index, number: int, sizes: _Sizes):
     return pl.ds(start, chunk)
 
 
-def _read_group(refs: _HeadArrays, group: Index, sizes: _Sizes) -> list[ChunkOperands]:
+def _read_group(
+    refs: _HeadArrays[Ref], group: Index, sizes: _Sizes
+) -> list[ChunkOperands]:
     chunks = []
     for number in range(sizes.group):
         rows = _get_chunk_rows(group, number, sizes)
@@ -458,12 +480,12 @@ def _read_group(refs: _HeadArrays, group: Index, sizes: _Sizes) -> list[ChunkOpe
 
 
 def _write_group(
-    d_refs: _HeadArrays, d_chunks: list[ChunkOperands], group: Index, sizes: _Sizes
+    d_refs: _HeadArrays[Ref], d_chunks: list[ChunkOperands], group: Index, sizes: _Sizes
 ) -> None:
     for number, d_chunk in enumerate(d_chunks):
         rows = _get_chunk_rows(group, number, sizes)
         row = pl.ds(group * sizes.group + number, 1)
         for d_ref, gradient in zip(d_refs, d_chunk, strict=True):
-            if gradient is not None:
+            if gradient is not None and d_ref is not None:
                 here = row if gradient.shape[0] == 1 else rows
                 d_ref[here, :] = gradient.astype(d_ref.dtype)

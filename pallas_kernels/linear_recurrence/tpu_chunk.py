@@ -7,7 +7,7 @@ their own.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -263,8 +263,13 @@ def _multiply_backward(is_narrow, saved, d_product):
     return d_left.astype(left.dtype), d_right.astype(right.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply_rows(is_narrow: bool, left: jax.Array, right: jax.Array) -> jax.Array:
+    """left · rightᵀ; its type is lost where its gradient is defined."""
+    return cast(jax.Array, _rows_product(is_narrow, left, right))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows_product(is_narrow: bool, left: jax.Array, right: jax.Array) -> jax.Array:
     """left · rightᵀ."""
     return _dot(is_narrow, left, right, _ROWS_BY_ROWS)
 
@@ -276,8 +281,15 @@ def _multiply_rows_backward(is_narrow, saved, d_product):
     return d_left.astype(left.dtype), d_right.astype(right.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply_transposed(
+    is_narrow: bool, left: jax.Array, right: jax.Array
+) -> jax.Array:
+    """leftᵀ · right; its type is lost where its gradient is defined."""
+    return cast(jax.Array, _transposed_product(is_narrow, left, right))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transposed_product(
     is_narrow: bool, left: jax.Array, right: jax.Array
 ) -> jax.Array:
     """leftᵀ · right."""
@@ -357,13 +369,13 @@ _multiply.defvjp(
     lambda is_narrow, left, right: _save_both(is_narrow, _multiply, left, right),
     _multiply_backward,
 )
-_multiply_rows.defvjp(
-    lambda is_narrow, left, right: _save_both(is_narrow, _multiply_rows, left, right),
+_rows_product.defvjp(
+    lambda is_narrow, left, right: _save_both(is_narrow, _rows_product, left, right),
     _multiply_rows_backward,
 )
-_multiply_transposed.defvjp(
+_transposed_product.defvjp(
     lambda is_narrow, left, right: _save_both(
-        is_narrow, _multiply_transposed, left, right
+        is_narrow, _transposed_product, left, right
     ),
     _multiply_transposed_backward,
 )
