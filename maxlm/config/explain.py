@@ -340,16 +340,27 @@ def _has_tag(model: type[BaseModel], tag: str) -> bool:
     return False
 
 
-def iterate_schema_keys(model_types: list[TypeForm], key: Key = ()) -> Iterator[Key]:
+def iterate_schema_keys(
+    model_types: list[TypeForm],
+    key: Key = (),
+    ancestors: tuple[type[BaseModel], ...] = (),
+) -> Iterator[Key]:
     """Yields every key of the tree, parents first; an element of a list is shown as its
-    first."""
+    first. A model within itself (a mixer beside another) is not walked again.
+
+    Args:
+        ancestors: models that the key lies within.
+    """
     for model in _select_models(model_types):
+        if model in ancestors:
+            continue
+        path = (*ancestors, model)
         for name, info in model.model_fields.items():
             field_key = (*key, name)
             yield field_key
             field_types = _split_union(info.annotation, info.metadata)
-            yield from iterate_schema_keys(field_types, field_key)
+            yield from iterate_schema_keys(field_types, field_key, path)
             for kind in field_types:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
                 child_types = _list_child_types([kind], part)
-                yield from iterate_schema_keys(child_types, (*field_key, part))
+                yield from iterate_schema_keys(child_types, (*field_key, part), path)

@@ -31,20 +31,10 @@ from maxlm.models.layers.attention import (
     AttentionInputs,
     EncoderOutput,
 )
-from maxlm.models.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
-from maxlm.models.layers.kimi_delta_attention import (
-    KimiDeltaAttention,
-    KimiDeltaAttentionConfig,
-)
 from maxlm.models.layers.latent import LatentAttention
-from maxlm.models.layers.lightning import Lightning, LightningConfig
-from maxlm.models.layers.mamba import Mamba, MambaConfig
-from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
-from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
 from maxlm.models.params import (
     Params,
     ParamSpec,
@@ -147,31 +137,21 @@ class RegisteredFeedForward:
 
 
 MIXERS = Registry[RegisteredMixer](
-    "mixer", {"parallel_heads": "maxlm.models.parallel_heads:PARALLEL_HEADS"}
+    "mixer",
+    {
+        "sparse_attention": "maxlm.models.mixers:SPARSE_ATTENTION",
+        "mamba": "maxlm.models.mixers:MAMBA",
+        "mamba2": "maxlm.models.mixers:MAMBA2",
+        "gated_delta_net": "maxlm.models.mixers:GATED_DELTA_NET",
+        "kimi_delta_attention": "maxlm.models.mixers:KIMI_DELTA_ATTENTION",
+        "lightning": "maxlm.models.mixers:LIGHTNING",
+        "short_conv": "maxlm.models.mixers:SHORT_CONV",
+        "parallel_heads": "maxlm.models.parallel_heads:PARALLEL_HEADS",
+    },
 )
 MIXERS.register(
     "attention",
     RegisteredMixer(AttentionConfig, build_attention, ("context", "stage")),
-)
-MIXERS.register(
-    "sparse_attention",
-    RegisteredMixer(SparseAttentionConfig, SparseAttention, ("stage",)),
-)
-MIXERS.register("mamba", RegisteredMixer(MambaConfig, Mamba, ("context", "stage")))
-MIXERS.register(
-    "gated_delta_net",
-    RegisteredMixer(GatedDeltaNetConfig, GatedDeltaNet, ("context", "stage")),
-)
-MIXERS.register(
-    "kimi_delta_attention",
-    RegisteredMixer(KimiDeltaAttentionConfig, KimiDeltaAttention, ("context", "stage")),
-)
-MIXERS.register("mamba2", RegisteredMixer(Mamba2Config, Mamba2, ("context", "stage")))
-MIXERS.register(
-    "lightning", RegisteredMixer(LightningConfig, Lightning, ("context", "stage"))
-)
-MIXERS.register(
-    "short_conv", RegisteredMixer(ShortConvConfig, ShortConv, ("context", "stage"))
 )
 FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))

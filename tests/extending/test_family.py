@@ -1,5 +1,5 @@
-"""A family of published models as an external package writes it: StarCoder2 (Lozhkov et
-al. 2024, arXiv 2402.19173)."""
+"""A family of published models as an external package writes it, with the layout of
+StarCoder2 (Lozhkov et al. 2024, arXiv 2402.19173)."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ from tests.parity import compare
 LAYER = "model.layers.{layer}"
 BIASED = ("attention.bias", "mlp.bias", "norm.bias")
 
-STARCODER2 = FAMILIES.register(
-    "starcoder2",
+ACME_CODER = FAMILIES.register(
+    "acme_coder",
     ModelFamily(
-        "starcoder2",
-        "Starcoder2ForCausalLM",
+        "acme_coder",
+        "AcmeCoderForCausalLM",
         {
             **fields.SIZES,
             "num_key_value_heads": fields.map_size("attention.num_kv_heads"),
@@ -61,8 +61,8 @@ STARCODER2 = FAMILIES.register(
 
 B, S, V, D, F, HEADS, KV_HEADS, HEAD, LAYERS = 2, 9, 37, 24, 40, 4, 2, 6, 2
 CONFIG = {
-    "architectures": ["Starcoder2ForCausalLM"],
-    "model_type": "starcoder2",
+    "architectures": ["AcmeCoderForCausalLM"],
+    "model_type": "acme_coder",
     "vocab_size": V,
     "hidden_size": D,
     "intermediate_size": F,
@@ -162,7 +162,7 @@ def test_it_computes_the_published_function():
     tensors = make_tensors()
     tokens = np.random.default_rng(1).integers(0, V, (B, S))
     family, config = compare.read(CONFIG, tensors)
-    assert family is STARCODER2
+    assert family is ACME_CODER
     entries = family.list_entries(config, tensors)
     params = compare.parameters(config, entries, tensors)
     logits = compare.logits(config, params, tokens)

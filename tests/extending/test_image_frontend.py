@@ -166,6 +166,7 @@ def make_config(tmp_path, tokenizer_folder):
 train = partial(train_model, say=lambda _: None)
 
 
+@pytest.mark.more
 def test_a_run_trains_resumes_loads_and_generates_what_it_sees(
     make_config, tmp_path, capsys
 ):

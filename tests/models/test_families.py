@@ -18,8 +18,14 @@ from tests.parity import compare
 
 every = pytest.mark.parametrize("name", CASES)
 # Families all of whose blocks others have: their files are read below all the same.
-MORE = str.split("""arcee cohere2 ernie4_5 exaone4 glm gpt_bigcode gpt_neox gptj ministral
-    olmo2 opt seed_oss stablelm starcoder2""")
+# Those that stay have a block of each kind: recurrences, experts by every rule of
+# routing, chunks, norms over all heads, parallel heads, short convolutions.
+MORE = str.split("""arcee bamba cohere cohere2 dots1 ernie4_5 ernie4_5_moe exaone4
+    exaone4_global exaone_moe falcon_h1_plain falcon_mamba glm glm4 glm4_moe glm4_moe_lite
+    gpt_bigcode gpt_neox gpt_neox_serial gptj granitemoe granitemoehybrid
+    granitemoehybrid_dense hunyuan_v1_moe jamba kimi_k2 llama4_scout minimax_m2 ministral
+    nemotron nemotron_h olmo2 olmoe olmo_hybrid opt phi3_longrope_short qwen2_moe qwen3_5
+    qwen3_5_moe seed_oss smollm3 stablelm starcoder2""")
 mostly = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.more) if n in MORE else n for n in CASES],

@@ -203,6 +203,7 @@ def test_experts_in_some_layers_alone_add_their_sums(built):
     assert aux.sums["expert_load"] == 2 * 2 * (SEGMENTS != 0).sum() / 4
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_generation_equals_the_full_forward_pass(built):
     model, params = built

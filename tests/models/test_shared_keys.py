@@ -32,6 +32,7 @@ def draw_params(layer: nnx.Module, seed: int):
     return jax.tree.map(draw, param_specs(layer))
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 @pytest.mark.parametrize("tensor", [1, pytest.param(4, marks=pytest.mark.more)])
 def test_an_earlier_layer_s_cache_is_read_and_not_written(mesh, tensor):

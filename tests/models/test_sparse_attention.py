@@ -166,6 +166,7 @@ def test_outputs_and_the_indexer_s_loss_equal_the_reference(layer, one_device_me
     assert aux.loss == pytest.approx(0.5 * loss, rel=1e-5)
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_the_indexer_learns_from_its_own_loss_alone(layer, one_device_mesh):
     """No gradient of outputs reaches it, and none of its loss the rest of the model;

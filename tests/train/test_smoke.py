@@ -152,6 +152,8 @@ def test_shrinking_keeps_the_structure(name):
         "moe",
         "logit_scale",
     }
+    # Kinds of layers and mixers are made small each by its own rule (``shrunk``).
+    sizes |= {"mixer", "kinds", "dense_layers"}
     unchanged = set(type(run.model).model_fields) - sizes - {"positions", "pattern"}
     assert small.model.model_dump(include=unchanged) == run.model.model_dump(
         include=unchanged
@@ -162,15 +164,21 @@ def test_shrinking_keeps_the_structure(name):
     for trunk, was in zip(small.model.trunks, run.model.trunks, strict=True):
         assert trunk.num_layers == min(was.num_layers, 2)
     assert turned(small.model.positions) == turned(run.model.positions)
-    assert [bool(kind.window) for kind in small.model.pattern] == [
-        bool(kind.window) for kind in dict.fromkeys(run.model.pattern)
+    assert small.model.dense_layers == min(run.model.dense_layers, 1)
+    # Each kind once, and of the same mixers.
+    assert [bool(kind.window) for kind in small.model.layer_kinds] == [
+        bool(kind.window) for kind in dict.fromkeys(run.model.layer_kinds)
     ]
+    mixers = [type(mixer) for mixer in run.model.list_mixers()]
+    assert {type(mixer) for mixer in small.model.list_mixers()} <= set(mixers)
     was, now = run.model.attention, small.model.attention
-    assert now.bias == was.bias
-    assert (now.num_kv_heads == 1) == (was.num_kv_heads == 1)
-    group_size = was.num_heads // was.num_kv_heads
-    assert now.num_heads // now.num_kv_heads == min(group_size, 8)
-    assert now.num_heads * now.head_dim == small.model.d_model
+    assert (now is None) == (was is None)
+    if now is not None:
+        assert now.bias == was.bias
+        assert (now.num_kv_heads == 1) == (was.num_kv_heads == 1)
+        group_size = was.num_heads // was.num_kv_heads
+        assert now.num_heads // now.num_kv_heads == min(group_size, 8)
+        assert now.num_heads * now.head_dim == small.model.d_model
     for wide, narrow in (
         (run.model.mlp, small.model.mlp),
         (run.model.moe, small.model.moe),
@@ -181,6 +189,7 @@ def test_shrinking_keeps_the_structure(name):
         as_wide = wide.d_ff / run.model.d_model * small.model.d_model
         assert narrow.d_ff == pytest.approx(as_wide, abs=4)  # a multiple of 8
         of_experts = {"num_experts", "experts_per_token", "groups", "groups_per_token"}
+        of_experts |= {"shared_d_ff", "latent_dim"}
         unchanged = set(type(wide).model_fields) - of_experts - {"d_ff"}
         assert narrow.model_dump(include=unchanged) == wide.model_dump(
             include=unchanged

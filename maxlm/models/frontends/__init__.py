@@ -10,7 +10,6 @@ from operator import attrgetter
 from typing import Annotated
 
 from maxlm.config.registry import RegisteredConfig, Registry
-from maxlm.models.frontends.embeddings import Embeddings, EmbeddingsConfig
 from maxlm.models.frontends.frontend import (
     ARRAY_PREFIX,
     VECTOR_NUMBERS,
@@ -24,8 +23,9 @@ from maxlm.models.frontends.frontend import (
     get_frontend_costs,
 )
 
-FRONTENDS = Registry[RegisteredFrontend]("frontend")
-FRONTENDS.register("embeddings", RegisteredFrontend(EmbeddingsConfig, Embeddings))
+FRONTENDS = Registry[RegisteredFrontend](
+    "frontend", {"embeddings": "maxlm.models.frontends.embeddings:EMBEDDINGS"}
+)
 
 FrontendChoice = Annotated[
     FrontendConfig,

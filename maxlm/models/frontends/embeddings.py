@@ -10,7 +10,11 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.models.build_context import BuildContext
-from maxlm.models.frontends.frontend import FrontendConfig, ItemArraySpec
+from maxlm.models.frontends.frontend import (
+    FrontendConfig,
+    ItemArraySpec,
+    RegisteredFrontend,
+)
 from maxlm.models.layers.linear import Linear
 
 
@@ -51,3 +55,6 @@ class Embeddings(nnx.Module):
         if self.projection is None:
             return embeddings
         return self.projection(embeddings, seq_axis=None)
+
+
+EMBEDDINGS = RegisteredFrontend(EmbeddingsConfig, Embeddings)
