@@ -193,6 +193,9 @@ def test_bytes_sent_and_products(layout, model, off):
         # The gate is a product with one column; of what makes narrow vectors again a
         # compiler shares some.
         exact = 0.06
+    elif model == "mtp":
+        # Modules are no scan: the norm behind one makes a map's product again.
+        exact = 0.01
     elif model == "encoder_decoder":
         exact = 1e-3
     elif shape.work.is_attention_recomputed(shape.remat):
