@@ -11,13 +11,17 @@ a row.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maxlm.config.errors import check_requirements
+from maxlm.parallel.context import require_split_length
 from maxlm.parallel.layers import PyTree
-from maxlm.parallel.local import Axes
+from maxlm.parallel.local import Axes, make_spec
+from maxlm.sharding import AxisRules
 
 
 @dataclass(frozen=True)
@@ -118,3 +122,29 @@ def split_runs(x: jax.Array, num_runs: int) -> jax.Array:
 def shift_runs(x: jax.Array) -> jax.Array:
     """Returns the array [K, ...] of the run before each, zeros before the first."""
     return jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+
+
+class SequenceContext(NamedTuple):
+    """What a device knows of its rows beside their features."""
+
+    segment_ids: jax.Array | None
+    device_index: jax.Array
+    """int32 [1], along the axes of ``seq``."""
+
+
+def make_context_specs(
+    segment_ids: jax.Array | None, rules: AxisRules
+) -> SequenceContext:
+    """Returns the specs of a program's context."""
+    index_spec = make_spec((rules.mesh_axes("seq"),))
+    segment_spec = None if segment_ids is None else rules.spec("batch", "seq")
+    return SequenceContext._make((segment_spec, index_spec))
+
+
+def check_split_length(seq_len: int, rules: AxisRules, balanced: bool) -> None:
+    """Raises MaxlmError: a sequence that does not divide over its devices."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    requirements = require_split_length(
+        seq_len, rules=rules, sizes=sizes, balanced=balanced
+    )
+    check_requirements(requirements)

@@ -14,6 +14,7 @@ width of convolutions; in inference R rows, n of them side by side, T tokens of 
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,10 +38,9 @@ from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mamba import uniform
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.recurrence_kinds import (
+from maxlm.parallel.causal_conv import convolve_features, sharded_causal_conv
+from maxlm.parallel.linear_recurrence import (
     advance_linear_recurrence,
-    convolve_features,
-    sharded_causal_conv,
     sharded_linear_recurrence,
 )
 from pallas_kernels.linear_recurrence.params import BLOCK_TOKENS
@@ -206,18 +206,17 @@ class DeltaRule(nnx.Module):
 
     def _run(self, mapped: DeltaRuleInputs, inputs: AttentionInputs) -> jax.Array:
         """Runs whole rows: [B, S, N, V]."""
-        q, k, v = sharded_causal_conv(
-            [
-                SplitArray(mapped.query, _HEAD_AXES),
-                SplitArray(mapped.key, _HEAD_AXES),
-                SplitArray(mapped.value, _HEAD_AXES),
-            ],
-            self._read_convs(),
+        convolve = partial(
+            sharded_causal_conv,
             activation="silu",
             rules=self.rules,
             segment_ids=inputs.segment_ids,
             balanced=self.balance_sequence,
         )
+        query_conv, key_conv, value_conv = self._read_convs()
+        q = convolve(SplitArray(mapped.query, _HEAD_AXES), query_conv)
+        k = convolve(SplitArray(mapped.key, _HEAD_AXES), key_conv)
+        v = convolve(SplitArray(mapped.value, _HEAD_AXES), value_conv)
         return sharded_linear_recurrence(
             save_inputs_only(normalise_length)(q),
             save_inputs_only(normalise_length)(k),

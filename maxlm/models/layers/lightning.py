@@ -30,7 +30,7 @@ from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.recurrence_kinds import sharded_linear_recurrence
+from maxlm.parallel.linear_recurrence import sharded_linear_recurrence
 from pallas_kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
 CHUNK = 64

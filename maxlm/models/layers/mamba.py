@@ -31,9 +31,9 @@ from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.recurrent import (
+from maxlm.parallel.causal_conv import sharded_causal_conv
+from maxlm.parallel.selective_scan import (
     SelectiveScanInputs,
-    sharded_causal_conv,
     sharded_selective_scan,
 )
 from pallas_kernels.causal_conv import causal_conv
@@ -248,11 +248,10 @@ class Mamba(nnx.Module):
     def _convolve(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
         weight, bias = self._read_conv()
         return sharded_causal_conv(
-            x,
+            SplitArray(x, ("mlp",)),
             weight,
             bias,
             rules=self.rules,
-            feature_axes=("mlp",),
             segment_ids=inputs.segment_ids,
             balanced=self.balance_sequence,
             activation="silu",

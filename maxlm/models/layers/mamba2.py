@@ -34,12 +34,8 @@ from maxlm.models.layers.mamba import spread_step_sizes, uniform
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.recurrence_kinds import (
-    convolve_features,
-    sharded_causal_conv,
-    sharded_linear_recurrence,
-    spread_groups,
-)
+from maxlm.parallel.causal_conv import convolve_features, sharded_causal_conv
+from maxlm.parallel.linear_recurrence import sharded_linear_recurrence, spread_groups
 from pallas_kernels.linear_recurrence import (
     linear_recurrence,
     linear_recurrence_step,
@@ -413,15 +409,17 @@ class Mamba2(nnx.Module):
     ) -> jax.Array:
         """Runs whole rows, [B, S, ...] → [B, S, N, P]."""
         *convolved, step = tokens
-        value, key, query = sharded_causal_conv(
-            convolved,
-            [params.value_conv, params.key_conv, params.query_conv],
-            [params.value_offset, params.key_offset, params.query_offset],
+        convolve = partial(
+            sharded_causal_conv,
             activation="silu",
             rules=self.rules,
             segment_ids=inputs.segment_ids,
             balanced=self.balance_sequence,
         )
+        value_input, key_input, query_input = convolved
+        value = convolve(value_input, params.value_conv, params.value_offset)
+        key = convolve(key_input, params.key_conv, params.key_offset)
+        query = convolve(query_input, params.query_conv, params.query_offset)
         written, log_decay = save_inputs_only(
             partial(discretize, step_limits=step_limits)
         )(value, step.value, params.dt_bias, params.A_log)

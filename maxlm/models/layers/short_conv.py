@@ -26,7 +26,7 @@ from maxlm.models.layers.mamba import uniform
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.recurrence_kinds import sharded_causal_conv
+from maxlm.parallel.causal_conv import sharded_causal_conv
 from pallas_kernels.causal_conv import causal_conv
 
 
@@ -93,10 +93,10 @@ class ShortConv(nnx.Module):
         if self.conv_bias is not None:
             bias = materialize(self.conv_bias, self.rules, self.dtype)
         if cache is None:
-            (y,) = sharded_causal_conv(
-                [SplitArray(gated, ("mlp",))],
-                [weight],
-                None if bias is None else [bias],
+            y = sharded_causal_conv(
+                SplitArray(gated, ("mlp",)),
+                weight,
+                bias,
                 rules=self.rules,
                 segment_ids=inputs.segment_ids,
                 balanced=self.balance_sequence,

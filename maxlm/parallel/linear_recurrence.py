@@ -1,5 +1,5 @@
-"""Short convolutions and linear recurrences over whole rows on a mesh, as layers train:
-Mamba-2, delta rules, lightning attention.
+"""Linear recurrences over whole rows on a mesh, as layers train: Mamba-2, delta rules,
+lightning attention.
 
 Each device runs its own rows and heads. Where the rules split the sequence (context
 parallelism), states pass between its runs (:mod:`maxlm.parallel.runs`): each run is
@@ -8,11 +8,10 @@ all-gathered and applied in the order of the sequence, and each run is computed 
 state before it. Traffic and memory are those of one state a run, whatever the length of
 the sequence. A document that goes on from the run before is not reset there.
 
-Shapes: B batch, S sequence, H key heads, N value heads, K and V their sizes, W width of
-a convolution. On shards: b rows of s tokens.
+Shapes: B batch, S sequence, H key heads, N value heads, K and V their sizes. On
+shards: b rows of s tokens.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,25 +19,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel import recurrent
 from maxlm.parallel.differentiable import ShardSpecs, run_on_shards
 from maxlm.parallel.layers import PyTree
 from maxlm.parallel.local import (
-    SplitArray,
     axis_indices,
     axis_size,
     make_spec,
     map_shards,
 )
-from maxlm.parallel.recurrent import (
+from maxlm.parallel.runs import (
     SequenceContext,
+    SequenceRuns,
     check_split_length,
-    convolve_features,
     make_context_specs,
 )
-from maxlm.parallel.runs import SequenceRuns
 from maxlm.sharding import AxisRules
-from pallas_kernels.causal_conv import ConvActivation
 from pallas_kernels.linear_recurrence import (
     StateTransition,
     apply_run,
@@ -49,53 +44,6 @@ from pallas_kernels.linear_recurrence import (
     summarize_run,
 )
 from pallas_kernels.linear_recurrence.params import RecurrenceOperands
-
-__all__ = [
-    "advance_linear_recurrence",
-    "convolve_features",
-    "sharded_causal_conv",
-    "sharded_linear_recurrence",
-    "spread_groups",
-]
-
-
-def sharded_causal_conv(
-    tokens: Sequence[SplitArray],
-    weights: Sequence[jax.Array],
-    biases: Sequence[jax.Array] | None = None,
-    *,
-    activation: ConvActivation | None = None,
-    rules: AxisRules,
-    segment_ids: jax.Array | None = None,
-    balanced: bool = False,
-) -> tuple[jax.Array, ...]:
-    """Convolves several arrays; see :func:`maxlm.parallel.recurrent.sharded_causal_conv`.
-
-    Args:
-        tokens: arrays [B, S, *features], such as [B, S, N, H] with axes ("heads",
-            "head_dim").
-        weights: [*features, W] for each, split as its features are.
-        biases: [*features] for each; None: none has any.
-        activation: of the sums.
-        segment_ids, balanced: as there.
-
-    Returns:
-        Arrays like ``tokens``.
-    """
-    all_biases = (None,) * len(tokens) if biases is None else biases
-    return tuple(
-        recurrent.sharded_causal_conv(
-            array.value,
-            weight,
-            bias,
-            rules=rules,
-            feature_axes=array.axes,
-            segment_ids=segment_ids,
-            balanced=balanced,
-            activation=activation,
-        )
-        for array, weight, bias in zip(tokens, weights, all_biases, strict=True)
-    )
 
 
 def sharded_linear_recurrence(
@@ -152,7 +100,7 @@ def sharded_linear_recurrence(
         by_feature,
     )
 
-    def local(operands: RecurrenceOperands, context: SequenceContext) -> jax.Array:
+    def run_shard(operands: RecurrenceOperands, context: SequenceContext) -> jax.Array:
         runs = SequenceRuns(seq_axes, balanced, context.device_index)
         starts = runs.find_starts(context.segment_ids)
         state = None
@@ -179,7 +127,7 @@ def sharded_linear_recurrence(
 
     operands = RecurrenceOperands(q, k, v, log_decay, beta)
     context = SequenceContext(segment_ids, axis_indices(seq_axes))
-    return run_on_shards(local, operands, context, specs, "attention")
+    return run_on_shards(run_shard, operands, context, specs, "attention")
 
 
 def _find_states_before(summaries: StateTransition) -> jax.Array:
@@ -351,12 +299,12 @@ def spread_groups(x: jax.Array, num_heads: int, rules: AxisRules) -> jax.Array:
 def _spread(x: jax.Array, num_heads: int, rules: AxisRules) -> jax.Array:
     head_axes = rules.mesh_axes("heads")
 
-    def local(x: jax.Array, device_index: jax.Array) -> jax.Array:
+    def take_shard(x: jax.Array, device_index: jax.Array) -> jax.Array:
         first, count = _find_group(x.shape[2], num_heads, rules, device_index)
         return lax.dynamic_slice_in_dim(x, first, count, axis=2)
 
     return map_shards(
-        local,
+        take_shard,
         in_specs=(rules.spec("batch", "seq", None, None), make_spec((head_axes,))),
         out_specs=rules.spec("batch", "seq", "heads", None),
     )(x, axis_indices(head_axes))
@@ -369,14 +317,14 @@ def _spread_forward(x, num_heads, rules):
 def _spread_backward(num_heads, rules, x, d_y):
     head_axes = rules.mesh_axes("heads")
 
-    def local(x: jax.Array, d_y: jax.Array, device_index: jax.Array) -> jax.Array:
+    def add_shard(x: jax.Array, d_y: jax.Array, device_index: jax.Array) -> jax.Array:
         first, _ = _find_group(x.shape[2], num_heads, rules, device_index)
         d_x = lax.dynamic_update_slice_in_dim(jnp.zeros_like(x), d_y, first, axis=2)
         return lax.psum(d_x, head_axes)
 
     whole = rules.spec("batch", "seq", None, None)
     d_x = map_shards(
-        local,
+        add_shard,
         in_specs=(
             whole,
             rules.spec("batch", "seq", "heads", None),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from maxlm.parallel.causal_conv import sharded_causal_conv
 from maxlm.parallel.context import sequence_order_indices
-from maxlm.parallel.recurrent import (
+from maxlm.parallel.local import SplitArray
+from maxlm.parallel.selective_scan import (
     SelectiveScanInputs,
-    sharded_causal_conv,
     sharded_selective_scan,
 )
 from maxlm.sharding.rules import ComputeRules
@@ -38,10 +39,9 @@ SEGMENTS = np.array([[1] * 2 + [2] + [3] * 17 + [4] * 9 + [0] * 3, [1] * S], np.
 def compute(rules, inputs, weight, segment_ids, *, balanced):
     """(loss, y) of the scan of a convolution; the loss reads every y differently."""
     x = sharded_causal_conv(
-        inputs.x,
+        SplitArray(inputs.x, ("mlp",)),
         weight,
         rules=rules,
-        feature_axes=("mlp",),
         segment_ids=segment_ids,
         balanced=balanced,
         activation="silu",

@@ -9,14 +9,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.parallel.causal_conv import sharded_causal_conv
 from maxlm.parallel.context import sequence_order_indices
-from maxlm.parallel.local import SplitArray
-from maxlm.parallel.recurrence_kinds import (
+from maxlm.parallel.linear_recurrence import (
     advance_linear_recurrence,
-    sharded_causal_conv,
     sharded_linear_recurrence,
     spread_groups,
 )
+from maxlm.parallel.local import SplitArray
 from maxlm.sharding.rules import ComputeRules
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.linear_recurrence import (
@@ -201,16 +201,15 @@ def test_convolutions_of_heads_over_runs_shorter_than_they_see(balanced, mesh):
         segment_ids = jax.device_put(SEGMENTS[:, order], rows)
 
         def convolve_split(x, weight, bias):
-            (y,) = sharded_causal_conv(
-                [SplitArray(x, ("heads", None))],
-                [weight],
-                [bias],
+            return sharded_causal_conv(
+                SplitArray(x, ("heads", None)),
+                weight,
+                bias,
                 activation="silu",
                 rules=rules,
                 segment_ids=segment_ids,
                 balanced=balanced,
             )
-            return y
 
         placed = (
             jax.device_put(x[:, order], by_head),
