@@ -28,6 +28,7 @@ from maxlm.models.layers.attend import (
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.head_norm import HeadNorm, build_qk_norms
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import replace_virtual
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: AttentionCache | None = None,
-    ) -> tuple[jax.Array, AttentionCache | KeysValues | None]:
+    ) -> MixerOutput:
         """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`.
 
         Tokens of a sequence that is split over devices may stand in another order, that
@@ -113,7 +114,9 @@ class Attention(nnx.Module):
             k, v = shared_or_new
             y, new_cache = attend(self, q, k, v, inputs, cache, self.rules)
         y = self.out(apply_output_gate(y, gate), seq_axis="residual")
-        return y, shared_or_new if cache is None else new_cache
+        if cache is None:
+            return MixerOutput(y, keys_values=shared_or_new)
+        return MixerOutput(y, new_cache)
 
     def _project(
         self, x: jax.Array, inputs: AttentionInputs

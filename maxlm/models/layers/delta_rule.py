@@ -36,6 +36,7 @@ from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mamba import uniform
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.causal_conv import convolve_features, sharded_causal_conv
@@ -163,7 +164,7 @@ class DeltaRule(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         mapped = self.map_input(x)
         if cache is None:
@@ -171,7 +172,7 @@ class DeltaRule(nnx.Module):
         else:
             y, cache = self._run_cached(mapped, inputs, cache)
         y = self.norm(y, mapped.gate)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> RecurrentCache:
         """A layer's cache of :class:`DeltaRuleStates`; see

@@ -27,6 +27,7 @@ from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
@@ -100,7 +101,7 @@ class Lightning(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         products = project(x, self.query, self.key, self.value, self.gate)
         # A name that remat policies keep (models/remat.py).
@@ -133,7 +134,7 @@ class Lightning(nnx.Module):
             )
         scale = materialize(self.norm_scale, self.rules, wide)
         y = save_inputs_only(self._norm_and_gate)(y, gate, scale)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def _norm_and_gate(
         self, y: jax.Array, gate: jax.Array, scale: jax.Array

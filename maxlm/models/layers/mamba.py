@@ -28,6 +28,7 @@ from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
@@ -175,7 +176,7 @@ class Mamba(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: MambaCache | None = None
-    ) -> tuple[jax.Array, MambaCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         x, gate = project(x, self.input, self.gate)
         # A name that remat policies keep (models/remat.py).
@@ -196,7 +197,7 @@ class Mamba(nnx.Module):
             y, scan_cache = self._scan_cached(self._select(x), inputs, cache.scan)
             cache = MambaCache(conv_cache, scan_cache)
         y = save_inputs_only(lambda y, gate: y * jax.nn.silu(gate))(y, gate)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> MambaCache:
         """A layer's cache; see :mod:`maxlm.models.caches`."""

@@ -31,6 +31,7 @@ from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mamba import spread_step_sizes, uniform
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
@@ -334,7 +335,7 @@ class Mamba2(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         if self.config.input_scale != 1:
             x = x * jnp.asarray(self.config.input_scale, x.dtype)
@@ -348,7 +349,7 @@ class Mamba2(nnx.Module):
             wide = accumulation_dtype(self.dtype)
             scale = materialize(self.norm_scale, self.rules, wide)
         y = save_inputs_only(self._gate_and_norm)(y, gate, scale)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def _scale(self, products: Sequence[jax.Array]) -> list[jax.Array]:
         scales = self.config.projection_scales

@@ -23,6 +23,7 @@ from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mamba import uniform
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
@@ -81,7 +82,7 @@ class ShortConv(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         in_gate, out_gate, value = (
             checkpoint_name(product, "qkv")  # which remat policies keep
@@ -104,7 +105,7 @@ class ShortConv(nnx.Module):
         else:
             y, cache = self._convolve_cached(gated, weight, bias, inputs, cache)
         y = save_inputs_only(lambda gate, y: gate * y)(out_gate, y)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def _convolve_cached(
         self,
