@@ -155,7 +155,7 @@ def embed_and_walk(model, params, tokens, positions, segment_ids):
             kind = run.kinds[place.kind_index]
             context = contexts[place.kind_index]
             inputs = bound._make_attention_inputs(kind, context, None)
-            x, _, _ = block(x, inputs)
+            x = block(x, inputs).x
     return bound.apply_final_norm(x)
 
 
