@@ -352,11 +352,10 @@ class Block(nnx.Module):
             self.ffn_name = ffn.name
             setattr(self, ffn.name, ffn)
         self.mlp_post_norm = build_norm(has_ffn and has_post_norms)
-        self.layer_input = None
+        input_branch: LayerInputBranch | None = None
         if config.layer_inputs is not None:
-            self.layer_input = LayerInputBranch(
-                config.layer_inputs, config.norm, context
-            )
+            input_branch = LayerInputBranch(config.layer_inputs, config.norm, context)
+        self.layer_input = input_branch
         self.output_scale = None
         if config.scales_output:
             ones = jax.nn.initializers.ones
@@ -384,9 +383,10 @@ class Block(nnx.Module):
         else:
             output = self._run_branches(x, inputs, cache, encoder_output)
         x = output.x
-        if self.layer_input is not None:
+        input_branch = self.layer_input
+        if input_branch is not None:
             assert layer_input is not None
-            x = x + self.layer_input(x, layer_input)
+            x = x + input_branch(x, layer_input)
         return output._replace(x=self._scale_output(x))
 
     def run_mixer(

@@ -4,8 +4,6 @@ reads its part (Gemma 3n's per-layer embeddings).
 Shapes: B batch, S sequence, D model, L layers, P width of a layer's input.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +14,7 @@ from maxlm.config import Config
 from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import Embedding, Linear
-from maxlm.models.layers.mlp import ACTIVATIONS
+from maxlm.models.layers.mlp import ACTIVATIONS, Activation
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.remat import save_inputs_only
 
@@ -28,7 +26,7 @@ class LayerInputsConfig(Config):
     """Numbers that a layer reads."""
     vocab_size: int | None = Field(default=None, gt=0)
     """Rows of their table, row 0 for tokens beyond it; null: the model's."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     """Activation of the gate by which a layer reads them."""
 
 
@@ -82,7 +80,7 @@ class LayerInputBranch(nnx.Module):
     def __init__(
         self, config: LayerInputsConfig, norm: NormConfig, context: BuildContext
     ):
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         residual = {"embed": context.d_model}
         # Split like an MLP's hidden layer.
         hidden = {"mlp": config.width}
