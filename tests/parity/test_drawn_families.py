@@ -20,7 +20,7 @@ CASES = (
     *("gptj", "gpt_bigcode"),
     *("gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe", "dots1", "llama4"),
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
-    *("olmoe", "glm4_moe_lite"),
+    *("olmoe", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa"),
     *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
     *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
     *("falcon_h1_plain", "minimax"),

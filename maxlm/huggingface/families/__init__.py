@@ -42,6 +42,8 @@ FAMILIES = Registry[ModelFamily](
         "dbrx": f"{_FOLDER}.mosaic:DBRX",
         "deepseek_v2": f"{_FOLDER}.deepseek:DEEPSEEK_V2",
         "deepseek_v3": f"{_FOLDER}.deepseek:DEEPSEEK_V3",
+        "deepseek_v32": f"{_FOLDER}.deepseek_sparse:DEEPSEEK_V32",
+        "glm_moe_dsa": f"{_FOLDER}.deepseek_sparse:GLM_MOE_DSA",
         "gpt_oss": f"{_FOLDER}.gpt_oss:GPT_OSS",
         "glm4_moe": f"{_FOLDER}.glm_moe:GLM4_MOE",
         "qwen2_moe": f"{_FOLDER}.qwen_moe:QWEN2_MOE",

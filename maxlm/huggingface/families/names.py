@@ -269,15 +269,21 @@ def either(first: TensorRule, second: TensorRule) -> TensorRule:
 
 
 def permute_rotary(
-    rule: TensorRule, rotary_dim: int, *, each_head: bool, first: bool = False
+    rule: TensorRule,
+    rotary_dim: int,
+    *,
+    each_head: bool,
+    first: bool = False,
+    head_dim: int | None = None,
 ) -> TensorRule:
     """Returns the rule with the last (or the ``first``) ``rotary_dim`` rows of each
-    head, or of all, reordered: theirs pair neighbours, ours halves."""
+    head, or of all, reordered: theirs pair neighbours, ours halves. ``head_dim``: rows
+    of a head where that is not the parameter's last dimension."""
 
     def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         plain = rule.make_conversion(pieces)
-        head_dim = pieces[-1].shape[-1]
-        rows_per_head = head_dim if each_head else plain.shape[0]
+        rows_of_each = head_dim or pieces[-1].shape[-1]
+        rows_per_head = rows_of_each if each_head else plain.shape[0]
         # Ours in terms of theirs: the first of each pair, then the second of each.
         order = np.arange(rows_per_head)
         rotary_rows = slice(rotary_dim) if first else slice(-rotary_dim, None)

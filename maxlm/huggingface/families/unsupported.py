@@ -78,12 +78,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "openai-gpt": UnsupportedType("a file of its own: GPT-2 with norms behind", "gpt2"),
     "xglm": UnsupportedType("sinusoids of another order", "bart"),
     # Sparse attention, hyper-connections, several streams.
-    **_group(
-        "sparse attention with an indexer", "deepseek_v3", "deepseek_v32 glm_moe_dsa"
-    ),
-    **_group(
-        "sparse attention with an indexer, and gated norms", "deepseek_v3", "axk2"
-    ),
+    "axk2": UnsupportedType("gated norms", "deepseek_v32"),
     **_group(
         "compressed attention, hyper-connections and hash routing",
         "deepseek_v3",
