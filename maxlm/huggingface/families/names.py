@@ -304,6 +304,26 @@ def permute_rotary(
     return TensorRule(rule.ours, make_conversion)
 
 
+def swap_halves(rule: TensorRule) -> TensorRule:
+    """Returns the rule with the two halves of each head's rows in the other order."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        plain = rule.make_conversion(pieces)
+        head_dim = pieces[-1].shape[-1]
+
+        def swap(rows: Array) -> Array:
+            by_half = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+            return by_half[:, ::-1].reshape(rows.shape)
+
+        return TensorConversion(
+            plain.shape,
+            lambda whole: plain.split(swap(whole)),
+            lambda parts: swap(plain.join(parts)),
+        )
+
+    return TensorRule(rule.ours, make_conversion)
+
+
 def split_heads(rule: TensorRule) -> TensorRule:
     """Returns the rule of vectors with the rows of each head as a row of a matrix
     [heads, rows]."""
