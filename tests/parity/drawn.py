@@ -81,6 +81,9 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         if key in values:
             values[key] = 0.5
     values |= _draw_state_space(values, draw)
+    if architecture.startswith("MiMo"):
+        # Layers with a window have twice the kv heads.
+        values["num_attention_heads"] = 2 * heads
     if architecture.startswith("Helium"):
         # Its map back to the stream is square.
         values["hidden_size"] = heads * head_dim

@@ -44,6 +44,7 @@ FAMILIES = Registry[ModelFamily](
         "deepseek_v3": f"{_FOLDER}.deepseek:DEEPSEEK_V3",
         "deepseek_v32": f"{_FOLDER}.deepseek_sparse:DEEPSEEK_V32",
         "glm_moe_dsa": f"{_FOLDER}.deepseek_sparse:GLM_MOE_DSA",
+        "mimo_v2_flash": f"{_FOLDER}.mimo:MIMO_V2_FLASH",
         "ministral3": f"{_FOLDER}.ministral:MINISTRAL3",
         "lfm2_moe": f"{_FOLDER}.lfm2:LFM2_MOE",
         "afmoe": f"{_FOLDER}.afmoe:AFMOE",

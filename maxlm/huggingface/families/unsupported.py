@@ -63,7 +63,6 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "longcat_flash": UnsupportedType(
         "two attentions a layer, empty experts", "deepseek_v3"
     ),
-    "mimo_v2_flash": UnsupportedType("value heads narrower than keys", "qwen3_moe"),
     "minicpm3": UnsupportedType(
         "latent attention with factors on what branches add", "deepseek_v3"
     ),
