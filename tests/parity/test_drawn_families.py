@@ -22,7 +22,7 @@ CASES = (
     *("minimax_m2", "granitemoe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
     *("olmoe", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa"),
     *("ministral3", "afmoe", "granitemoeshared", "hy_v3", "flex_olmo", "olmo"),
-    *("vaultgemma", "helium", "nanochat", "lfm2_moe", "mimo_v2_flash"),
+    *("vaultgemma", "helium", "nanochat", "lfm2_moe", "mimo_v2_flash", "apertus"),
     *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
     *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
     *("falcon_h1_plain", "minimax"),

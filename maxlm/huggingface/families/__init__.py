@@ -45,6 +45,7 @@ FAMILIES = Registry[ModelFamily](
         "deepseek_v32": f"{_FOLDER}.deepseek_sparse:DEEPSEEK_V32",
         "glm_moe_dsa": f"{_FOLDER}.deepseek_sparse:GLM_MOE_DSA",
         "mimo_v2_flash": f"{_FOLDER}.mimo:MIMO_V2_FLASH",
+        "apertus": f"{_FOLDER}.apertus:APERTUS",
         "ministral3": f"{_FOLDER}.ministral:MINISTRAL3",
         "lfm2_moe": f"{_FOLDER}.lfm2:LFM2_MOE",
         "afmoe": f"{_FOLDER}.afmoe:AFMOE",

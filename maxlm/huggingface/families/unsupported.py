@@ -40,7 +40,6 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     ),
     # Decoders of attention that need more than a file.
     "phimoe": UnsupportedType("routing by sparse mixing", "mixtral"),
-    "apertus": UnsupportedType("the activation xIELU, with learnt slopes", "llama"),
     "arctic": UnsupportedType("experts beside a dense MLP", "mixtral"),
     "biogpt": UnsupportedType("a file of its own: GPT with scaled embeddings", "gpt2"),
     "bitnet": UnsupportedType("ternary weights, and norms before projections", "llama"),
