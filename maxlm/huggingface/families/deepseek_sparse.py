@@ -13,7 +13,6 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.families import deepseek, fields
-from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import (
     NameTable,
     copy,

@@ -50,9 +50,7 @@ def _read_window(reader: ConfigReader) -> int:
 def _read_kinds(reader: ConfigReader, num_layers: int) -> list[str]:
     """Reads each layer's kind, from the published file's list of ones and zeros or from
     that of names."""
-    has_window = [
-        layer > 0 and (layer + 1) % 6 != 0 for layer in range(num_layers)
-    ]
+    has_window = [layer > 0 and (layer + 1) % 6 != 0 for layer in range(num_layers)]
     has_window = reader.flags("hybrid_layer_pattern") or has_window
     if len(has_window) != num_layers:
         message = f"hybrid_layer_pattern does not name {num_layers} layers"
