@@ -12,7 +12,7 @@ from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind, LayerStack
 from maxlm.models.blocks import find_attention, get_kind
 from maxlm.models.layers.attention_config import AttentionConfig
-from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig
+from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig, Xielu
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
@@ -58,6 +58,8 @@ def _list_layers(config: TransformerConfig) -> Iterator[LayerOfModel]:
 def _describe_norm(norm: NormConfig, placement: str) -> Iterator[str]:
     yield placement.replace("_", " ")
     name = "LayerNorm" if norm.kind == "layernorm" else "RMSNorm"
+    if norm.weightless:
+        name += " without weights"
     if norm.zero_centred:
         name += " × (1 + scale)"
     if norm.kind == "layernorm" and not norm.bias:
@@ -139,10 +141,12 @@ def _describe_feed_forward(layer: LayerOfModel) -> Iterator[str]:
         yield "none"
 
 
-def _name_unit(activation: Activation | ClampedSwiglu, gated: bool) -> str:
+def _name_unit(activation: Activation | ClampedSwiglu | Xielu, gated: bool) -> str:
     """Names the hidden layer of a feed-forward."""
     if isinstance(activation, ClampedSwiglu):
         return "clamped SwiGLU"
+    if isinstance(activation, Xielu):
+        return "gated xIELU" if gated else "xIELU"
     name = activation.replace("relu2", "relu²").replace("_", " ")
     return _GATED.get(activation, f"gated {name}") if gated else name
 
