@@ -16,6 +16,7 @@ from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig, Xielu
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
+from maxlm.models.layers.sparse import SparseAttentionConfig
 
 ROOT = Path(__file__).parents[1]
 HEAD = (
@@ -62,7 +63,7 @@ def _describe_norm(norm: NormConfig, placement: str) -> Iterator[str]:
         name += " without weights"
     if norm.zero_centred:
         name += " × (1 + scale)"
-    if norm.kind == "layernorm" and not norm.bias:
+    if norm.kind == "layernorm" and not norm.bias and not norm.weightless:
         name += " without offsets"
     yield name
 
@@ -92,6 +93,7 @@ def _describe_attention(layer: LayerOfModel) -> Iterator[str]:
         "keys as values": attention.keys_as_values,
         "shared keys": attention.shares_keys,
         "chunks": attention.chunk is not None,
+        "value heads of another size": attention.value_head_dim is not None,
         "temperature": attention.temperature is not None,
         "output gate": attention.output_gate is not None,
         "clipping": attention.clip is not None,
@@ -166,7 +168,9 @@ def _describe_cache(layer: LayerOfModel) -> Iterator[str]:
         yield "latent vectors"
     elif attention is not None and not attention.shares_keys:
         yield "keys, values"
-    if mixer is not None and not isinstance(mixer, AttentionConfig):
+    if isinstance(mixer, SparseAttentionConfig):
+        yield "keys of the indexer"
+    elif mixer is not None and not isinstance(mixer, AttentionConfig):
         yield "states"
 
 
