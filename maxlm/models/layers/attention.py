@@ -1,7 +1,8 @@
 """Multi-head attention: multi-query, grouped and full, with an optional key-value cache.
 Latent attention is in ``latent.py``.
 
-Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head dim.
+Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head dim, Hv
+value dim.
 """
 
 import jax
@@ -52,13 +53,15 @@ class Attention(nnx.Module):
         residual = {"embed": context.d_model}
         query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         key_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        value_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.value_dim}
+        outputs = {"heads": config.num_heads, "head_dim": config.value_dim}
         self.query = Linear(residual, query_heads, context, bias=config.bias)
         key = None
         value = None
         if not config.shares_keys:
             key = Linear(residual, key_heads, context, bias=config.bias)
             if not config.keys_as_values:
-                value = Linear(residual, key_heads, context, bias=config.bias)
+                value = Linear(residual, value_heads, context, bias=config.bias)
         self.key = key
         self.value = value
         self.gate = build_output_gate(config, context)
@@ -67,7 +70,7 @@ class Attention(nnx.Module):
         self.value_norm = HeadNorm(norm, context) if has_value_norm else None
         self.sinks = declare_sinks(config)
         self.out = Linear(
-            query_heads,
+            outputs,
             residual,
             context,
             bias=config.has_out_bias,
@@ -172,7 +175,7 @@ class Attention(nnx.Module):
             limit_window(window, config.chunk),
             config.num_kv_heads,
             config.head_dim,
-            config.head_dim,
+            config.value_dim,
             chunk=config.chunk,
             is_shared=config.shares_keys,
         )
