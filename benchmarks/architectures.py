@@ -16,7 +16,7 @@ parameters, where ``maxlm train demo`` and ``maxlm train demo_hybrid`` have been
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -51,7 +51,7 @@ BARS = {
 CONTEXT_BAR = 1e-6
 # A run of it, on the most devices in balanced order, is no multiple of a chunk.
 CONTEXT_TOKENS = 8 * 39
-# Mixers beside attention; the others of issue's families are in docs/families.md.
+# With mixers beside attention; docs/families.md has all presets.
 PRESETS = (
     *("mamba_130m", "mamba2_2_7b", "falcon_mamba_7b", "jamba_v0_1", "bamba_9b"),
     *("granite4_h_small", "nemotron_h_8b", "nemotron3_nano_30b_a3b"),
@@ -130,7 +130,11 @@ def run_recurrence(kind: str, num_devices: int) -> list[np.ndarray]:
         rules: AxisRules, segment_ids: jax.Array, operands: dict[str, jax.Array]
     ) -> jax.Array:
         return sharded_linear_recurrence(
-            **operands,
+            operands["q"],
+            operands["k"],
+            operands["v"],
+            operands["log_decay"],
+            operands.get("beta"),
             scale=SCALE,
             rules=rules,
             segment_ids=segment_ids,
@@ -166,7 +170,7 @@ def run_selective_scan(num_devices: int) -> list[np.ndarray]:
 def run_sharded(
     function: Callable[[AxisRules, jax.Array, dict[str, jax.Array]], jax.Array],
     operands: dict[str, np.ndarray],
-    axes: dict[str, tuple[str | None, ...]],
+    axes: Mapping[str, tuple[str | None, ...]],
     num_devices: int,
 ) -> list[np.ndarray]:
     """Returns the output, and the gradients of half its sum of squares; two rows of

@@ -98,6 +98,10 @@ def test_the_way_of_a_model_of_no_family_is_named(hybrid, tmp_path, capsys):
     )
     assert main(["convert", str(hybrid), str(tmp_path / "merged"), "--merge"]) == 0
     assert "merged: a run, " in capsys.readouterr().out
+    options = ["convert", str(hybrid), str(tmp_path / "both"), "--merge", "--adapter"]
+    assert main(options) == 2
+    message = "--adapter beside --merge, which writes a run; leave one of them out"
+    assert message in capsys.readouterr().err
     with pytest.raises(MaxlmError, match="this run has no adapter; leave out --merge"):
         write_merged_run(tmp_path / "merged", tmp_path / "again")
     with pytest.raises(MaxlmError, match="not an empty folder; name a new one"):
