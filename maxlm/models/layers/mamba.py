@@ -27,17 +27,19 @@ from maxlm.models.caches import (
 from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs
+from maxlm.models.layers.channel_conv import (
+    convolve_channels,
+    convolve_channels_cached,
+)
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.causal_conv import sharded_causal_conv
 from maxlm.parallel.selective_scan import (
     SelectiveScanInputs,
     sharded_selective_scan,
 )
-from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.selective_scan import CHUNK_TOKENS, selective_scan
 
 
@@ -183,8 +185,17 @@ class Mamba(nnx.Module):
         x = checkpoint_name(x, "qkv")
         gate = checkpoint_name(gate, "qkv")
 
+        weight, bias = self._read_conv()
         if cache is None:
-            x = self._convolve(x, inputs)
+            x = convolve_channels(
+                x,
+                weight,
+                bias,
+                inputs,
+                rules=self.rules,
+                balanced=self.balance_sequence,
+                activation="silu",
+            )
             y = sharded_selective_scan(
                 self._select(x),
                 rules=self.rules,
@@ -193,7 +204,15 @@ class Mamba(nnx.Module):
                 balanced=self.balance_sequence,
             )
         else:
-            x, conv_cache = self._convolve_cached(x, inputs, cache.conv)
+            x, conv_cache = convolve_channels_cached(
+                x,
+                weight,
+                bias,
+                inputs,
+                cache.conv,
+                rules=self.rules,
+                activation="silu",
+            )
             y, scan_cache = self._scan_cached(self._select(x), inputs, cache.scan)
             cache = MambaCache(conv_cache, scan_cache)
         y = save_inputs_only(lambda y, gate: y * jax.nn.silu(gate))(y, gate)
@@ -245,48 +264,6 @@ class Mamba(nnx.Module):
         if self.conv_bias is not None:
             bias = materialize(self.conv_bias, self.rules, self.dtype)
         return weight, bias
-
-    def _convolve(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
-        weight, bias = self._read_conv()
-        return sharded_causal_conv(
-            SplitArray(x, ("mlp",)),
-            weight,
-            bias,
-            rules=self.rules,
-            segment_ids=inputs.segment_ids,
-            balanced=self.balance_sequence,
-            activation="silu",
-        )
-
-    def _convolve_cached(
-        self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache
-    ) -> tuple[jax.Array, RecurrentCache]:
-        def advance(
-            state: jax.Array,
-            tokens: tuple[jax.Array],
-            live: jax.Array,
-            weight: jax.Array,
-            bias: jax.Array | None = None,
-        ) -> tuple[jax.Array, jax.Array]:
-            (x,) = tokens
-            y, state = causal_conv(
-                x, weight, bias, initial_state=state, live=live, activation="silu"
-            )
-            return state, y
-
-        assert inputs.batch is not None
-        weight, bias = self._read_conv()
-        params = [SplitArray(weight, ("mlp", None))]
-        if bias is not None:
-            params.append(SplitArray(bias, ("mlp",)))
-        return cache.run(
-            advance,
-            [SplitArray(x, ("mlp",))],
-            inputs.batch,
-            self.rules,
-            params=params,
-            output_axes=("mlp",),
-        )
 
     def _select(self, x: jax.Array) -> SelectiveScanInputs:
         """Returns the scan's arguments, chosen by the convolution's output x [B, S,

@@ -17,18 +17,19 @@ from maxlm.models.caches import (
     CacheArraySpec,
     CacheLayout,
     RecurrentCache,
-    SplitArray,
 )
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.attend import AttentionInputs
+from maxlm.models.layers.channel_conv import (
+    convolve_channels,
+    convolve_channels_cached,
+)
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mamba import uniform
 from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.causal_conv import sharded_causal_conv
-from pallas_kernels.causal_conv import causal_conv
 
 
 class ShortConvConfig(Config):
@@ -94,50 +95,20 @@ class ShortConv(nnx.Module):
         if self.conv_bias is not None:
             bias = materialize(self.conv_bias, self.rules, self.dtype)
         if cache is None:
-            y = sharded_causal_conv(
-                SplitArray(gated, ("mlp",)),
+            y = convolve_channels(
+                gated,
                 weight,
                 bias,
+                inputs,
                 rules=self.rules,
-                segment_ids=inputs.segment_ids,
                 balanced=self.balance_sequence,
             )
         else:
-            y, cache = self._convolve_cached(gated, weight, bias, inputs, cache)
+            y, cache = convolve_channels_cached(
+                gated, weight, bias, inputs, cache, rules=self.rules
+            )
         y = save_inputs_only(lambda gate, y: gate * y)(out_gate, y)
         return MixerOutput(self.out(y, seq_axis="residual"), cache)
-
-    def _convolve_cached(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        bias: jax.Array | None,
-        inputs: AttentionInputs,
-        cache: RecurrentCache,
-    ) -> tuple[jax.Array, RecurrentCache]:
-        def advance(
-            state: jax.Array,
-            tokens: tuple[jax.Array],
-            live: jax.Array,
-            weight: jax.Array,
-            bias: jax.Array | None = None,
-        ) -> tuple[jax.Array, jax.Array]:
-            (x,) = tokens
-            y, state = causal_conv(x, weight, bias, initial_state=state, live=live)
-            return state, y
-
-        assert inputs.batch is not None
-        params = [SplitArray(weight, ("mlp", None))]
-        if bias is not None:
-            params.append(SplitArray(bias, ("mlp",)))
-        return cache.run(
-            advance,
-            [SplitArray(x, ("mlp",))],
-            inputs.batch,
-            self.rules,
-            params=params,
-            output_axes=("mlp",),
-        )
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> RecurrentCache:
         """A layer's cache, the last inputs of its convolution; see
