@@ -78,7 +78,7 @@ def run_chunks(
     products = [multiply_chunk(chunk, level_sums, precision) for chunk in chunks]
     outputs = []
     for chunk_products in products:
-        output, state = advance_over_chunk(chunk_products, state, scale, precision)
+        output, _, state = advance_over_chunk(chunk_products, state, scale, precision)
         if output is not None:
             outputs.append(output)
     return outputs, state
@@ -89,9 +89,9 @@ def advance_over_chunk(
     state: jax.Array,
     scale: float,
     precision: ProductPrecision,
-) -> tuple[jax.Array | None, jax.Array]:
-    """Returns a chunk's output, fp32 [L, V] (None without queries), and the state
-    behind it, from the one before it, [K, V]."""
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Returns a chunk's output, fp32 [L, V] (None without queries), what its tokens
+    write, [L, V], and the state behind it, from the one before it, [K, V]."""
     written = products.new
     if products.read is not None:
         written = written - multiply(precision, products.read, state)
@@ -102,10 +102,11 @@ def advance_over_chunk(
         if products.from_start is not None:
             output = output * products.from_start
         output = scale * (output + multiply(precision, products.weights, written))
+    to_add = written
     if products.to_end is not None:
-        written = written * products.to_end
-    added = multiply_transposed(precision, products.keys, written)
-    return output, products.over_chunk * state + added
+        to_add = written * products.to_end
+    added = multiply_transposed(precision, products.keys, to_add)
+    return output, written, products.over_chunk * state + added
 
 
 def multiply_chunk(

@@ -1,7 +1,7 @@
 """Products of matrices inside a kernel, in the precision that a recurrence's operands
 deserve, with gradients of the same precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import TypeVar, cast
@@ -27,6 +27,10 @@ class ProductPrecision(Enum):
     """As the platform multiplies fp32."""
 
 
+Terms = tuple[jax.Array, ...]
+"""Matrices of bf16 whose sum is one of fp32, the largest first."""
+Matrix = jax.Array | Terms
+
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 _COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))
@@ -42,11 +46,22 @@ def _split(x: jax.Array, parts: int) -> list[jax.Array]:
     return [*terms, x.astype(jnp.bfloat16)]
 
 
-def _dot(
-    precision: ProductPrecision, left: jax.Array, right: jax.Array, dims
-) -> jax.Array:
+def split_terms(precision: ProductPrecision, x: jax.Array) -> Terms:
+    """Splits an fp32 matrix into the terms that products of this precision have."""
+    return tuple(_split(x, precision.value))
+
+
+def _get_terms(precision: ProductPrecision, x: Matrix) -> Sequence[jax.Array]:
+    if isinstance(x, tuple):
+        return x
+    return [x] if x.dtype == jnp.bfloat16 else _split(x, precision.value)
+
+
+def _dot(precision: ProductPrecision, left: Matrix, right: Matrix, dims) -> jax.Array:
     """Multiplies matrices, summed in fp32."""
     if precision == ProductPrecision.FP32:
+        assert not isinstance(left, tuple)
+        assert not isinstance(right, tuple)
         return lax.dot_general(
             left.astype(jnp.float32),
             right.astype(jnp.float32),
@@ -59,8 +74,8 @@ def _dot(
         return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
     num_terms = precision.value
-    lefts = [left] if left.dtype == jnp.bfloat16 else _split(left, num_terms)
-    rights = [right] if right.dtype == jnp.bfloat16 else _split(right, num_terms)
+    lefts = _get_terms(precision, left)
+    rights = _get_terms(precision, right)
     product = dot(lefts[0], rights[0])
     for order in range(1, num_terms):
         for number, left_term in enumerate(lefts[: order + 1]):
@@ -216,6 +231,30 @@ sum_exactly.defvjp(
     _sum_exactly_backward,
 )
 invert_unit_lower.defvjp(_invert_forward, _invert_backward)
+
+
+# Products without gradients, of matrices that may be terms already.
+
+
+def multiply_plain(
+    precision: ProductPrecision, left: Matrix, right: Matrix
+) -> jax.Array:
+    """left · right."""
+    return _dot(precision, left, right, _ROWS_BY_COLUMNS)
+
+
+def multiply_rows_plain(
+    precision: ProductPrecision, left: Matrix, right: Matrix
+) -> jax.Array:
+    """left · rightᵀ."""
+    return _dot(precision, left, right, _ROWS_BY_ROWS)
+
+
+def multiply_transposed_plain(
+    precision: ProductPrecision, left: Matrix, right: Matrix
+) -> jax.Array:
+    """leftᵀ · right."""
+    return _dot(precision, left, right, _COLUMNS_BY_COLUMNS)
 
 
 def without_gradients(function: Callable[..., Result], *arguments) -> Result:

@@ -55,8 +55,16 @@ def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
         return False
     sizes = _get_sizes(operands, call, BACKWARD_GROUP)
     needed = _count_backward_bytes(sizes, operands.k.dtype.itemsize)
-    # What is left is for what the compiler spills.
-    return sizes.plan.chunk >= _LEAST_CHUNK and needed <= get_chip().vmem_bytes * 3 // 4
+    available = get_chip().vmem_bytes
+    # What is left is for what the compiler spills: little by head; by channel about
+    # eight arrays a level and chunk (8 MB for fp32 keys of 256).
+    if sizes.decays_by_channel:
+        levels = sizes.plan.chunk.bit_length() + 1
+        level_bytes = 4 * sizes.plan.chunk * round_up(sizes.K, _LANES)
+        needed += 8 * sizes.group * levels * level_bytes
+    else:
+        available = available * 3 // 4
+    return sizes.plan.chunk >= _LEAST_CHUNK and needed <= available
 
 
 ArrayT = TypeVar("ArrayT")

@@ -18,7 +18,7 @@ The state of a program stays in registers. Products of the backward pass are tho
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ from pallas_kernels.linear_recurrence.kernel_chunk import (
     ChunkOperands,
     ChunkProducts,
     advance_over_chunk,
-    compute_head_factors,
     multiply_chunk,
 )
 from pallas_kernels.linear_recurrence.params import (
@@ -45,6 +44,11 @@ from pallas_kernels.linear_recurrence.params import (
 )
 from pallas_kernels.linear_recurrence.products import (
     ProductPrecision,
+    Terms,
+    multiply_plain,
+    multiply_rows_plain,
+    multiply_transposed_plain,
+    split_terms,
     without_gradients,
 )
 
@@ -54,6 +58,8 @@ _LARGEST_CHUNK = 64
 _LARGEST_WIDTH = 256
 # Columns of a program's state: with 128 key channels a quarter of the registers.
 _STATE_COLUMNS = 32
+# Columns of a state at a time that a chunk's gradients are summed over.
+_GRADIENT_COLUMNS = 32
 
 
 def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
@@ -108,28 +114,6 @@ class _Sizes(NamedTuple):
         return self.num_chunks, self.N, self.B
 
 
-ArrayT = TypeVar("ArrayT")
-"""Arrays, their blocks' specs, or references to blocks."""
-
-
-class _Products(NamedTuple, Generic[ArrayT]):
-    """What chunks compute without a state: fp32 [B, tokens, N, width], of widths that
-    are powers of two; None: the operands themselves."""
-
-    weights: ArrayT | None
-    """Width L; None without queries."""
-    queries: ArrayT | None
-    """Width K, by channel."""
-    new: ArrayT | None
-    """Width V, of the delta rule."""
-    read: ArrayT | None
-    """Width K, of the delta rule."""
-    keys: ArrayT | None
-    """Width K, by channel."""
-    over_chunk: ArrayT | None
-    """[B, chunks, N, K], by channel."""
-
-
 def forward(
     operands: RecurrenceOperands, state: jax.Array, call: RecurrenceCall
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
@@ -144,7 +128,7 @@ def forward(
         state[None],
         sizes,
         save_every=sizes.plan.chunks_per_block,
-        has_output=operands.q is not None,
+        is_again=False,
     )
     if output is not None:
         output = output[:, :num_tokens]
@@ -166,15 +150,16 @@ def backward(
         missing = sizes.plan.tokens - num_tokens
         d_output = jnp.pad(d_output, [(0, 0), (0, missing), (0, 0), (0, 0)])
     products = _compute_products(operands, sizes)
-    _, _, chunk_states = _run_states(
-        operands, products, block_states, sizes, save_every=1, has_output=False
+    written, _, states = _run_states(
+        operands, products, block_states, sizes, save_every=1, is_again=True
     )
-    d_state, d_chunk_states = _run_states_back(
+    d_state, d_states, d_written = _run_states_back(
         operands, products, d_output, d_final_state, sizes
     )
-    gradients = _compute_gradients(
-        operands, chunk_states, d_output, d_chunk_states, sizes
-    )
+    if written is None:
+        written = operands.v
+    arrays = _ChunkGradients(states, written, d_output, d_states, d_written)
+    gradients = _compute_gradients(operands, products, arrays, sizes)
 
     def finish(gradient: jax.Array, operand: jax.Array) -> jax.Array:
         """Sums over the value heads of a key head."""
@@ -200,33 +185,45 @@ def _get_sizes(operands: RecurrenceOperands, call: RecurrenceCall) -> _Sizes:
 # Kernels, in the order of their use.
 
 
-def _compute_products(
-    operands: RecurrenceOperands, sizes: _Sizes
-) -> _Products[jax.Array]:
-    """Computes what chunks need of themselves, a program a chunk."""
+def _compute_products(operands: RecurrenceOperands, sizes: _Sizes) -> ChunkProducts:
+    """Computes what chunks need of themselves, a program a chunk.
+
+    Returns:
+        Arrays [B, tokens, N, width], of widths that are powers of two, and
+        ``from_start`` and ``to_end`` [B, tokens, N]; ``over_chunk`` has chunks for
+        tokens. Matrices that meet a state are terms of bf16 in all places, so that they
+        go from memory to the tensor cores as they are. None: the operands themselves.
+    """
     has_weights = operands.q is not None
     has_delta = operands.beta is not None
     by_channel = sizes.decays_by_channel
-    tokens = sizes.plan.tokens
     padded_k = _pad_width(sizes.K)
+    num_terms = sizes.precision.value
 
-    def shape(rows: int, width: int, is_needed: bool) -> jax.ShapeDtypeStruct | None:
+    def shape(*width: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (sizes.B, sizes.plan.tokens, sizes.N, *width), dtype
+        )
+
+    def shape_terms(width: int, is_needed: bool):
         if not is_needed:
             return None
-        return jax.ShapeDtypeStruct((sizes.B, rows, sizes.N, width), jnp.float32)
+        return (shape(width, dtype=jnp.bfloat16),) * num_terms
 
-    shapes = _Products(
-        weights=shape(tokens, sizes.plan.chunk, has_weights),
-        queries=shape(tokens, padded_k, has_weights and by_channel),
-        new=shape(tokens, _pad_width(sizes.V), has_delta),
-        read=shape(tokens, padded_k, has_delta),
-        keys=shape(tokens, padded_k, by_channel),
-        over_chunk=shape(sizes.num_chunks, padded_k, by_channel),
+    over_chunk = shape(*([padded_k] if by_channel else []))
+    over_chunk_shape = (sizes.B, sizes.num_chunks, *over_chunk.shape[2:])
+    shapes = ChunkProducts(
+        weights=shape_terms(sizes.plan.chunk, has_weights),
+        queries=shape_terms(padded_k, has_weights and by_channel),
+        from_start=None if by_channel else shape(),
+        new=shape(_pad_width(sizes.V)) if has_delta else None,
+        read=shape_terms(padded_k, has_delta),
+        keys=shape_terms(padded_k, by_channel),
+        to_end=None if by_channel else shape(),
+        over_chunk=jax.ShapeDtypeStruct(over_chunk_shape, jnp.float32),
     )
-    if not jax.tree.leaves(shapes):
-        return _Products(None, None, None, None, None, None)
 
-    def kernel(refs: RecurrenceOperands, result_refs: _Products[Ref]) -> None:
+    def kernel(refs: RecurrenceOperands, result_refs: ChunkProducts) -> None:
         number = pl.program_id(0)
 
         def compute(chunk: ChunkOperands) -> ChunkProducts:
@@ -234,17 +231,21 @@ def _compute_products(
 
         products = without_gradients(compute, _read_chunk(refs, number, sizes))
         rows = _get_rows(number, sizes)
-        for ref, values in (
-            (result_refs.weights, products.weights),
-            (result_refs.queries, products.queries),
-            (result_refs.new, products.new),
-            (result_refs.read, products.read),
-            (result_refs.keys, products.keys),
-        ):
-            if ref is not None:
+        for ref, values in zip(result_refs[:-1], products[:-1], strict=True):
+            if ref is None:
+                continue
+            if isinstance(ref, tuple):
+                terms = split_terms(sizes.precision, values)
+                for term_ref, term in zip(ref, terms, strict=True):
+                    term_ref[rows, :] = term
+            elif values.shape[1] == 1:
+                ref[rows] = values.reshape(sizes.plan.chunk)
+            else:
                 ref[rows, :] = values
-        if result_refs.over_chunk is not None:
+        if by_channel:
             result_refs.over_chunk[number, :] = products.over_chunk.reshape(padded_k)
+        else:
+            result_refs.over_chunk[number] = jnp.sum(products.over_chunk)
 
     (products,) = _call(
         kernel,
@@ -253,7 +254,7 @@ def _compute_products(
         sizes,
         sizes.chunk_grid,
         name="linear_recurrence_products",
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
     )
     return products
@@ -261,12 +262,12 @@ def _compute_products(
 
 def _run_states(
     operands: RecurrenceOperands,
-    products: _Products[jax.Array],
+    products: ChunkProducts,
     first_states: jax.Array,
     sizes: _Sizes,
     *,
     save_every: int,
-    has_output: bool,
+    is_again: bool,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
     """Hands states from chunk to chunk.
 
@@ -274,19 +275,21 @@ def _run_states(
         first_states: [runs, B, N, K, V], the states before runs of equally many chunks,
             which are computed beside each other.
         save_every: chunks; a divisor of a run's.
+        is_again: whether this is for the backward pass.
 
     Returns:
-        Output [B, tokens, N, V] or None; the states behind the runs, like
-        ``first_states``; states before chunks 0, ``save_every``, ... [saved, B, N, K,
-        V].
+        Output [B, tokens, N, V], or None without queries; for the backward pass what
+        tokens write, fp32 [B, tokens, N, V], or None without the delta rule. The states
+        behind the runs, like ``first_states``. States before chunks 0, ``save_every``,
+        ... [saved, B, N, K, V].
     """
-    if not has_output:
+    if is_again:
         operands = operands._replace(q=None)
         products = products._replace(weights=None, queries=None)
     num_runs = len(first_states)
     num_saves = sizes.num_chunks // num_runs // save_every
 
-    def kernel(refs, product_refs, first_ref, output_ref, final_ref, saved_ref) -> None:
+    def kernel(refs, product_refs, first_ref, result_ref, final_ref, saved_ref) -> None:
         column = pl.program_id(0) * sizes.columns
         run = lax.div(pl.program_id(2), sizes.B)
 
@@ -303,10 +306,11 @@ def _run_states(
                         chunk, state, sizes.scale, sizes.precision
                     )
 
-                output, state = without_gradients(run_chunk, chunk, state)
-                if output_ref is not None:
+                output, written, state = without_gradients(run_chunk, chunk, state)
+                if result_ref is not None:
                     rows = _get_rows(chunk_number, sizes)
-                    _store_rows(output_ref, rows, column, output, sizes.V)
+                    result = written if is_again else output
+                    _store_rows(result_ref, rows, column, result, sizes.V)
                 return state
 
             return lax.fori_loop(0, save_every, advance, state)
@@ -315,9 +319,11 @@ def _run_states(
         state = lax.fori_loop(0, num_saves, save_and_run, state)
         _store_state(final_ref, run, state, column, sizes)
 
-    output = None
-    if has_output:
-        output = jax.ShapeDtypeStruct(operands.v.shape, operands.v.dtype)
+    result = None
+    if is_again and operands.beta is not None:
+        result = jax.ShapeDtypeStruct(operands.v.shape, jnp.float32)
+    if not is_again and operands.q is not None:
+        result = jax.ShapeDtypeStruct(operands.v.shape, operands.v.dtype)
     num_saved = num_runs * num_saves
     saved = jax.ShapeDtypeStruct((num_saved, *operands.state_shape), jnp.float32)
     final_states = jax.ShapeDtypeStruct(first_states.shape, jnp.float32)
@@ -325,7 +331,7 @@ def _run_states(
     return _call(
         kernel,
         (operands, products, first_states),
-        (output, final_states, saved),
+        (result, final_states, saved),
         sizes,
         (num_columns, num_heads, num_rows * num_runs),
         name="linear_recurrence_states",
@@ -336,100 +342,203 @@ def _run_states(
 
 def _run_states_back(
     operands: RecurrenceOperands,
-    products: _Products[jax.Array],
+    products: ChunkProducts,
     d_output: jax.Array | None,
     d_final_state: jax.Array,
     sizes: _Sizes,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns gradients of the initial state, [B, N, K, V], and of the states behind
-    all chunks, [chunks, B, N, K, V]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hands gradients of states from chunk to chunk, the last one first.
+
+    Returns:
+        Gradients of the initial state, [B, N, K, V]; of the states behind all chunks,
+        [chunks, B, N, K, V]; and of what tokens write, fp32 [B, tokens, N, V].
+    """
+    precision = sizes.precision
 
     def kernel(
-        refs, product_refs, d_output_ref, d_final_ref, d_first_ref, saved_ref
+        refs, product_refs, d_output_ref, d_final_ref, d_first_ref, saved_ref, d_ref
     ) -> None:
         column = pl.program_id(0) * sizes.columns
 
         def go_back(step: Index, d_state: jax.Array) -> jax.Array:
-            chunk_number = sizes.num_chunks - 1 - step
-            _store_state(saved_ref, chunk_number, d_state, column, sizes)
-            chunk = _read_products(refs, product_refs, chunk_number, column, sizes)
-
-            def run_chunk(state: jax.Array):
-                return advance_over_chunk(chunk, state, sizes.scale, sizes.precision)
-
-            # Linear in the state, so that its value does not matter.
-            _, pull = jax.vjp(run_chunk, jnp.zeros_like(d_state))
-            d_chunk_output = None
+            number = sizes.num_chunks - 1 - step
+            rows = _get_rows(number, sizes)
+            _store_state(saved_ref, number, d_state, column, sizes)
+            chunk = _read_products(refs, product_refs, number, column, sizes)
+            # Gradients of advance_over_chunk.
+            d_written = multiply_plain(precision, chunk.keys, d_state)
+            if chunk.to_end is not None:
+                d_written = d_written * chunk.to_end
+            d_before = chunk.over_chunk * d_state
             if d_output_ref is not None:
-                rows = _get_rows(chunk_number, sizes)
-                d_chunk_output = _load_rows(
+                d_chunk = sizes.scale * _load_rows(
                     d_output_ref, rows, column, sizes.columns, sizes.V
                 ).astype(jnp.float32)
-            (d_state,) = pull((d_chunk_output, d_state))
-            return d_state
+                d_written += multiply_transposed_plain(
+                    precision, chunk.weights, d_chunk
+                )
+                if chunk.from_start is not None:
+                    d_chunk = d_chunk * chunk.from_start
+                d_before += multiply_transposed_plain(precision, chunk.queries, d_chunk)
+            if chunk.read is not None:
+                d_before -= multiply_transposed_plain(precision, chunk.read, d_written)
+            _store_rows(d_ref, rows, column, d_written, sizes.V)
+            return d_before
 
         # An array: JAX's interpreter takes no Python int beside a mask.
         d_state = _load_state(d_final_ref, jnp.int32(0), column, sizes.columns, sizes)
         d_state = lax.fori_loop(0, sizes.num_chunks, go_back, d_state)
         _store_state(d_first_ref, jnp.int32(0), d_state, column, sizes)
 
-    d_states = jax.ShapeDtypeStruct(
-        (sizes.num_chunks, *d_final_state.shape), jnp.float32
-    )
-    d_first = jax.ShapeDtypeStruct((1, *d_final_state.shape), jnp.float32)
-    d_first_states, d_states = _call(
+    state_shape = d_final_state.shape
+    d_states = jax.ShapeDtypeStruct((sizes.num_chunks, *state_shape), jnp.float32)
+    d_first = jax.ShapeDtypeStruct((1, *state_shape), jnp.float32)
+    d_written = jax.ShapeDtypeStruct(operands.v.shape, jnp.float32)
+    # What tokens would write of a state of zero does not matter here.
+    d_first_states, d_states, d_written = _call(
         kernel,
         (operands, products, d_output, d_final_state[None]),
-        (d_first, d_states),
+        (d_first, d_states, d_written),
         sizes,
         sizes.head_grid,
         name="linear_recurrence_d_states",
         num_warps=4,
         num_stages=2,
     )
-    return d_first_states[0], d_states
+    return d_first_states[0], d_states, d_written
+
+
+class _ChunkGradients(NamedTuple):
+    """Arrays of the backward pass that chunks' gradients come from."""
+
+    states: jax.Array
+    """[chunks, B, N, K, V], before chunks."""
+    written: jax.Array
+    """[B, tokens, N, V]."""
+    d_output: jax.Array | None
+    """[B, tokens, N, V]."""
+    d_states: jax.Array
+    """[chunks, B, N, K, V], of the states behind chunks."""
+    d_written: jax.Array
+    """fp32 [B, tokens, N, V]."""
+
+
+class _ColumnSums(NamedTuple):
+    """Products of gradients, summed over columns of a state."""
+
+    weights: jax.Array | None
+    """[L, L], of d_output and what is written."""
+    queries: jax.Array | None
+    """[L, K], of d_output and the state."""
+    read: jax.Array | None
+    """[L, K], of d_written and the state."""
+    keys: jax.Array
+    """[L, K], of what is written and d_state."""
+    over_chunk: jax.Array
+    """[K, 1], of the state and d_state."""
 
 
 def _compute_gradients(
     operands: RecurrenceOperands,
-    chunk_states: jax.Array,
-    d_output: jax.Array | None,
-    d_chunk_states: jax.Array,
+    products: ChunkProducts,
+    arrays: _ChunkGradients,
     sizes: _Sizes,
 ) -> RecurrenceOperands:
     """Returns gradients of the operands, a program a chunk; of q and k a value head's
-    each, [B, tokens, N, K].
+    each, [B, tokens, N, K]."""
+    L = sizes.plan.chunk
+    padded_k = _pad_width(sizes.K)
+    padded_v = _pad_width(sizes.V)
+    num_columns = min(_GRADIENT_COLUMNS, padded_v)
+    precision = sizes.precision
+    has_output = arrays.d_output is not None
+    has_delta = operands.beta is not None
 
-    Args:
-        chunk_states, d_chunk_states: [chunks, B, N, K, V], states before chunks, and
-            gradients of those behind.
-    """
+    def sum_columns(refs: _ChunkGradients, number: Index) -> _ColumnSums:
+        rows = _get_rows(number, sizes)
 
-    def kernel(refs, state_ref, d_output_ref, d_state_ref, d_refs) -> None:
+        def add(step: Index, sums: _ColumnSums) -> _ColumnSums:
+            column = step * num_columns
+
+            def load(ref: Ref) -> jax.Array:
+                values = _load_rows(ref, rows, column, num_columns, sizes.V)
+                return values.astype(jnp.float32)
+
+            state = _load_state(refs.states, number, column, num_columns, sizes)
+            d_state = _load_state(refs.d_states, number, column, num_columns, sizes)
+            written = load(refs.written)
+            weights = None
+            queries = None
+            read = None
+            if has_output:
+                d_output = sizes.scale * load(refs.d_output)
+                weights = sums.weights + multiply_rows_plain(
+                    precision, d_output, written
+                )
+                queries = sums.queries + multiply_rows_plain(precision, d_output, state)
+            if has_delta:
+                d_written = load(refs.d_written)
+                read = sums.read - multiply_rows_plain(precision, d_written, state)
+            keys = sums.keys + multiply_rows_plain(precision, written, d_state)
+            over_chunk = jnp.sum(state * d_state, axis=1, keepdims=True)
+            return _ColumnSums(
+                weights, queries, read, keys, sums.over_chunk + over_chunk
+            )
+
+        by_key = jnp.zeros((L, padded_k), jnp.float32)
+        zeros = _ColumnSums(
+            weights=jnp.zeros((L, L), jnp.float32) if has_output else None,
+            queries=by_key if has_output else None,
+            read=by_key if has_delta else None,
+            keys=by_key,
+            over_chunk=jnp.zeros((padded_k, 1), jnp.float32),
+        )
+        return lax.fori_loop(0, padded_v // num_columns, add, zeros)
+
+    def kernel(refs, factor_refs, array_refs, d_refs) -> None:
         number = pl.program_id(0)
         rows = _get_rows(number, sizes)
-        padded_v = _pad_width(sizes.V)
+        sums = sum_columns(array_refs, number)
         chunk = _read_chunk(refs, number, sizes)
-        state = _load_state(state_ref, number, 0, padded_v, sizes)
-        d_state = _load_state(d_state_ref, number, 0, padded_v, sizes)
-        d_chunk_output = None
-        if d_output_ref is not None:
-            d_chunk_output = _load_rows(d_output_ref, rows, 0, padded_v, sizes.V)
-            d_chunk_output = d_chunk_output.astype(jnp.float32)
+        d_new = _load_rows(array_refs.d_written, rows, 0, padded_v, sizes.V)
+        d_products = ChunkProducts(
+            weights=sums.weights,
+            queries=sums.queries,
+            from_start=None,
+            new=d_new,
+            read=sums.read,
+            keys=sums.keys,
+            to_end=None,
+            over_chunk=sums.over_chunk,
+        )
+        if not sizes.decays_by_channel:
+            to_end = factor_refs.to_end[rows][:, None]
+            d_to_end = jnp.sum(chunk.k.astype(jnp.float32) * sums.keys, 1)
+            d_products = d_products._replace(
+                from_start=jnp.zeros((L, 1), jnp.float32),
+                keys=to_end * sums.keys,
+                to_end=d_to_end[:, None],
+                over_chunk=jnp.sum(sums.over_chunk, axis=0, keepdims=True),
+            )
+            if has_output:
+                from_start = factor_refs.from_start[rows][:, None]
+                d_from_start = jnp.sum(chunk.q.astype(jnp.float32) * sums.queries, 1)
+                d_products = d_products._replace(
+                    queries=from_start * sums.queries,
+                    from_start=d_from_start[:, None],
+                )
 
-        def run_chunk(chunk: ChunkOperands):
-            products = multiply_chunk(chunk, None, sizes.precision)
-            products = _widen_over_chunk(products, sizes)
-            return advance_over_chunk(products, state, sizes.scale, sizes.precision)
+        def compute(chunk: ChunkOperands) -> ChunkProducts:
+            return multiply_chunk(chunk, None, precision)
 
-        _, pull = jax.vjp(run_chunk, chunk)
-        (d_chunk,) = pull((d_chunk_output, d_state))
+        _, pull = jax.vjp(compute, chunk)
+        (d_chunk,) = pull(d_products)
         widths = (sizes.K, sizes.K, sizes.V, sizes.K, 1)
         for d_ref, gradient, width in zip(d_refs, d_chunk, widths, strict=True):
             if d_ref is None:
                 continue
             if gradient.shape[0] == 1:
-                d_ref[rows] = gradient.reshape(sizes.plan.chunk)
+                d_ref[rows] = gradient.reshape(L)
             else:
                 _store_rows(d_ref, rows, 0, gradient, width)
 
@@ -440,9 +549,12 @@ def _compute_gradients(
         by_value_head = (*x.shape[:2], sizes.N, *x.shape[3:])
         return jax.ShapeDtypeStruct(by_value_head, dtype)
 
+    factors = products._replace(
+        weights=None, queries=None, new=None, read=None, keys=None
+    )
     (gradients,) = _call(
         kernel,
-        (operands, chunk_states, d_output, d_chunk_states),
+        (operands, factors, arrays),
         (RecurrenceOperands(*[shape(x) for x in operands]),),
         sizes,
         sizes.chunk_grid,
@@ -593,52 +705,44 @@ def _read_chunk(refs: RecurrenceOperands, number: Index, sizes: _Sizes):
 
 def _read_products(
     refs: RecurrenceOperands,
-    product_refs: _Products[Ref],
+    product_refs: ChunkProducts,
     number: Index,
     column: Index,
     sizes: _Sizes,
 ) -> ChunkProducts:
     """Reads what hands some columns of a state over a chunk."""
     rows = _get_rows(number, sizes)
-    padded_k = _pad_width(sizes.K)
 
-    def read(ref: Ref | None, operand_ref: Ref | None = None) -> jax.Array | None:
-        """Reads a product, or where there is none queries or keys."""
-        if ref is not None:
-            return ref[rows, :]
-        if operand_ref is None:
+    def read_terms(term_refs: tuple[Ref, ...] | None) -> Terms | None:
+        if term_refs is None:
             return None
-        return _load_rows(operand_ref, rows, 0, padded_k, sizes.K)
+        return tuple(ref[rows, :] for ref in term_refs)
+
+    def read_matrix(term_refs: tuple[Ref, ...] | None, ref: Ref | None):
+        """Reads queries or keys, which by head are operands."""
+        if term_refs is not None or ref is None:
+            return read_terms(term_refs)
+        return _load_rows(ref, rows, 0, _pad_width(sizes.K), sizes.K)
+
+    def read_column(ref: Ref | None) -> jax.Array | None:
+        return None if ref is None else ref[rows][:, None]
 
     if product_refs.new is not None:
         new = product_refs.new[rows, pl.ds(column, sizes.columns)]
     else:
         new = _load_rows(refs.v, rows, column, sizes.columns, sizes.V)
         new = new.astype(jnp.float32)
-    if product_refs.over_chunk is not None:
-        from_start = None
-        to_end = None
+    if sizes.decays_by_channel:
         over_chunk = product_refs.over_chunk[number, :][:, None]
     else:
-        factors = compute_head_factors(refs.log_decay[rows][None])
-        from_start, to_end, over_chunk = factors
-    keys = read(product_refs.keys, refs.k)
-    assert keys is not None
-    products = ChunkProducts(
-        weights=read(product_refs.weights),
-        queries=read(product_refs.queries, refs.q),
-        from_start=from_start,
+        over_chunk = product_refs.over_chunk[number]
+    return ChunkProducts(
+        weights=read_terms(product_refs.weights),
+        queries=read_matrix(product_refs.queries, refs.q),
+        from_start=read_column(product_refs.from_start),
         new=new,
-        read=read(product_refs.read),
-        keys=keys,
-        to_end=to_end,
+        read=read_terms(product_refs.read),
+        keys=read_matrix(product_refs.keys, refs.k),
+        to_end=read_column(product_refs.to_end),
         over_chunk=over_chunk,
     )
-    return _widen_over_chunk(products, sizes)
-
-
-def _widen_over_chunk(products: ChunkProducts, sizes: _Sizes) -> ChunkProducts:
-    """Writes out the decay over a chunk as [K, 1]: Triton sums gradients along one
-    dimension at a time."""
-    over_chunk = jnp.broadcast_to(products.over_chunk, (_pad_width(sizes.K), 1))
-    return products._replace(over_chunk=over_chunk)

@@ -64,6 +64,11 @@ def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int =
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_both_passes_compile(chip, kind, shape):
+    if (chip, shape) == ("v4", "fp32, wide") and KINDS[kind].by_channel:
+        # Its 16 MB of VMEM do not hold a block with what the compiler spills.
+        with pytest.raises(ValueError, match="no tpu kernel"):
+            compile_passes(chip, kind, shape, "tpu")
+        return
     text = compile_passes(chip, kind, shape, "tpu").as_text()
     assert sorted(read_kernels(chip, text)) == [
         "linear_recurrence_backward",
@@ -77,11 +82,11 @@ def test_memory_grows_with_the_number_of_chunks_alone(kind, backend):
     """Twice the tokens, twice what grows; and less of it than one array of a state a
     token has, at any length."""
     sizes = []
-    for tokens in (2048, 4096, 8192):
+    for tokens in (4096, 8192, 16384):
         compiled = compile_passes("v5p", kind, "bf16", backend, tokens)
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     first = sizes[1] - sizes[0]
     second = sizes[2] - sizes[1]
     assert second <= 2.2 * first
     state_a_token = 4 * 128 * 128 * 4
-    assert second / 4096 < state_a_token / 8
+    assert second / 8192 < state_a_token / 8
