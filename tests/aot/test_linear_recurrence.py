@@ -1,5 +1,5 @@
-"""Linear recurrences compiled by the TPU's own compiler: every kind, both passes; and
-memory that grows with the number of chunks alone."""
+"""Linear recurrences compiled by the TPU's and the GPU's own compilers: every kind, both
+passes; and memory that grows with the number of chunks alone."""
 
 from functools import partial
 
@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
 
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.linear_recurrence import linear_recurrence
@@ -24,14 +33,27 @@ SHAPES = {
 }
 
 
-def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int = 0):
+GPUS = ("h100", "a100")
+
+
+def compile_passes(
+    chip: str, kind: str, shape: str, backend: str | None, tokens: int = 0
+):
     """Compiles forward and backward; ``tokens`` replace those of the shape."""
     (B, T, H, N, K, V), chunk, dtype = SHAPES[shape]
     T = tokens or T
     by_channel, delta = KINDS[kind]
-    device = describe_device(CHIPS[chip].topology)
-    mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))
-    sharding = NamedSharding(mesh, PartitionSpec())
+    if chip in GPUS:
+        device = describe_device(f"{chip}x1")
+        sharding = SingleDeviceSharding(device)
+        # The card that Pallas lowers for; without it, that of this machine.
+        card = AbstractDevice(device.device_kind, None, "gpu")
+        use_mesh = use_abstract_mesh(AbstractMesh((), (), abstract_device=card))
+    else:
+        device = describe_device(CHIPS[chip].topology)
+        mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))
+        sharding = NamedSharding(mesh, PartitionSpec())
+        use_mesh = jax.set_mesh(mesh)
     like = partial(jax.ShapeDtypeStruct, sharding=sharding)
     operands = RecurrenceOperands(
         like((B, T, H, K), dtype),
@@ -56,7 +78,7 @@ def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int =
         results, pull = jax.vjp(recur, operands, state)
         return results, pull(results)
 
-    with jax.set_mesh(mesh):
+    with use_mesh:
         return jax.jit(run).lower(operands, state, starts).compile()
 
 
@@ -74,6 +96,17 @@ def test_both_passes_compile(chip, kind, shape):
         "linear_recurrence_backward",
         "linear_recurrence_forward",
     ]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("shape", ["bf16", "fp32, odd sizes"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("card", GPUS)
+def test_both_passes_compile_for_gpus(card, kind, shape):
+    """Chosen by the card."""
+    text = compile_passes(card, kind, shape, None).as_text()
+    for kernel in ("products", "states", "d_states", "gradients"):
+        assert f"linear_recurrence_{kernel}" in text
 
 
 @pytest.mark.parametrize("backend", ["tpu", "xla"])
