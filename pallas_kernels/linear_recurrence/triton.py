@@ -12,8 +12,8 @@ the state on (as flash-linear-attention splits the delta rule: Yang & Zhang 2024
                              behind each chunk
                gradients     a program a chunk: its own, from those two states
 
-The state of a program stays in registers. Products of the backward pass are those that
-``jax.vjp`` finds of the forward functions.
+The state of a program stays in registers. Gradients of a chunk's products by its
+operands are those of ``jax.vjp``.
 """
 
 from collections.abc import Callable
@@ -394,7 +394,6 @@ def _run_states_back(
     d_states = jax.ShapeDtypeStruct((sizes.num_chunks, *state_shape), jnp.float32)
     d_first = jax.ShapeDtypeStruct((1, *state_shape), jnp.float32)
     d_written = jax.ShapeDtypeStruct(operands.v.shape, jnp.float32)
-    # What tokens would write of a state of zero does not matter here.
     d_first_states, d_states, d_written = _call(
         kernel,
         (operands, products, d_output, d_final_state[None]),
