@@ -57,6 +57,7 @@ _STREAM_PASSES = {
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
     "output": 2 * _NORM + 2 * _ADD_BRANCH,
+    "normed": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
 }
@@ -66,6 +67,7 @@ _ONE_BRANCH_PASSES = {
     "post": _NORM + _ADD_BRANCH,
     "sandwich": 2 * _NORM + _ADD_BRANCH,
     "output": _NORM + _ADD_BRANCH,
+    "normed": _NORM + _ADD_BRANCH,
     "parallel": _NORM + _ADD_BRANCH,
     "parallel_shared": _NORM + _ADD_BRANCH,
 }

@@ -306,11 +306,11 @@ class DeltaRule(nnx.Module):
         flops += 2 * sizes.conv_width * convolved
 
         decays = num_heads * (key_dim if decays_by_channel else 1)
-        share = jnp.dtype(self.dtype).itemsize / 4
-        # Convolutions' outputs, queries and keys of length one, outputs; decays and
-        # betas in fp32; and as many gradients.
-        by_token = share * (convolved + 2 * key_features + value_features)
-        by_token += decays + num_heads
+        fp32_share = 4 / jnp.dtype(self.dtype).itemsize
+        # Convolutions' outputs, queries and keys of length one, outputs behind norm and
+        # gate; decays and betas in fp32.
+        intermediate = convolved + 2 * key_features + value_features
+        intermediate += fp32_share * (decays + num_heads)
         states = num_heads * key_dim * value_dim
         # Of a block in fp32: its operands, three matrices of each chunk with itself,
         # the state at each chunk, and what is made of these; with their gradients.
@@ -322,7 +322,11 @@ class DeltaRule(nnx.Module):
             flops_axes=("heads",),
             # The map of a state, [K, K] a head, and the state behind a run.
             exchanged_elements=states + num_heads * key_dim**2,
-            working_elements=2 * by_token + states / BLOCK_TOKENS,
+            halo_elements=convolved * (sizes.conv_width - 1),
+            saved_elements=value_features,
+            state_elements=states,
+            state_tokens=BLOCK_TOKENS,
+            intermediate_elements=intermediate,
             block_elements=2 * block,
             block_tokens=BLOCK_TOKENS,
         )
