@@ -93,6 +93,9 @@ class LayerCosts:
     extra_flops: float = 0.0
     """Forward FLOPs a token beside matrices and scores, such as those of a
     recurrence."""
+    product_flops: float = 0.0
+    """Those of ``extra_flops`` that are matrix products in fp32, such as a chunk's with
+    itself."""
     flops_axes: tuple[str, ...] = ()
     """Logical axes that these, and ``working_elements``, are split over."""
     shared_elements: float = 0.0

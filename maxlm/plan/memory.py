@@ -19,6 +19,7 @@ else they count.
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -421,7 +422,11 @@ def _count_runs(shape: StepShape, stack: StackCosts) -> tuple[Number, Number]:
     return shape.micro_batch_size * runs_per_row, run_tokens
 
 
-def _count_stated_elements(shape: StepShape, stack: StackCosts, name: str) -> Number:
+def count_stated_elements(
+    shape: StepShape,
+    stack: StackCosts,
+    name: Literal["saved_elements", "intermediate_elements"],
+) -> Number:
     """Counts elements a token on a device that modules of a layer state in a field of
     :class:`~maxlm.models.costs.LayerCosts`."""
     split = shape.split
@@ -469,7 +474,7 @@ def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
             for group in _list_other_mixer_groups(stack)
         )
     if keeps_attention:
-        elements += _count_stated_elements(shape, stack, "saved_elements")
+        elements += count_stated_elements(shape, stack, "saved_elements")
     if _keeps_by_name(shape, "mlp_up"):
         elements += sum(
             split.local_ffn_elements_per_token(group)
@@ -492,7 +497,7 @@ def _count_unnamed_elements(shape: StepShape, stack: StackCosts) -> Number:
     )
     # Of other mixers than attention what they state and products without a name.
     mixer_groups = _list_other_mixer_groups(stack)
-    elements += _count_stated_elements(shape, stack, "intermediate_elements")
+    elements += count_stated_elements(shape, stack, "intermediate_elements")
     elements += sum(
         split.local_non_residual_width(group, named_qkv=False) for group in mixer_groups
     )
@@ -657,8 +662,8 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
     other_products = sum(
         split.local_non_residual_width(group, named_qkv=False) for group in groups
     )
-    outputs = _count_stated_elements(shape, stack, "saved_elements")
-    intermediates = _count_stated_elements(shape, stack, "intermediate_elements")
+    outputs = count_stated_elements(shape, stack, "saved_elements")
+    intermediates = count_stated_elements(shape, stack, "intermediate_elements")
 
     # Arrays that the backward pass makes again, and gradients.
     remade = 0.0

@@ -360,6 +360,7 @@ class ServedModel:
         # Seconds of element-wise maps, and of what layers state beside products.
         elementwise_bytes = estimate_elementwise_bytes(shape)
         traffic = (elementwise_bytes.forward + elementwise_bytes.loss) / bandwidth
+        # A token at a time makes no products of matrices.
         extra = count_extra_forward_flops(shape) / chip.vector_flops
         parts = {
             "weights": np.maximum(weight_reading, products),

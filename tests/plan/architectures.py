@@ -147,7 +147,7 @@ _TASKS = {
 }
 
 
-def run(model: str, layout: str, **changes: Any) -> RunConfig:
+def run(model: str, layout: str, seq_len: int = SEQ, **changes: Any) -> RunConfig:
     """A run of one of these models, or the parity matrix's, on a layout of that."""
     cell = CELLS[layout]
     settings = dict(CELLS[layout].settings)
@@ -156,9 +156,9 @@ def run(model: str, layout: str, **changes: Any) -> RunConfig:
     model_settings = MODELS[model] if model in MODELS else cells.MODELS[model]
     return RunConfig.model_validate(
         {
-            "model": {**sizes, **model_settings, "max_seq_len": SEQ, **changes},
+            "model": {**sizes, **model_settings, "max_seq_len": seq_len, **changes},
             "task": _TASKS.get(model, {"kind": "clm"}),
-            "data": {"seq_len": SEQ, "batch_size": ROWS * micro},
+            "data": {"seq_len": seq_len, "batch_size": ROWS * micro},
             "mesh": cell.mesh,
             "train": {"micro_batches": micro},
             **settings,

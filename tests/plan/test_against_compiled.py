@@ -34,6 +34,7 @@ CASES = (
     ("fsdp × cp ring × tp+sp", "gqa_window", 0.01),
     ("ep × zero2", "moe", 0.03),
     ("fsdp × tp+sp × pp circular", "gqa_window", 0.01),
+    ("tp+sp", "lightning", 0.01),
 )
 MORE = (
     ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
@@ -44,6 +45,12 @@ MORE = (
     ("tp+sp", "kinds", 0.03),
     ("fsdp", "mtp", 0.03),
     ("tp+sp", "encoder_decoder", 0.01),
+    ("tp+sp", "mamba2", 0.02),
+    ("tp+sp", "kimi_delta_attention", 0.01),
+    ("tp+sp", "parallel_heads", 0.01),
+    ("cp all-gather", "mamba", 0.01),
+    ("cp all-gather", "gated_delta_net", 0.01),
+    ("fsdp", "delta_hybrid", 0.03),
 )
 REST = (
     ("zero1", "gqa_window", 0.01),
@@ -61,6 +68,15 @@ REST = (
     ("tp+sp", "latent_experts", 0.06),
     ("fsdp", GATED, 0.01),
     ("tp+sp", GATED, 0.03),
+    *(("tp+sp", name, 0.01) for name in ("mamba", "mamba2_groups", "short_conv")),
+    ("tp+sp", "gated_delta_net", 0.01),
+    ("cp all-gather", "mamba2", 0.01),
+    ("cp all-gather", "kimi_delta_attention", 0.01),
+    ("cp all-gather", "lightning", 0.01),
+    ("cp all-gather", "short_conv", 0.01),
+    ("cp all-gather", "parallel_heads", 0.01),
+    ("fsdp × cp ring × tp+sp", "mamba2_groups", 0.01),
+    ("fsdp × tp+sp × pp 1f1b", "mamba2", 0.02),
 )
 # jax 0.10 gathers what leaves a program that is manual over `stage` alone.
 OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)

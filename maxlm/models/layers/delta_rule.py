@@ -302,8 +302,8 @@ class DeltaRule(nnx.Module):
         with_state = 3 * 2 * key_dim * value_dim
         within_chunk = 2 * CHUNK_TOKENS * (3 * key_dim + 2 * value_dim)
         inverse = 4 / 3 * CHUNK_TOKENS**2 / 2
-        flops = num_heads * (with_state + within_chunk + inverse)
-        flops += 2 * sizes.conv_width * convolved
+        product_flops = num_heads * (with_state + within_chunk + inverse)
+        conv_flops = 2 * sizes.conv_width * convolved
 
         decays = num_heads * (key_dim if decays_by_channel else 1)
         fp32_share = 4 / jnp.dtype(self.dtype).itemsize
@@ -318,7 +318,8 @@ class DeltaRule(nnx.Module):
         block += states / CHUNK_TOKENS
         return LayerCosts(
             tuple(matrices),
-            extra_flops=flops,
+            extra_flops=product_flops + conv_flops,
+            product_flops=product_flops,
             flops_axes=("heads",),
             # The map of a state, [K, K] a head, and the state behind a run.
             exchanged_elements=states + num_heads * key_dim**2,

@@ -166,10 +166,12 @@ class Lightning(nnx.Module):
         projections = tuple(f"{name}.kernel" for name in self.joint_projections[0])
         channels = config.num_heads * config.head_dim
         states = channels * config.head_dim
+        flops = channels * (4 * config.head_dim + 2 * CHUNK)
         fp32_share = 4 / jnp.dtype(self.dtype).itemsize
         return LayerCosts(
             (MatrixGroup(projections), MatrixGroup(("out.kernel",), "heads")),
-            extra_flops=channels * (4 * config.head_dim + 2 * CHUNK),
+            extra_flops=flops,
+            product_flops=flops,
             flops_axes=("heads",),
             # A run's decay a head, and the state behind it.
             exchanged_elements=config.num_heads + states,

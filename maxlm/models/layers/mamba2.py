@@ -522,6 +522,7 @@ class Mamba2(nnx.Module):
         return LayerCosts(
             matrices,
             extra_flops=state_flops + chunk_flops + conv_flops,
+            product_flops=state_flops + chunk_flops,
             flops_axes=("heads",),
             shared_elements=2 * group_width if has_shared_groups else 0,
             # A run's decay a head, and the state behind it.
