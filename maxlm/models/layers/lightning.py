@@ -160,13 +160,13 @@ class Lightning(nnx.Module):
 
     def costs(self) -> LayerCosts:
         """Counts costs of one layer; see :mod:`maxlm.models.costs`. A token of a head
-        is multiplied with the state twice, and with half of a chunk's keys and
-        values."""
+        is multiplied with the state twice, and with a chunk's keys and values, of which
+        a mask leaves half."""
         config = self.config
         projections = tuple(f"{name}.kernel" for name in self.joint_projections[0])
         channels = config.num_heads * config.head_dim
         states = channels * config.head_dim
-        flops = channels * (4 * config.head_dim + 2 * CHUNK)
+        flops = channels * 4 * (config.head_dim + CHUNK)
         fp32_share = 4 / jnp.dtype(self.dtype).itemsize
         return LayerCosts(
             (MatrixGroup(projections), MatrixGroup(("out.kernel",), "heads")),

@@ -502,14 +502,14 @@ class Mamba2(nnx.Module):
 
     def costs(self) -> LayerCosts:
         """See :mod:`maxlm.models.costs`. A token of a head is multiplied with the state
-        twice, and with half of a chunk's keys and values."""
+        twice, and with a chunk's keys and values, of which a mask leaves half."""
         config = self.config
         projections = tuple(f"{name}.kernel" for name in self.joint_projections[0])
         matrices = (MatrixGroup(projections), MatrixGroup(("out.kernel",), "heads"))
         channels = config.num_heads * config.head_dim
         group_width = config.num_groups * config.state_size
         state_flops = 4 * channels * config.state_size
-        chunk_flops = CHUNK * (group_width + channels)
+        chunk_flops = 2 * CHUNK * (group_width + channels)
         conv_flops = 2 * config.conv_width * (channels + 2 * group_width)
         num_heads = config.num_heads
         states = channels * config.state_size
