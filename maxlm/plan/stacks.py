@@ -313,10 +313,10 @@ class StackCosts:
                         needs_raw_output=matrix in matrices.needs_raw_output,
                         stack=self.name,
                     )
-                    kept = matrices.kept_products
+                    kept_names = matrices.kept_products
                     is_kept = kernel.output_features == "heads"
-                    if kept is not None:
-                        is_kept = matrix in kept
+                    if kept_names is not None:
+                        is_kept = matrix in kept_names
                     kernels.append(replace(kernel, is_named_qkv=is_kept))
                     missing.discard(name)
                 reads_encoder = matrices.input_features == "memory"
