@@ -114,7 +114,10 @@ class ParallelHeads(nnx.Module):
         mixer = get_costs(getattr(self, self.mixer_name))
         matrices = (
             *_prefix_names("attention", attention.matrices),
-            *_prefix_names(self.mixer_name, mixer.matrices),
+            *(
+                replace(group, is_beside_attention=True)
+                for group in _prefix_names(self.mixer_name, mixer.matrices)
+            ),
         )
         return replace(mixer, matrices=matrices, attention=attention.attention)
 
@@ -136,6 +139,9 @@ def _prefix_names(
             group,
             names=prefix(group.names),
             needs_raw_output=prefix(group.needs_raw_output),
+            kept_products=(
+                None if group.kept_products is None else prefix(group.kept_products)
+            ),
         )
         for group in groups
     )

@@ -240,9 +240,10 @@ class Mamba(nnx.Module):
         per_state = 7
         per_channel = 3 + 2 * config.d_conv + 1
         flops = config.d_inner * (per_state * config.d_state + per_channel)
+        maps = ("input.kernel", "gate.kernel")
         return LayerCosts(
             (
-                MatrixGroup(("input.kernel", "gate.kernel")),
+                MatrixGroup(maps, kept_products=maps),
                 MatrixGroup(("x_proj.kernel",), "mlp"),
                 MatrixGroup(("dt_proj.kernel",), "latent"),
                 MatrixGroup(("out.kernel",), "mlp"),
@@ -251,11 +252,16 @@ class Mamba(nnx.Module):
             flops_axes=("mlp",),
             # B and C.
             shared_elements=2 * config.d_state,
-            # Decay and offset of each number of state, and the convolution's inputs.
-            exchanged_elements=config.d_inner
-            * (2 * config.d_state + config.d_conv - 1),
-            # States between chunks, and about as many within one.
-            working_elements=2 * config.d_inner * config.d_state / CHUNK_TOKENS,
+            # Decay and offset of each number of state.
+            exchanged_elements=2 * config.d_inner * config.d_state,
+            halo_elements=config.d_inner * (config.d_conv - 1),
+            saved_elements=config.d_inner,
+            state_elements=config.d_inner * config.d_state,
+            state_tokens=CHUNK_TOKENS,
+            # The convolution's output, step sizes, and the output behind its gate.
+            intermediate_elements=3 * config.d_inner,
+            # About as many as the states between chunks, within one.
+            working_elements=config.d_inner * config.d_state / CHUNK_TOKENS,
         )
 
     def _read_conv(self) -> tuple[jax.Array, jax.Array | None]:

@@ -18,7 +18,7 @@ from maxlm.models.caches import (
     CacheLayout,
     RecurrentCache,
 )
-from maxlm.models.costs import LayerCosts, group_matrices
+from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.channel_conv import (
     convolve_channels,
@@ -121,10 +121,18 @@ class ShortConv(nnx.Module):
     def costs(self) -> LayerCosts:
         """Counts costs of one layer; see :mod:`maxlm.models.costs`."""
         # Two gates, and a product and a sum for each token of the window.
-        flops = self.num_channels * (2 + 2 * self.config.conv_width)
+        num_channels = self.num_channels
+        conv_width = self.config.conv_width
+        maps = ("in_gate.kernel", "out_gate.kernel", "value.kernel")
+        matrices = (
+            MatrixGroup(maps, kept_products=maps),
+            MatrixGroup(("out.kernel",), "mlp"),
+        )
         return LayerCosts(
-            group_matrices(self),
-            extra_flops=flops,
+            matrices,
+            extra_flops=num_channels * (2 + 2 * conv_width),
             flops_axes=("mlp",),
-            working_elements=2 * self.num_channels,
+            halo_elements=num_channels * (conv_width - 1),
+            # Behind the first gate, the convolution and the second gate.
+            intermediate_elements=3 * num_channels,
         )
