@@ -145,7 +145,7 @@ def normalise_mixing(logits: jax.Array, iterations: int, eps: float) -> jax.Arra
     return lax.scan(iterate, first, length=iterations - 1)[0]
 
 
-class Connection(nnx.Module):
+class StreamConnection(nnx.Module):
     """Joins one branch to the streams."""
 
     def read(self, x: jax.Array) -> BranchInput:
@@ -175,7 +175,7 @@ class Connection(nnx.Module):
         :meth:`materialize_params`."""
 
 
-class HyperConnection(Connection):
+class HyperConnection(StreamConnection):
     """The forms static and dynamic: at first, branch number k reads stream k modulo N,
     writes to all, and none mix (arXiv:2409.19606, eq. 14), which is what a residual
     stream does.
@@ -267,7 +267,7 @@ def _make_initial_alpha(num_streams: int, number: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-class ConstrainedConnection(Connection):
+class ConstrainedConnection(StreamConnection):
     """The form constrained. At first weights are nearly alike for all streams, so that
     the model is nearly one with a residual stream.
 
@@ -390,7 +390,7 @@ class HyperStreams(nnx.Module):
 
 
 class HyperBlock(Block):
-    """A layer whose branches each have a :class:`Connection` to several streams."""
+    """A layer whose branches each have a :class:`StreamConnection` to several streams."""
 
     def __init__(
         self, kind: HyperConnectionsConfig, config: BlockConfig, context: BuildContext
@@ -398,7 +398,7 @@ class HyperBlock(Block):
         require_fitting_block(config)
         super().__init__(config, context, cross_attention=False)
 
-        def build_connection(is_there: bool, branch: int) -> Connection | None:
+        def build_connection(is_there: bool, branch: int) -> StreamConnection | None:
             if not is_there:
                 return None
             if kind.form == "constrained":

@@ -67,9 +67,9 @@ def test_it_begins_as_one_residual_stream(form, mesh):
     """Eq. 14 of Zhu et al.; constrained, where nothing follows from the streams."""
     plain = LLAMA_GQA.model_copy(update={"norm": NormConfig(eps=1e-12)})
     config = with_streams(form, plain)
-    reset = (".scales", ".scale") if form == "constrained" else ()
-    reset = tuple(f"connection{name}" for name in reset) + ("streams.scale",)
-    # All forms have a scale at init, or a kernel of zeros: all streams are alike.
+    # Constrained weights are alike for all streams where their factors are 0.
+    constrained = ("_connection.scales", "streams.scale")
+    reset = constrained if form == "constrained" else ()
     ours = read_hidden(config, mesh(), reset)
     np.testing.assert_allclose(ours, read_hidden(plain, mesh()), atol=2e-5)
 
