@@ -11,6 +11,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.inference.model_runner import allocate_state
+from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches.layout import list_paged_windows
@@ -24,9 +25,11 @@ from maxlm.models.params import (
     bind,
     flatten_names,
     init_params,
+    is_leaf,
     param_specs,
     take_stacked_layer,
 )
+from maxlm.run.config import RunConfig
 from maxlm.sharding import AxisRules
 from tests.models import building
 from tests.models.building import LLAMA_GQA, QUICK
@@ -229,6 +232,26 @@ def test_steps_with_a_cache_equal_the_full_forward_pass(form, mesh):
             parts.append(np.asarray(hidden).reshape(num_rows, count, -1))
     actual = np.concatenate(parts, 1)
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_adapters_find_the_same_maps_as_without(kind):
+    settings = {"kind": kind} | ({"rank": 2} if kind == "lora" else {})
+
+    def list_adapted(config):
+        values = {"model": config.model_dump(), "adapter": settings}
+        values |= {"data": {"seq_len": 8, "batch_size": 1}, "train": {"steps": 1}}
+        adapter = RunConfig.model_validate(values).adapter
+        model = build_adapted_model(
+            config, adapter, rules=AxisRules(), dtype=jnp.float32
+        )
+        leaves = flatten_names(param_specs(model), is_leaf)
+        return {name for name, leaf in leaves.items() if is_leaf(leaf)}
+
+    adapted = list_adapted(with_streams("dynamic"))
+    assert adapted == list_adapted(LLAMA_GQA)
+    assert "layers.attention.key.kernel" in adapted
 
 
 @pytest.mark.parametrize(
