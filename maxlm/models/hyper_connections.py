@@ -133,7 +133,8 @@ def map_streams(x: jax.Array, kernel: jax.Array, eps: float) -> jax.Array:
 
 def normalise_mixing(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
     """Makes matrices [..., N, N] doubly stochastic by Sinkhorn and Knopp's iterations
-    (arXiv:2512.24880, eq. 9): rows first by a softmax, columns last."""
+    (arXiv:2512.24880, eq. 9), in DeepSeek-V4's order: rows first, by a softmax, columns
+    last."""
 
     def divide(matrix: jax.Array, axis: int) -> jax.Array:
         return matrix / (jnp.sum(matrix, axis=axis, keepdims=True) + eps)

@@ -1,5 +1,5 @@
-"""Hyper-connections: the papers' equations, the residual stream that they begin as, the
-engine's steps, and what they are refused beside."""
+"""Hyper-connections: the papers' equations, the residual stream as which they begin, the
+engine's steps, and what is refused beside them."""
 
 from dataclasses import replace
 from typing import Any
@@ -200,7 +200,7 @@ def test_matrices_that_mix_are_doubly_stochastic():
 @pytest.mark.heavy
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_with_a_cache_equal_the_full_forward_pass(form, mesh):
-    """A prompt of 6 tokens, two of a chunk, and one."""
+    """Steps of 6, 2 and 1 tokens of two rows."""
     config = with_streams(form)
     devices = mesh()
     model = building.decoder(config, devices)
