@@ -186,7 +186,9 @@ class RegisteredBlock:
 
 BLOCKS = Registry[RegisteredBlock](
     "block",
-    {},
+    {
+        "hyper_connections": "maxlm.models.hyper_connections:HYPER_CONNECTIONS",
+    },
 )
 BlockKindChoice = Annotated[
     BlockKindConfig, RegisteredConfig(BLOCKS, get_config=attrgetter("config"))

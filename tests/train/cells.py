@@ -35,6 +35,7 @@ CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
 GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
 HYBRID = "hybrid"
+STREAMS = "hyper-connections"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -194,6 +195,13 @@ MODELS[HYBRID] = _BASE | {
     "pattern": ["space", "line", "conv", "both"],
     "remat": "attention",
 }
+# Several residual streams, whose weights follow from them.
+MODELS[STREAMS] = _BASE | {
+    "attention": _HEADS,
+    "mlp": {"d_ff": 48},
+    "placement": "sandwich",
+    "block": {"kind": "hyper_connections", "num_streams": 3, "sinkhorn_iterations": 4},
+}
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
 }
@@ -268,7 +276,7 @@ CELLS: dict[str, Cell] = {
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
-    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS), stage=2),
+    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS, STREAMS), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
     "tp, 8 ways": _cell({}, (*ALL, MAMBA), tensor=8),
     "tp, 8 ways, kv heads whole": _cell(
@@ -294,7 +302,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT, STREAMS),
         fsdp=2,
         context=2,
         tensor=2,
@@ -322,7 +330,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
         _pipe("1f1b", **SP),
-        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, SPARSE),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, SPARSE, STREAMS),
         stage=2,
         fsdp=2,
         tensor=2,
