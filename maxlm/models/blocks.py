@@ -177,16 +177,20 @@ class RegisteredBlock:
             :class:`Block`.
         build_streams: called with the kind's config, the model's :class:`NormConfig`
             and a ``BuildContext``; returns a module that is :class:`Streams`.
+        mesh_axes: as those of a :class:`RegisteredMixer`.
     """
 
     config: type[BlockKindConfig]
     build: Callable[..., "Block"]
     build_streams: Callable[..., Any]
+    mesh_axes: Collection[ReshapingAxis] = ("context",)
 
 
 BLOCKS = Registry[RegisteredBlock](
     "block",
-    {},
+    {
+        "altup": "maxlm.models.altup:ALTUP",
+    },
 )
 BlockKindChoice = Annotated[
     BlockKindConfig, RegisteredConfig(BLOCKS, get_config=attrgetter("config"))
@@ -457,6 +461,9 @@ class Block(nnx.Module):
             branches.append(BranchCosts("mixer", self.mixer_name, mixer_costs))
         if self.ffn is not None:
             branches.append(BranchCosts("ffn", self.ffn_name, get_costs(self.ffn)))
+        if self.layer_input is not None:
+            input_costs = get_costs(self.layer_input)
+            branches.append(BranchCosts("ffn", "layer_input", input_costs))
         if self.cross is not None:
             # Its keys and values are made of the encoder's output.
             cross_costs = self.cross.costs(kv_input="memory")

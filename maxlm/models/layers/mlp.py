@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import ClassVar, Literal
 
 import jax
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
+from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.remat import save_inputs_only
 
@@ -88,11 +90,26 @@ class MlpConfig(Config):
     """Factor on the projection that is activated, with a gate (Falcon-H1)."""
     output_scale: float = Field(default=1.0, gt=0)
     """Factor on the output (Falcon-H1)."""
+    sparsity: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the hidden layer that is shut off, were what is activated normal over
+    it: what lies below that quantile becomes 0, the rest counts from there (Gemma 3n);
+    0: none is."""
 
     @model_validator(mode="after")
     def _gated_unit_has_a_gate(self):
         check_gated(self.activation, self.gated)
         return self
+
+
+def cut_below_quantile(x: jax.Array, share: float) -> jax.Array:
+    """Returns max(x − quantile, 0) of x [..., F]: the ``share`` quantile of a normal
+    distribution with x's mean and deviation over F (the Gaussian top-k of Spark
+    Transformer, You et al. 2025, arXiv 2506.06644, eq. 4). Sums are fp32 or wider."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True))
+    quantile = mean + deviation * NormalDist().inv_cdf(share)
+    return jax.nn.relu(wide - quantile).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -124,7 +141,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""
-        activate = save_inputs_only(HiddenActivation(self.config.activation))
+        activate = save_inputs_only(self._activate)
 
         # The names are those by which remat policies keep values (models/remat.py).
         if self.gate is None:
@@ -139,3 +156,13 @@ class Mlp(nnx.Module):
             hidden = activate(up, gate)
         y = self.down(hidden, seq_axis="residual")
         return y if self.config.output_scale == 1 else y * self.config.output_scale
+
+    def _activate(self, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        """Returns the hidden layer [B, S, F] from its projections."""
+        share = self.config.sparsity
+        if share > 0:
+            if gate is None:
+                up = cut_below_quantile(up, share)
+            else:
+                gate = cut_below_quantile(gate, share)
+        return HiddenActivation(self.config.activation)(up, gate)
