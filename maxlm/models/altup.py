@@ -114,10 +114,11 @@ class AltUp(nnx.Module):
             "table",
             contracting_dims=(0,),
         )
-        self.output_scale = None
-        if scales_output:
-            ones = jax.nn.initializers.ones
-            self.output_scale = declare((d_model,), (None,), ones, "vector")
+        self.output_scale = (
+            declare((d_model,), (None,), jax.nn.initializers.ones, "vector")
+            if scales_output
+            else None
+        )
 
     def predict(self, x: jax.Array) -> jax.Array:
         """Maps streams [B, S, N, D] to their predictions."""
@@ -229,9 +230,11 @@ class AltUpBlock(Block):
             context,
             scales_output=kind.correct_scale and has_layer_input,
         )
-        self.laurel = None
-        if kind.laurel_rank is not None:
-            self.laurel = Laurel(kind.laurel_rank, config.norm, context)
+        self.laurel = (
+            Laurel(kind.laurel_rank, config.norm, context)
+            if kind.laurel_rank is not None
+            else None
+        )
 
     def __call__(
         self,
@@ -335,21 +338,4 @@ class AltUpStreams(nnx.Module):
         return lambda x, target: save_inputs_only(rescale)(reshard(x, spec), target)
 
 
-def build_altup_block(
-    kind: AltUpConfig,
-    config: BlockConfig,
-    context: BuildContext,
-    *,
-    cross_attention: bool,
-) -> AltUpBlock:
-    """Builds a layer. Raises MaxlmError: one that looks at an encoder's output."""
-    if cross_attention:
-        raise MaxlmError(
-            "block.kind=altup in layers with cross-attention",
-            where="model.block",
-            fix="set it to null",
-        )
-    return AltUpBlock(kind, config, context)
-
-
-ALTUP = RegisteredBlock(AltUpConfig, build_altup_block, AltUpStreams)
+ALTUP = RegisteredBlock(AltUpConfig, AltUpBlock, AltUpStreams)

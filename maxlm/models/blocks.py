@@ -356,15 +356,16 @@ class Block(nnx.Module):
             self.ffn_name = ffn.name
             setattr(self, ffn.name, ffn)
         self.mlp_post_norm = build_norm(has_ffn and has_post_norms)
-        self.layer_input = None
-        if config.layer_inputs is not None:
-            self.layer_input = LayerInputBranch(
-                config.layer_inputs, config.norm, context
-            )
-        self.output_scale = None
-        if config.scales_output:
-            ones = jax.nn.initializers.ones
-            self.output_scale = declare((1,), (None,), ones, "vector")
+        self.layer_input = (
+            LayerInputBranch(config.layer_inputs, config.norm, context)
+            if config.layer_inputs is not None
+            else None
+        )
+        self.output_scale = (
+            declare((1,), (None,), jax.nn.initializers.ones, "vector")
+            if config.scales_output
+            else None
+        )
 
     def __call__(
         self,
