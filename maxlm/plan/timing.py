@@ -494,6 +494,8 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
     stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
+    # Other streams are predicted and corrected: read and written twice.
+    stream_passes += 2 * _READ_AND_WRITE * (stack.num_streams - 1)
     attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)
     # A gated activation reads the outputs of two maps and writes one array: three for
     # two, which stands for an ungated one too.

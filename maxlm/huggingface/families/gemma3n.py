@@ -122,8 +122,8 @@ def name_kinds(
     sources: Sequence[int | None],
 ) -> None:
     """Puts a pattern into a model's settings: a kind for each sort of layers, named by
-    its type (``local``, ``global``), ``_shared`` where it reads keys of another, and a
-    number where there are several.
+    its type (``local``, ``global``), ``_sparse`` with such an MLP, ``_shared`` where it
+    reads keys of another, and a number where there are several.
 
     Args:
         layers: settings of ``LayerKind`` of each layer.
@@ -134,6 +134,8 @@ def name_kinds(
     for layer, layer_type, source in zip(layers, layer_types, sources, strict=True):
         name = "local" if layer_type == LOCAL else "global"
         kind = dict(layer)
+        if layer.get("mlp", {}).get("sparsity"):
+            name += "_sparse"
         if source is not None:
             name += "_shared"
             kind["keys_of"] = names[source]

@@ -39,9 +39,7 @@ TABLE = {
     f"{L}.router.proj.weight": linear("moe.router"),
     f"{L}.router.scale": copy("moe.router_scale"),
     f"{L}.router.per_expert_scale": copy("moe.expert_scales"),
-    f"{L}.experts.gate_up_proj": join_experts(
-        "moe.gate", "moe.up", inputs_first=False
-    ),
+    f"{L}.experts.gate_up_proj": join_experts("moe.gate", "moe.up", inputs_first=False),
     f"{L}.experts.down_proj": join_experts("moe.down", inputs_first=False),
 }
 
@@ -224,7 +222,9 @@ def _write_feed_forward(
     width = config.mlp.d_ff
     wide = [kind.mlp is not None for kind in kinds]
     if any(wide):
-        doubled = [kind.mlp is not None and kind.mlp.d_ff == 2 * width for kind in kinds]
+        doubled = [
+            kind.mlp is not None and kind.mlp.d_ff == 2 * width for kind in kinds
+        ]
         if doubled != [kind.keys_of is not None for kind in kinds]:
             raise fields.refuse_pattern("other layers have wide MLPs than Gemma 4's")
     return {"intermediate_size": width, "use_double_wide_mlp": any(wide)}
