@@ -37,6 +37,7 @@ FAMILIES = {
     "gemma_": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
     "falcon": "falcon",
     "phi_": "phi",
     "phi3": "phi3",

@@ -177,16 +177,19 @@ class RegisteredBlock:
             :class:`Block`.
         build_streams: called with the kind's config, the model's :class:`NormConfig`
             and a ``BuildContext``; returns a module that is :class:`Streams`.
+        mesh_axes: as those of a :class:`RegisteredMixer`.
     """
 
     config: type[BlockKindConfig]
     build: Callable[..., "Block"]
     build_streams: Callable[..., Any]
+    mesh_axes: Collection[ReshapingAxis] = ("context",)
 
 
 BLOCKS = Registry[RegisteredBlock](
     "block",
     {
+        "altup": "maxlm.models.altup:ALTUP",
         "hyper_connections": "maxlm.models.hyper_connections:HYPER_CONNECTIONS",
     },
 )
@@ -354,14 +357,16 @@ class Block(nnx.Module):
             self.ffn_name = ffn.name
             setattr(self, ffn.name, ffn)
         self.mlp_post_norm = build_norm(has_ffn and has_post_norms)
-        input_branch: LayerInputBranch | None = None
-        if config.layer_inputs is not None:
-            input_branch = LayerInputBranch(config.layer_inputs, config.norm, context)
-        self.layer_input = input_branch
-        self.output_scale = None
-        if config.scales_output:
-            ones = jax.nn.initializers.ones
-            self.output_scale = declare((1,), (None,), ones, "vector")
+        self.layer_input = (
+            LayerInputBranch(config.layer_inputs, config.norm, context)
+            if config.layer_inputs is not None
+            else None
+        )
+        self.output_scale = (
+            declare((1,), (None,), jax.nn.initializers.ones, "vector")
+            if config.scales_output
+            else None
+        )
 
     def __call__(
         self,
@@ -459,6 +464,9 @@ class Block(nnx.Module):
             branches.append(BranchCosts("mixer", self.mixer_name, mixer_costs))
         if self.ffn is not None:
             branches.append(BranchCosts("ffn", self.ffn_name, get_costs(self.ffn)))
+        if self.layer_input is not None:
+            input_costs = get_costs(self.layer_input)
+            branches.append(BranchCosts("ffn", "layer_input", input_costs))
         if self.cross is not None:
             # Its keys and values are made of the encoder's output.
             cross_costs = self.cross.costs(kv_input="memory")

@@ -28,7 +28,7 @@ from maxlm.models.costs import AttentionCosts
 from maxlm.models.params import ParamSpec
 from maxlm.models.remat import SAVED
 from maxlm.parallel.experts import HIDDEN_BYTES
-from maxlm.plan.stacks import MatmulGroup, StackCosts
+from maxlm.plan.stacks import MatmulGroup, StackCosts, get_num_streams
 from maxlm.plan.workload import FP32, Number, StepShape
 
 # SCORE_BYTES of pallas_kernels/attention/xla.py: bytes of a tile's scores at once. It is
@@ -204,6 +204,8 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
             saved_bytes += _count_scan_inputs(shape, stack)
         kept_by_run.append(saved_bytes)
     kept_by_run[0] = kept_by_run[0] + _count_frontend_bytes(shape)
+    kept_by_run[0] = kept_by_run[0] + _count_layer_input_bytes(shape)
+    kept_by_run[0] = kept_by_run[0] + _count_shared_keys_bytes(shape)
     kept_so_far = list(accumulate(kept_by_run))
     run_gradients = [
         sum(_count_stack_gradients(shape, stack) for stack in run)
@@ -341,9 +343,48 @@ def _count_stage_inputs(shape: StepShape) -> Number:
 
 
 def _count_input_bytes(shape: StepShape) -> Number:
-    """Counts bytes of a micro-batch in the residual stream."""
+    """Counts bytes of a micro-batch in the residual stream, or in all of several."""
     work = shape.work
-    return shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
+    model = work.config.model
+    width = get_num_streams(model) * model.d_model
+    return shape.residual_tokens * width * work.dtype_bytes
+
+
+def _count_layer_input_bytes(shape: StepShape) -> Number:
+    """Counts inputs of each layer's own [L, B, S, P], which are there with their
+    gradient from before the first layer on; and the rows and projections they are made
+    of, which are kept for their norm."""
+    model = shape.work.config.model
+    if model.layer_inputs is None:
+        return 0.0
+    split = shape.split
+    elements = model.num_layers * model.layer_inputs.width
+    # Layers read a part of each, split like an MLP's hidden layer; they are made whole.
+    read = 2 * elements / split.num_shards(split.compute, ("mlp",))
+    made = 2 * elements
+    return shape.micro_batch_tokens * (read + made) * shape.work.dtype_bytes
+
+
+def _count_shared_keys_bytes(shape: StepShape) -> Number:
+    """Counts keys and values that later layers read, with their gradients: of the last
+    layer of each kind, which the scan carries, and of each layer that reads them, which
+    keeps its own."""
+    model = shape.work.config.model
+    split = shape.split
+    elements = 0.0
+    for run in model.layer_runs:
+        for place in run.iterate_places():
+            kind = run.kinds[place.kind_index]
+            attention = model.get_attention(kind)
+            if kind.keys_of is None or attention is None:
+                continue
+            elements += 2 * attention.num_kv_heads * attention.head_dim
+    for name in model.shared_kinds:
+        attention = model.get_attention(model.kinds[name])
+        if attention is not None:
+            elements += 2 * 2 * attention.num_kv_heads * attention.head_dim
+    num_shards = split.num_shards(split.compute, ("kv_heads",))
+    return shape.micro_batch_tokens * elements / num_shards * shape.work.dtype_bytes
 
 
 def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
@@ -364,7 +405,9 @@ def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
             stream_arrays = _KEPT_STREAM_ARRAYS[stack.placement]
         if stack.cross_attention:
             stream_arrays += _KEPT_CROSS_ATTENTION_STREAM_ARRAYS
-        stream_elements = model.d_model * stream_arrays
+        # Every stream is kept as it enters a layer, as it is predicted and corrected.
+        other_streams = 3 * (stack.num_streams - 1)
+        stream_elements = model.d_model * (stream_arrays + other_streams)
         if stack.experts:
             # Rows as they arrive, and an fp32 number for each.
             row_width = stack.experts.input_dim or model.d_model
@@ -599,8 +642,9 @@ def _list_frozen_layer_arrays(
 
 
 def _count_stream_bytes(shape: StepShape, stack: StackCosts) -> Number:
-    """Counts one array of the residual stream's width."""
-    token_bytes = shape.work.config.model.d_model * shape.work.dtype_bytes
+    """Counts one array of the residual stream's width, or of all streams'."""
+    width = stack.num_streams * shape.work.config.model.d_model
+    token_bytes = width * shape.work.dtype_bytes
     return shape.residual_tokens * stack.token_ratio * token_bytes
 
 

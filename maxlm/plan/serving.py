@@ -46,6 +46,7 @@ from maxlm.plan.serving_cache import (
     count_token_bytes,
     find_attention_cache,
 )
+from maxlm.plan.stacks import get_num_streams
 from maxlm.plan.timing import (
     DECODE_EFFICIENCY,
     EFFICIENCY,
@@ -253,7 +254,11 @@ class ServedModel:
             self.split.local_non_residual_width(group)
             for group in self.work.matmul_layer_counts
         )
-        elements_per_token = 4 * model.d_model + 2 * float(layer_width)
+        streams_width = get_num_streams(model) * model.d_model
+        elements_per_token = 4 * streams_width + 2 * float(layer_width)
+        if model.layer_inputs is not None:
+            # Made for all layers at once, of a row and a projection.
+            elements_per_token += 3 * model.num_layers * model.layer_inputs.width
         bytes_per_token = elements_per_token * self.work.dtype_bytes
         chunk_tokens = min(self.options.prompt, PREFILL_CHUNK)
         return {

@@ -9,7 +9,11 @@ from math import prod
 from typing import NamedTuple
 
 from maxlm.models.architectures import Model
-from maxlm.models.architectures.config import TrunkSpec, strip_stack_name
+from maxlm.models.architectures.config import (
+    TransformerConfig,
+    TrunkSpec,
+    strip_stack_name,
+)
 from maxlm.models.architectures.mtp import MTP
 from maxlm.models.architectures.pattern import LayerRun, LayerStack
 from maxlm.models.blocks import Placement
@@ -152,6 +156,11 @@ class MatmulGroup:
         return sum(k.shape[-1] for k in self.kernels if k.output_features == "latent")
 
 
+def get_num_streams(config: TransformerConfig) -> int:
+    """Returns the number of a model's residual streams."""
+    return 1 if config.block is None else config.block.num_streams
+
+
 class AttentionShape(NamedTuple):
     """Attention whose scores are of the same pairs of tokens in a row."""
 
@@ -196,6 +205,8 @@ class StackCosts:
         self.period = len(part.kinds)
         """Layers that one turn of the scan takes from the stack."""
         self.placement: Placement = part.block.placement
+        self.num_streams = get_num_streams(model.config)
+        """Arrays of the residual stream's width that layers hand on."""
         encoder_rate = encoder_len / seq_len
         self.token_ratio = encoder_rate if trunk.is_encoder else 1.0
         """Tokens that go through for each of the batch."""

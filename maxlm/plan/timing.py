@@ -538,6 +538,8 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
         stream_passes += _CROSS_ATTENTION_PASSES
     stated = count_stated_elements(shape, stack, "saved_elements")
     stated += count_stated_elements(shape, stack, "intermediate_elements")
+    # Other streams are predicted and corrected: read and written twice.
+    stream_passes += 2 * _READ_AND_WRITE * (stack.num_streams - 1)
     mixer_elements = tokens * (_READ_AND_WRITE * (rotated + stated) + narrow)
     # A gated activation reads the outputs of two maps and writes one array: three for
     # two, which stands for an ungated one too.

@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Count, Requirement, check_requirements
 from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.blocks import MIXERS, get_kind, list_mixer_parts
+from maxlm.models.blocks import BLOCKS, MIXERS, get_kind, list_mixer_parts
 from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.context import (
@@ -74,6 +74,15 @@ def require_trainable(
             sizes,
             subject=f"model.mixer.kind={kind}",
             how_to_declare="register it in MIXERS with '{}' among mesh_axes",
+        )
+    if model.block is not None:
+        kind = get_kind(model.block)
+        yield from require_declared_axes(
+            BLOCKS.get(kind).mesh_axes,
+            compute,
+            sizes,
+            subject=f"model.block.kind={kind}",
+            how_to_declare="register it in BLOCKS with '{}' among mesh_axes",
         )
     yield from require_split_length(
         shape.seq_len, rules=compute, sizes=sizes, balanced=parallel.balance_sequence
@@ -264,6 +273,10 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
         )
     if model.mtp is not None:
         return "modules of model.mtp stand behind them"
+    if model.layer_inputs is not None:
+        return "each reads its part of model.layer_inputs"
+    if model.shared_kinds:
+        return "some read keys of others (model.kinds.*.keys_of)"
     if model.layer_runs[0].name != "layers":
         return "model.pattern does not repeat from the first layer on"
     if model.positions.kind == "relative":

@@ -36,10 +36,7 @@ WITHOUT_A_TABLE = {
 
 def test_every_preset_and_every_family_has_a_published_model():
     assert (
-        set(PRESETS) - {"demo", "demo_hybrid", "hybrid_135m"}
-||||||| 490f2f7b
-        set(PRESETS) - {"demo", "demo_hybrid"}
-        set(PRESETS) - {"demo", "demo_hybrid", "demo_hyper"}
+        set(PRESETS) - {"demo", "demo_hybrid", "demo_hyper", "hybrid_135m"}
         == set(COUNTS)
         == set(SCRIPT["PUBLISHED"])
     )

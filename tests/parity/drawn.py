@@ -87,12 +87,43 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
     if architecture.startswith("Helium"):
         # Its map back to the stream is square.
         values["hidden_size"] = heads * head_dim
+    if architecture.startswith(("Gemma3n", "Gemma4")):
+        values |= _draw_gemma(values, draw)
     can_be_untied = ("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm", "Cohere", "Ernie")
     if architecture.startswith(can_be_untied):
         values["tie_word_embeddings"] = draw.random() < 0.5
     if architecture.startswith(("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm")):
         values["rms_norm_eps"] = 10.0 ** -draw.randint(2, 7)
     return values
+
+
+def _draw_gemma(values: Values, draw: random.Random) -> Values:
+    """Draws what Gemma 3n and 4 have a layer: keys of others, inputs, sparsity."""
+    layers = values["num_hidden_layers"]
+    kinds = ["sliding_attention", "full_attention"]
+    drawn: Values = {
+        "layer_types": [*kinds, *draw.choices(kinds, k=layers - 3), kinds[1]],
+        "global_head_dim": 4 * draw.randint(1, 5),
+        "laurel_rank": draw.randint(1, 6),
+        "altup_num_inputs": draw.randint(2, 5),
+        "altup_active_idx": draw.randint(0, 1),
+        "activation_sparsity_pattern": [
+            draw.choice([0.0, round(draw.uniform(0.2, 0.95), 2)]) for _ in range(layers)
+        ],
+    }
+    if values.get("num_kv_shared_layers"):
+        drawn["num_kv_shared_layers"] = draw.randint(1, layers - 2)
+    if values["hidden_size_per_layer_input"]:
+        drawn["hidden_size_per_layer_input"] = draw.randint(1, 9)
+    if "vocab_size_per_layer_input" in values:
+        # Gemma 4 has no rows for tokens beyond its table.
+        fewest = 11 if "laurel_rank" in values else values["vocab_size"]
+        drawn["vocab_size_per_layer_input"] = draw.randint(fewest, values["vocab_size"])
+    if "num_global_key_value_heads" in values:
+        drawn["num_global_key_value_heads"] = draw.choice(
+            [1, values["num_attention_heads"]]
+        )
+    return {key: value for key, value in drawn.items() if key in values}
 
 
 def _draw_state_space(values: Values, draw: random.Random) -> Values:

@@ -26,6 +26,7 @@ CASES = (
     *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
     *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
     *("falcon_h1_plain", "minimax"),
+    *("gemma3n", "gemma3n_own_keys", "gemma4", "gemma4_moe"),
 )
 NAMES = [
     f"{case}@{number}"

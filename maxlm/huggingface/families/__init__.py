@@ -32,6 +32,8 @@ FAMILIES = Registry[ModelFamily](
         "gemma": f"{_FOLDER}.gemma:GEMMA",
         "gemma2": f"{_FOLDER}.gemma:GEMMA2",
         "gemma3": f"{_FOLDER}.gemma:GEMMA3",
+        "gemma3n": f"{_FOLDER}.gemma3n:GEMMA3N",
+        "gemma4": f"{_FOLDER}.gemma4:GEMMA4",
         "falcon": f"{_FOLDER}.bloom:FALCON",
         "phi": f"{_FOLDER}.phi:PHI",
         "phi3": f"{_FOLDER}.phi:PHI3",

@@ -81,15 +81,20 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
         "minimax_m3_vl_text dots3_note dots3_note_text mistral_large4",
     ),
     **_group(
-        "embeddings in each layer, AltUp, Laurel, and keys shared between layers",
-        "gemma3",
-        "gemma3n gemma3n_text",
+        "encoders of images and sound beside the text",
+        "gemma3n",
+        "gemma3n",
     ),
     **_group(
-        "embeddings in each layer, keys as values and shared, experts beside an MLP",
-        "gemma3",
-        "gemma4 gemma4_text gemma4_unified gemma4_unified_text gemma4_assistant "
-        "gemma4_unified_assistant",
+        "encoders of images and sound beside the text",
+        "gemma4",
+        "gemma4 gemma4_unified",
+    ),
+    **_group("a file with the names of its weights", "gemma4", "gemma4_unified_text"),
+    **_group(
+        "keys and values of another model",
+        "gemma4",
+        "gemma4_assistant gemma4_unified_assistant",
     ),
     **_group(
         "relative logits, short convolutions and streams of several layers",

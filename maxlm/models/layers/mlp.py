@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import expm1, log
+from statistics import NormalDist
 from typing import ClassVar, Literal
 
 import jax
@@ -130,11 +132,26 @@ class MlpConfig(Config):
     """Factor on the projection that is activated, with a gate (Falcon-H1)."""
     output_scale: float = Field(default=1.0, gt=0)
     """Factor on the output (Falcon-H1)."""
+    sparsity: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the hidden layer that is shut off, were what is activated normal over
+    it: what lies below that quantile becomes 0, the rest counts from there (Gemma 3n);
+    0: none is."""
 
     @model_validator(mode="after")
     def _gated_unit_has_a_gate(self):
         check_gated(self.activation, self.gated)
         return self
+
+
+def cut_below_quantile(x: jax.Array, share: float) -> jax.Array:
+    """Returns max(x − quantile, 0) of x [..., F]: the ``share`` quantile of a normal
+    distribution with x's mean and deviation over F (the Gaussian top-k of Spark
+    Transformer, You et al. 2025, arXiv 2506.06644, eq. 4). Sums are fp32 or wider."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True))
+    quantile = mean + deviation * NormalDist().inv_cdf(share)
+    return jax.nn.relu(wide - quantile).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -196,7 +213,8 @@ class Mlp(nnx.Module):
         """Makes the hidden layer [..., F] of up and maybe gate [..., F]."""
         unit = self.config.activation
         if not isinstance(unit, Xielu):
-            return save_inputs_only(HiddenActivation(unit))(up, gate)
+            activate = partial(apply_activation, unit, self.config.sparsity)
+            return save_inputs_only(activate)(up, gate)
         assert self.positive_slope is not None
         assert self.negative_slope is not None
         wide = accumulation_dtype(self.dtype)
@@ -205,6 +223,19 @@ class Mlp(nnx.Module):
         if gate is None:
             return save_inputs_only(unit)(up, positive_slope, negative_slope)
         return save_inputs_only(unit)(gate, positive_slope, negative_slope) * up
+
+
+def apply_activation(
+    unit: Activation, sparsity: float, up: jax.Array, gate: jax.Array | None
+) -> jax.Array:
+    """Makes the hidden layer [..., F] of up and maybe gate [..., F], of which the
+    activated one is cut below its quantile ``sparsity`` first; 0: it is not."""
+    if sparsity > 0 and gate is None:
+        up = cut_below_quantile(up, sparsity)
+    elif sparsity > 0:
+        assert gate is not None
+        gate = cut_below_quantile(gate, sparsity)
+    return HiddenActivation(unit)(up, gate)
 
 
 def _declare_slope(value: float) -> nnx.Param:

@@ -31,7 +31,9 @@ from maxlm.models.layers.mlp import (
     MlpConfig,
     check_gated,
 )
+from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import declare, materialize, read_weight, truncated_normal
+from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.dispatch import compute_expert_capacity
 from maxlm.parallel.experts import apply_experts
 from maxlm.parallel.local import get_layout, make_spec
@@ -81,6 +83,16 @@ class MoeConfig(Config):
     """Term added to that sum (LFM2's is 1e-6)."""
     scale: float = Field(default=1.0, gt=0)
     """Factor on the weights after that; DeepSeek-V3 has 2.5."""
+    expert_scales: bool = False
+    """Multiply the weight of each routed expert by a learnt number of its own (Gemma
+    4)."""
+    router_norm_eps: float | None = Field(default=None, gt=0)
+    """Route by x / √(mean(x²) + eps) times D learnt numbers over √D (Gemma 4); null: by
+    x itself."""
+    branch_norms: NormConfig | None = None
+    """Norms of the routed experts' input and of their output, and the same of the
+    shared experts': the layer then reads the residual stream without a norm before it,
+    and so does the router (Gemma 4); null: there are none."""
     weigh_inputs: bool = False
     """Multiply an expert's input by its weight, in place of its output (Llama 4)."""
     selection_bias: bool = False
@@ -150,7 +162,16 @@ class MoeConfig(Config):
                 "shared_gate or shared_d_ff without shared experts",
                 fix="set shared_experts to 1, or leave them out",
             )
+        if self.branch_norms is not None and self.latent_dim is not None:
+            raise MaxlmError(
+                "branch_norms with latent_dim", fix="leave one of them out"
+            )
         return self
+
+    @property
+    def normalizes_itself(self) -> bool:
+        """Whether a layer has no norm before the feed-forward."""
+        return self.branch_norms is not None
 
     def limit_experts(self, max_experts: int) -> Self:
         """Returns the config with at most so many experts (4 or more), of which a token
@@ -193,7 +214,8 @@ class Moe(nnx.Module):
     Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, C, F], ``down`` [E, F, C],
     ``shared`` (an :class:`Mlp`), and ``selection_bias`` [E]; where the config asks for
     them ``router_bias`` [E], ``gate_bias`` and ``up_bias`` [E, F], ``down_bias`` [E,
-    C], ``shared_gate`` [D, 1], and the maps ``latent_down`` and ``latent_up`` between D
+    C], ``shared_gate`` [D, 1], ``router_scale`` [D], ``expert_scales`` [E], norms
+    (``input_norm``, ``output_norm``, ``shared_norm``, ``shared_output_norm``), and the maps ``latent_down`` and ``latent_up`` between D
     and C.
 
     ``selection_bias`` learns by a rule: its gradient is load − mean load, whatever the
@@ -276,7 +298,23 @@ class Moe(nnx.Module):
             if config.selection_bias
             else None
         )
-        self.shared = self._build_shared(context) if config.shared_experts > 0 else None
+        ones = jax.nn.initializers.ones
+        self.router_scale = (
+            declare((d_model,), (None,), ones, "vector")
+            if config.router_norm_eps is not None
+            else None
+        )
+        self.expert_scales = (
+            declare((num_experts,), (None,), ones, "vector")
+            if config.expert_scales
+            else None
+        )
+        self.input_norm = self._build_norm(context)
+        self.output_norm = self._build_norm(context)
+        has_shared = config.shared_experts > 0
+        self.shared = self._build_shared(context) if has_shared else None
+        self.shared_norm = self._build_norm(context) if has_shared else None
+        self.shared_output_norm = self._build_norm(context) if has_shared else None
         # Like the router it classifies tokens.
         self.shared_gate = (
             declare(
@@ -285,6 +323,10 @@ class Moe(nnx.Module):
             if config.shared_gate
             else None
         )
+
+    def _build_norm(self, context: BuildContext) -> Norm | None:
+        norm = self.config.branch_norms
+        return None if norm is None else Norm(norm, context.d_model, context)
 
     def _declare_vector(
         self,
@@ -390,17 +432,40 @@ class Moe(nnx.Module):
             excess_load = lax.stop_gradient(load - load.mean())
             loss += jnp.sum(excess_load * (bias - lax.stop_gradient(bias)))
 
-        y = self._apply_latent_experts(x, routing.weights, expert_ids, capacity)
+        weights = routing.weights
+        if self.expert_scales is not None:
+            scales = materialize(self.expert_scales, self.rules, weights.dtype)
+            weights = weights * pick_by_number(scales, routing.expert_ids)
+        inputs = _normalise(self.input_norm, x)
+        y = self._apply_latent_experts(inputs, weights, expert_ids, capacity)
+        y = _normalise(self.output_norm, y)
         if self.shared is not None:
-            y = y + self._gate_shared(x, self.shared(x))
+            shared = self.shared(_normalise(self.shared_norm, x))
+            shared = self._gate_shared(x, shared)
+            y = y + _normalise(self.shared_output_norm, shared)
         return y, MoeAux(loss, load, dropped)
 
     def _compute_logits(self, x: jax.Array) -> jax.Array:
         """Returns the router's logits [B, S, E] in fp32 or wider."""
-        logits = self._classify(x, self.router)
+        logits = self._classify(self._scale_router_input(x), self.router)
         if self.router_bias is not None:
             logits += materialize(self.router_bias, self.rules, logits.dtype)
         return logits
+
+    def _scale_router_input(self, x: jax.Array) -> jax.Array:
+        """Normalises what the router reads, if the config says so, in fp32 or wider."""
+        eps = self.config.router_norm_eps
+        if self.router_scale is None or eps is None:
+            return x
+        wide = accumulation_dtype(self.dtype)
+        scale = materialize(self.router_scale, self.rules, wide)
+
+        def normalise(x: jax.Array, scale: jax.Array) -> jax.Array:
+            x = x.astype(wide)
+            mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+            return x * lax.rsqrt(mean_square + eps) * (scale * x.shape[-1] ** -0.5)
+
+        return save_inputs_only(normalise)(x, scale)
 
     def _gate_shared(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Multiplies the shared experts' output y [B, S, D] by their gate, if there is
@@ -479,6 +544,17 @@ class Moe(nnx.Module):
             "down_bias": self.down_bias,
         }
         return {name: param for name, param in params.items() if param is not None}
+
+
+def _normalise(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
+
+def pick_by_number(values: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Returns the values [E] at numbers int [B, S, k], as [B, S, k]; not by a gather,
+    whose gradient would be a scatter."""
+    one_hot = numbers[..., None] == jnp.arange(values.shape[0])
+    return jnp.where(one_hot, values, 0).sum(-1)
 
 
 class Routing(NamedTuple):

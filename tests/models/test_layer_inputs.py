@@ -1,0 +1,257 @@
+"""What layers read beside the residual stream: keys of earlier layers, inputs of their
+own; and several streams. In a scan they equal the layers one by one, on any mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.models.architectures.transformer import Decoder, DecoderConfig
+from maxlm.models.params import Params, bind, flatten_names, get_values
+from maxlm.parallel.config import ParallelConfig
+from maxlm.run.model_placement import describe_pipeline_obstacle
+from maxlm.sharding import ShardingConfig
+from tests.models.building import QUICK, placed_params, rows
+
+SIZES = {"vocab_size": 32, "d_model": 14, "max_seq_len": 64, "num_layers": 8}
+ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "value_norm": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "near": {"window": 4},
+    "far": {"positions": {"kind": "rope", "theta": 500.0}},
+    "near_shared": {"window": 4, "keys_of": "near", "mlp": {"d_ff": 10}},
+    "far_shared": {
+        "positions": {"kind": "rope", "theta": 500.0},
+        "keys_of": "far",
+    },
+}
+ALTUP = {"kind": "altup", "num_streams": 3, "active": 1, "laurel_rank": 5}
+INPUTS = {"width": 6, "vocab_size": 24}
+LENGTH = 12
+
+
+def make_config(pattern, **changes: Any) -> DecoderConfig:
+    kinds = {name: KINDS[name] for name in dict.fromkeys(pattern)}
+    settings = {
+        **SIZES,
+        "attention": ATTENTION,
+        "mlp": {"d_ff": 18, "sparsity": 0.3},
+        "kinds": kinds,
+        "pattern": pattern,
+    }
+    return DecoderConfig.model_validate(settings | changes)
+
+
+PERIODS = make_config(["near", "far", "near_shared", "far_shared"])
+GEMMA = make_config(
+    ["near", "far", "near", "far", "near_shared", "far_shared"],
+    num_layers=6,
+    block=ALTUP,
+    layer_inputs=INPUTS,
+    layer_scale=True,
+    placement="sandwich",
+)
+# The first reader of keys takes those of another scan, the others those of their own.
+DENSE_FIRST = make_config(
+    ["near", "near_shared"],
+    num_layers=5,
+    dense_layers=1,
+    kinds={"near": KINDS["near"], "near_shared": {"window": 4, "keys_of": "near"}},
+    moe={"num_experts": 4, "experts_per_token": 2, "d_ff": 10},
+    layer_inputs=INPUTS,
+)
+
+
+def make_model(config, mesh) -> Decoder:
+    rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
+    parallel = ParallelConfig(balance_sequence=False)
+    return Decoder(config, rules=rules, dtype=jnp.float32, parallel=parallel)
+
+
+def make_rows(mesh) -> list[jax.Array]:
+    """Tokens, positions and segment ids; the second row has two documents."""
+    tokens = np.random.default_rng(1).integers(0, 32, (2, LENGTH), dtype=np.int32)
+    positions = np.array([[*range(12)], [*range(5), *range(7)]], np.int32)
+    segments = np.array([[1] * 12, [1] * 5 + [2] * 7], np.int32)
+    return rows(mesh, tokens, positions, segments)
+
+
+def run_one_by_one(model: Decoder, tokens, positions, segments) -> jax.Array:
+    """Applies layers in a plain loop, each with keys handed to it."""
+    x = model.embed(tokens, positions)
+    layer_inputs = None
+    if model.layer_inputs is not None:
+        layer_inputs = model.layer_inputs(tokens, x)
+    x = model.expand_streams(x)
+    last_keys = {}
+    number = 0
+    for run in model.config.layer_runs:
+        contexts = model._list_contexts(run, (positions, segments))
+        for place in run.iterate_places():
+            stack = model.stacks[place.stack.name]
+            params = jax.tree.map(lambda a, i=place.index: a[i], get_values(stack))
+            kind = run.kinds[place.kind_index]
+            inputs = model._make_attention_inputs(
+                kind, contexts[place.kind_index], None
+            )
+            if kind.keys_of is not None:
+                inputs = inputs._replace(shared=last_keys[kind.keys_of])
+            layer_input = None if layer_inputs is None else layer_inputs[number]
+            output = bind(stack, params)(x, inputs, layer_input=layer_input)
+            if kind.keys_of is None:
+                last_keys[run.kind_names[place.kind_index]] = output.keys_values
+            x = output.x
+            number += 1
+    return model.apply_final_norm(x)
+
+
+def differentiate(model: Decoder, params: Params, arrays, *, one_by_one: bool = False):
+    """Returns a loss of the hidden states, and its gradients by name."""
+    weights = np.random.default_rng(2).normal(size=(2, LENGTH, 14)).astype(np.float32)
+
+    def compute_loss(params, tokens, positions, segments):
+        bound = bind(model, params)
+        if one_by_one:
+            hidden = run_one_by_one(bound, tokens, positions, segments)
+        else:
+            hidden, _ = bound(tokens, positions, segments)
+        return jnp.sum(hidden * weights)
+
+    step = jax.jit(jax.value_and_grad(compute_loss), compiler_options=QUICK)
+    loss, gradients = step(params, *arrays)
+    gradients = {
+        name: np.asarray(value) for name, value in flatten_names(gradients).items()
+    }
+    return float(loss), gradients
+
+
+def assert_same(left, right) -> None:
+    loss, gradients = left
+    expected_loss, expected = right
+    assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-4)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(
+            gradients[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-6, err_msg=name
+        )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(GEMMA, id="gemma"),
+        pytest.param(PERIODS, id="periods", marks=pytest.mark.more),
+        pytest.param(DENSE_FIRST, id="dense_first", marks=pytest.mark.more),
+    ],
+)
+def test_a_scan_equals_the_layers_one_by_one(one_device_mesh, config):
+    mesh = one_device_mesh
+    with jax.set_mesh(mesh):
+        model = make_model(config, mesh)
+        params = placed_params(config, mesh)
+        arrays = make_rows(mesh)
+        result = differentiate(model, params, arrays)
+        assert_same(result, differentiate(model, params, arrays, one_by_one=True))
+    _, gradients = result
+    for name, gradient in gradients.items():
+        assert np.abs(gradient).max() > 0, name
+    if config.layer_inputs is not None:
+        # Tokens beyond the table read its row 0; what no token names has no gradient.
+        table = gradients["layer_inputs.embedding.table"]
+        tokens = np.asarray(arrays[0])
+        is_read = {*np.where(tokens < 24, tokens, 0).ravel().tolist()}
+        assert {*np.flatnonzero(np.abs(table).max(1)).tolist()} == is_read
+
+
+@pytest.mark.more
+@pytest.mark.heavy
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"context": 2}])
+def test_a_mesh_changes_nothing(mesh, axes):
+    results = []
+    for devices in (mesh(), mesh(**axes)):
+        with jax.set_mesh(devices):
+            model = make_model(GEMMA, devices)
+            params = placed_params(GEMMA, devices)
+            results.append(differentiate(model, params, make_rows(devices)))
+    assert_same(*results)
+
+
+def test_only_layers_that_read_keys_keep_them(one_device_mesh):
+    """Of arrays with an axis of two periods, a scan for the backward pass stacks keys
+    and values of the two readers of a period; of those that make them, none."""
+    mesh = one_device_mesh
+    with jax.set_mesh(mesh):
+        model = make_model(PERIODS, mesh)
+        params = placed_params(PERIODS, mesh)
+
+        def compute_loss(params, *arrays):
+            hidden, _ = bind(model, params)(*arrays)
+            return jnp.sum(hidden)
+
+        jaxpr = jax.make_jaxpr(jax.grad(compute_loss))(params, *make_rows(mesh))
+    keys_shape = (2, 2, LENGTH, 2, 6)
+    scans = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+    counts = [
+        sum(variable.aval.shape == keys_shape for variable in scan.outvars)
+        for scan in scans
+    ]
+    assert max(counts) == 4
+
+
+CANNOT_BE = {
+    "window": (
+        {"near_shared": {"window": 5, "keys_of": "near"}},
+        "keys_of=near with another window; give it those of near",
+    ),
+    "heads": (
+        {
+            "near_shared": {
+                "window": 4,
+                "keys_of": "near",
+                "attention": ATTENTION | {"num_kv_heads": 1},
+            }
+        },
+        "keys_of=near with other kv heads than it reads; give it those of near",
+    ),
+    "positions": (
+        {"near_shared": KINDS["far_shared"] | {"keys_of": "near", "window": 4}},
+        "keys_of=near with other positions; give it those of near",
+    ),
+    "order": (
+        {"near_shared": KINDS["near_shared"] | {"keys_of": "later"}},
+        "keys_of=later, of which no layer stands before; name a kind of layers that "
+        "stand before it and make keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_BE)
+def test_keys_that_cannot_be_read_are_one_line(name):
+    kinds, expected = CANNOT_BE[name]
+    with pytest.raises(Exception) as caught:
+        make_config(["near", "near_shared"], kinds={"near": KINDS["near"]} | kinds)
+    message = str(caught.value)
+    assert expected in message
+
+
+def test_streams_that_cannot_be_are_one_line():
+    with pytest.raises(Exception, match="active=3 of num_streams=3, counted from 0; "):
+        make_config(["near"], block=ALTUP | {"active": 3})
+    config = make_config(["near"], block=ALTUP, placement="post")
+    with pytest.raises(MaxlmError, match="block.kind=altup in layers without "):
+        config.build(rules=ShardingConfig().compute, dtype=jnp.float32)
+
+
+def test_pipelines_refuse_what_layers_read_beside_the_stream():
+    with_inputs = make_config(["near"], layer_inputs=INPUTS)
+    assert describe_pipeline_obstacle(with_inputs) == (
+        "each reads its part of model.layer_inputs"
+    )
+    assert describe_pipeline_obstacle(PERIODS) == (
+        "some read keys of others (model.kinds.*.keys_of)"
+    )
+    assert describe_pipeline_obstacle(make_config(["near"])) is None
