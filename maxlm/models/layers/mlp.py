@@ -140,6 +140,12 @@ class MlpConfig(Config):
     @model_validator(mode="after")
     def _gated_unit_has_a_gate(self):
         check_gated(self.activation, self.gated)
+        if self.sparsity > 0 and isinstance(self.activation, Xielu):
+            raise MaxlmError(
+                f"sparsity={self.sparsity} of xielu, which shuts nothing off",
+                where="sparsity",
+                fix="set it to 0, or use another activation",
+            )
         return self
 
 
@@ -226,7 +232,10 @@ class Mlp(nnx.Module):
 
 
 def apply_activation(
-    unit: Activation, sparsity: float, up: jax.Array, gate: jax.Array | None
+    unit: Activation | ClampedSwiglu,
+    sparsity: float,
+    up: jax.Array,
+    gate: jax.Array | None,
 ) -> jax.Array:
     """Makes the hidden layer [..., F] of up and maybe gate [..., F], of which the
     activated one is cut below its quantile ``sparsity`` first; 0: it is not."""
