@@ -27,6 +27,8 @@ class AttentionCache:
     how one shard stores them and attends to them."""
 
     key: jax.Array
+    value: jax.Array | None
+    """None: all query heads share one head of keys, of which values are a part."""
     copies_heads: ClassVar[bool] = False
     """Whether the cache may be split over the devices of the query heads where kv heads
     are too few for them: it then stores a copy of a kv head on each device whose
