@@ -486,8 +486,9 @@ class Block(nnx.Module):
 
     def _norm_before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         """Returns a branch's input."""
-        is_input = norm is None or self.placement in ("post", "normed")
-        return x if is_input else norm(x)
+        if norm is None or self.placement in ("post", "normed"):
+            return x
+        return norm(x)
 
     def _finish_branch(
         self, y: jax.Array, post_norm: Norm | None, scales: BranchScales

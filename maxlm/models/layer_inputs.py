@@ -16,7 +16,7 @@ from maxlm.config import Config
 from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import Embedding, Linear
-from maxlm.models.layers.mlp import ACTIVATIONS
+from maxlm.models.layers.mlp import ACTIVATIONS, Activation
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.remat import save_inputs_only
 
@@ -82,7 +82,7 @@ class LayerInputBranch(nnx.Module):
     def __init__(
         self, config: LayerInputsConfig, norm: NormConfig, context: BuildContext
     ):
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         residual = {"embed": context.d_model}
         # Split like an MLP's hidden layer.
         hidden = {"mlp": config.width}

@@ -357,8 +357,8 @@ def _count_layer_input_bytes(shape: StepShape) -> Number:
     elements = model.num_layers * model.layer_inputs.width
     # Layers read a part of each, split like an MLP's hidden layer; they are made whole.
     read = 2 * elements / split.num_shards(split.compute, ("mlp",))
-    made = 2 * elements
-    return shape.micro_batch_tokens * (read + made) * shape.work.dtype_bytes
+    whole = 2 * elements
+    return shape.micro_batch_tokens * (read + whole) * shape.work.dtype_bytes
 
 
 def _count_shared_keys_bytes(shape: StepShape) -> Number:

@@ -37,8 +37,11 @@ drawn = pytest.mark.parametrize("name", NAMES)
 def is_loose(name: str) -> bool:
     """Whether fp32's rounding is magnified: by norms of what a state gives (delta
     rules, MiniMax, Mamba-2), of what its writes are made of (Jamba), or of streams a few
-    numbers wide (Gemma 3n)."""
-    magnified = ("minimax", "jamba", "bamba", "granitemoehybrid_dense", "gemma3n")
+    numbers wide and of what gates let through (Gemma 3n, Gemma 4)."""
+    magnified = (
+        *("minimax", "jamba", "bamba", "granitemoehybrid_dense"),
+        *("gemma3n", "gemma3n_own_keys", "gemma4"),
+    )
     return name.partition("@")[0] in (*measure.DELTA_RULES, *magnified)
 
 

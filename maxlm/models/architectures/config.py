@@ -301,15 +301,15 @@ class TransformerConfig(Config):
     def _check_shared_keys(self, kind: LayerKind, source: LayerKind) -> None:
         """Raises MaxlmError: a kind reads keys that are not made as its own would
         be."""
-        own = self.get_attention(kind)
-        made = self.get_attention(source)
+        reader = self.get_attention(kind)
+        maker = self.get_attention(source)
         fix = f"give it those of {kind.keys_of}"
         where = "kinds"
-        if own is None or made is None or made.latent is not None:
+        if reader is None or maker is None or maker.latent is not None:
             message = f"keys_of={kind.keys_of}, which makes no keys of heads"
             raise MaxlmError(message, where=where, fix="name a kind with attention")
-        sizes = (own.num_kv_heads, own.head_dim, own.chunk)
-        if sizes != (made.num_kv_heads, made.head_dim, made.chunk):
+        sizes = (reader.num_kv_heads, reader.head_dim, reader.chunk)
+        if sizes != (maker.num_kv_heads, maker.head_dim, maker.chunk):
             message = f"keys_of={kind.keys_of} with other kv heads than it reads"
             raise MaxlmError(message, where=where, fix=fix)
         if kind.window != source.window:
