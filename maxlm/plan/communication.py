@@ -726,7 +726,7 @@ def _list_lookup_collectives(
     summed_axes = _without(vocab_axes, sequence_axes)
 
     tokens = shape.embedding_loss_tokens * rate
-    rows_bytes = tokens * work.config.model.d_model * work.dtype_bytes
+    rows_bytes = tokens * table.shape[-1] * work.dtype_bytes
     rows_share_bytes = rows_bytes / split.num_devices(sequence_axes)
     content = f"{table.name}: rows"
     yield PlannedCollective(

@@ -16,7 +16,13 @@ from maxlm.run.model_placement import describe_pipeline_obstacle
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK, placed_params, rows
 
-SIZES = {"vocab_size": 32, "d_model": 14, "max_seq_len": 64, "num_layers": 8}
+SIZES = {
+    "vocab_size": 32,
+    "d_model": 14,
+    "max_seq_len": 64,
+    "num_layers": 8,
+    "tie_embeddings": True,
+}
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "value_norm": True}
 KINDS: dict[str, dict[str, Any]] = {
     "near": {"window": 4},
@@ -132,10 +138,12 @@ def assert_same(left, right) -> None:
     expected_loss, expected = right
     assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-4)
     assert gradients.keys() == expected.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
     for name, gradient in expected.items():
-        scale = np.abs(gradient).max()
+        # Of a scalar the gradient is a sum whose terms nearly cancel.
+        atol = 1e-4 * np.abs(gradient).max() + 1e-6 * largest
         np.testing.assert_allclose(
-            gradients[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-6, err_msg=name
+            gradients[name], gradient, rtol=1e-3, atol=atol, err_msg=name
         )
 
 
@@ -232,17 +240,17 @@ CANNOT_BE = {
 @pytest.mark.parametrize("name", CANNOT_BE)
 def test_keys_that_cannot_be_read_are_one_line(name):
     kinds, expected = CANNOT_BE[name]
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(MaxlmError) as caught:
         make_config(["near", "near_shared"], kinds={"near": KINDS["near"]} | kinds)
     message = str(caught.value)
     assert expected in message
 
 
 def test_streams_that_cannot_be_are_one_line():
-    with pytest.raises(Exception, match="active=3 of num_streams=3, counted from 0; "):
+    with pytest.raises(MaxlmError, match="active=3 of num_streams=3, counted from 0; "):
         make_config(["near"], block=ALTUP | {"active": 3})
     config = make_config(["near"], block=ALTUP, placement="post")
-    with pytest.raises(MaxlmError, match="block.kind=altup in layers without "):
+    with pytest.raises(MaxlmError, match=r"block\.kind=altup in layers without "):
         config.build(rules=ShardingConfig().compute, dtype=jnp.float32)
 
 

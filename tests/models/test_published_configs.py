@@ -395,7 +395,9 @@ def test_a_part_that_a_model_lacks_is_named():
 
 def always_turns_all_dimensions(name: str) -> bool:
     """Whether the published code turns whole heads, whatever a config.json says."""
-    if name.startswith(("gemma3", "olmo3")):  # which read positions by kind of layer
+    if name.startswith(
+        ("gemma3", "gemma4", "olmo3")
+    ):  # which read positions by kind of layer
         return True
     rope_kwargs = find_family(PUBLISHED[name], "config.json").rope_kwargs
     return rope_kwargs is not None and "partial" not in rope_kwargs
@@ -414,7 +416,7 @@ def test_partial_rotation_that_the_published_code_ignores(name):
     want = f"partial_rotary_factor=0.5 {ONLY.format('1.0 or None')}"
     assert refusal(change(name, partial_rotary_factor=0.5)) == f"config.json: {want}"
     inside: dict[str, Any] = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    if name.startswith(("gemma3", "olmo3")):
+    if name.startswith(("gemma3", "gemma4", "olmo3")):
         inside = {"sliding_attention": inside}
     plain_rope = {
         key: value for key, value in change(name).items() if key != "rope_scaling"

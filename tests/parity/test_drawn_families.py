@@ -38,10 +38,12 @@ drawn = pytest.mark.parametrize("name", NAMES)
 
 def is_loose(name: str) -> bool:
     """Whether fp32's rounding is magnified: by norms of what a state gives (delta
-    rules, MiniMax, Mamba-2), of what its writes are made of (Jamba), or of vectors of
-    as few as two numbers (GLM's queries)."""
+    rules, MiniMax, Mamba-2), of what its writes are made of (Jamba), of vectors of as
+    few as two numbers (GLM's queries, Gemma 3n's streams), or of what gates let through
+    (Gemma 4)."""
     magnified = ("minimax", "jamba", "bamba", "granitemoehybrid_dense")
     magnified += ("glm4_moe_lite", "glm_moe_dsa", "deepseek_v32")
+    magnified += ("gemma3n", "gemma3n_own_keys", "gemma4")
     return name.partition("@")[0] in (*measure.DELTA_RULES, *magnified)
 
 
