@@ -49,7 +49,7 @@ from maxlm.inference.speculation import (
     check_speculation,
     look_up_prompt,
 )
-from maxlm.inference.step import (
+from maxlm.inference.step_arrays import (
     EngineSpec,
     StepInputs,
     StepOutputs,

@@ -15,7 +15,7 @@ from maxlm.inference.prompt_vectors import ChunkVectors
 from maxlm.inference.requests import TokenLogprob
 from maxlm.inference.sampling import RowSettings, stack_settings
 from maxlm.inference.sequences import PrefillChunk, RunningSequence, ScheduledStep
-from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
+from maxlm.inference.step_arrays import StepInputs, StepOutputs, StepSizes
 
 
 class _PlacedChunk(NamedTuple):

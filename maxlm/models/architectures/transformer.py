@@ -239,7 +239,12 @@ class Transformer(Trunk):
         """Returns each layer's ``Mixer.cache_spec``."""
         specs: Caches = {}
         stacks = self.stacks
-        for stack in self.config.layer_stacks:
+        layer_stacks = list(self.config.layer_stacks)
+        if layout.has_mtp_caches:
+            layer_stacks += [
+                stack for run in self.config.mtp_runs for stack in run.stacks
+            ]
+        for stack in layer_stacks:
             mixer = stacks[stack.name].mixer
             if mixer is None:
                 specs[stack.name] = (None,) * stack.num_layers
@@ -290,8 +295,40 @@ class Transformer(Trunk):
                     encoded,
                 )
                 new_caches.setdefault(name, []).append(cache)
-        caches = {name: tuple(layers) for name, layers in new_caches.items()}
+        # Those of mtp's modules stay: predict_ahead_with_cache advances them.
+        caches = caches | {name: tuple(layers) for name, layers in new_caches.items()}
         return self.apply_final_norm(x), caches
+
+    def predict_ahead_with_cache(
+        self,
+        module: int,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        batch: RaggedBatch,
+        caches: Caches,
+    ) -> tuple[jax.Array, Caches]:
+        """Runs one of the modules of ``mtp``, for inference.
+
+        Args:
+            module: its number, from 0.
+            hidden: [D, S, D], behind the final norm or the module before.
+            tokens: int [D, S]: the tokens ``module`` + 1 places ahead.
+            batch: of the tokens that ``hidden`` is of.
+            caches: of a layout with ``has_mtp_caches``.
+
+        Returns:
+            Hidden states [D, S, D] for the model's head, which tell the tokens one
+            place further ahead; and the caches with these tokens in the module's.
+        """
+        assert self.mtp is not None
+        (run,) = self.config.mtp_runs
+        (inputs,) = self.attention_inputs_by_kind(run, batch)
+        embedded = self.embed(tokens, batch.positions)
+        block = bind(self.mtp, take_stacked_layer(get_values(self.mtp), module))
+        x = block.join_inputs(hidden, embedded)
+        layers = list(caches[MTP])
+        x, layers[module], _ = block(x, inputs, layers[module])
+        return block.output_norm(x), caches | {MTP: tuple(layers)}
 
     def predict_ahead(
         self,
