@@ -77,9 +77,7 @@ def guess_ahead(
         The caches with the modules' advanced, and int32 [D, n, drafts]: the guesses
         behind the token drawn last for each row and chunk.
     """
-    assert model.config.mtp is not None
-    num_modules = model.config.mtp.num_modules
-    num_sequences = sizes.num_rows + sizes.num_chunks
+    num_modules = spec.layout.num_mtp_modules
     ends = _find_ends(model, sizes, inputs, drawn_tokens)
     by_row = model.rules.spec("batch", None)
     rows = jnp.broadcast_to(
@@ -93,7 +91,7 @@ def guess_ahead(
 
     # The token drawn, then the guesses.
     candidates = [ends.next_tokens]
-    last_states = jnp.zeros((), hidden.dtype)
+    last_states = hidden
     for module in range(num_modules):
         tokens = _list_tokens_ahead(
             model, sizes, module, inputs, ends, drawn_tokens, candidates
@@ -101,22 +99,14 @@ def guess_ahead(
         hidden, caches = model.predict_ahead_with_cache(
             module, hidden, tokens, batch, caches
         )
-        if len(candidates) <= spec.num_mtp_drafts:
-            last_states = jnp.take_along_axis(hidden, ends.places[..., None], axis=1)
-            logits = model.logits(last_states)
-            candidates.append(sample(logits, rows, lengths))
-            lengths += 1
+        last_states = jnp.take_along_axis(hidden, ends.places[..., None], axis=1)
+        candidates.append(sample(model.logits(last_states), rows, lengths))
+        lengths += 1
 
-    # The last position that a sequence may have.
-    limit = inputs.page_tables[0].shape[-1] * spec.layout.page_size
-    num_further = 0
-    while len(candidates) <= spec.num_mtp_drafts:
-        num_further += 1
-        positions = jnp.where(
-            ends.positions < 0,
-            -1,
-            jnp.minimum(ends.positions + num_further, limit - 1),
-        )
+    for num_further in range(1, 1 + spec.num_mtp_drafts - num_modules):
+        # Past the last page there is none to guess for.
+        positions = jnp.minimum(ends.positions + num_further, spec.max_length - 1)
+        positions = jnp.where(ends.positions < 0, -1, positions)
         tokens = candidates[-1]
         further_inputs, further_sizes = _place_single_tokens(
             sizes, inputs, tokens, positions
@@ -134,7 +124,6 @@ def guess_ahead(
         )
         candidates.append(sample(model.logits(last_states), rows, lengths))
         lengths += 1
-    assert candidates[-1].shape[1] == num_sequences
     return caches, jnp.stack(candidates[1:], axis=-1)
 
 

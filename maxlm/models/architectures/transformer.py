@@ -240,10 +240,10 @@ class Transformer(Trunk):
         specs: Caches = {}
         stacks = self.stacks
         layer_stacks = list(self.config.layer_stacks)
-        if layout.has_mtp_caches:
-            layer_stacks += [
-                stack for run in self.config.mtp_runs for stack in run.stacks
-            ]
+        if layout.num_mtp_modules:
+            (run,) = self.config.mtp_runs
+            (stack,) = run.stacks
+            layer_stacks.append(stack._replace(num_layers=layout.num_mtp_modules))
         for stack in layer_stacks:
             mixer = stacks[stack.name].mixer
             if mixer is None:
@@ -314,7 +314,7 @@ class Transformer(Trunk):
             hidden: [D, S, D], behind the final norm or the module before.
             tokens: int [D, S]: the tokens ``module`` + 1 places ahead.
             batch: of the tokens that ``hidden`` is of.
-            caches: of a layout with ``has_mtp_caches``.
+            caches: of a layout in which the module has one.
 
         Returns:
             Hidden states [D, S, D] for the model's head, which tell the tokens one
