@@ -57,7 +57,7 @@ def run(
     ]
     tokens: dict[tuple[str, int], list[int]] = {}
     for output in engine.run(requests):
-        key = (output.request_id, output.index)
+        key = (output.request_id, output.sequence_index)
         tokens.setdefault(key, []).extend(output.token_ids)
     return tokens
 
