@@ -1,13 +1,16 @@
-"""Shared by benchmarks with named cases: selecting cases, and running each in its own
-process."""
+"""Shared by benchmarks: selecting named cases, running each in its own process, and
+timing programs beside each other."""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import jax
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
@@ -47,3 +50,19 @@ def in_child(script: str, *arguments: str) -> Any:
             f"{arguments[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}"
         )
     return json.loads(done.stdout)
+
+
+def time_alternately(
+    programs: Sequence[Callable[[], Any]], rounds: int
+) -> list[list[float]]:
+    """Returns the seconds of each program in each round. Rounds run all programs one
+    after the other, as other work on the machine slows all alike; one round before
+    these, which compiles, is left out."""
+    seconds: list[list[float]] = [[] for _ in programs]
+    for number in range(rounds + 1):
+        for program, run_seconds in zip(programs, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            if number > 0:
+                run_seconds.append(time.perf_counter() - start)
+    return seconds

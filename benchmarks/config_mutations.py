@@ -44,7 +44,8 @@ from tests.parity.measure import SOURCE, Batch, all_double, relative, theirs
 Values = dict[str, Any]
 TOLERANCE = 1e-9
 CASES = str.split("""gpt2 llama llama3 llama_yarn mistral qwen2_window qwen3 qwen3_moe gemma gemma2
-    gemma3 falcon_40b phi phi3 bloom mpt mixtral dbrx deepseek_v2 bert t5 bart""")
+    gemma3 falcon_40b phi phi3 bloom mpt mixtral dbrx deepseek_v2 bert t5 bart
+    gpt_oss lfm2 mamba2 olmo2 smollm3""")
 # Fields of other models, old or new; each is added where a config does not have it.
 FOREIGN: Values = json.loads("""{"partial_rotary_factor": 0.6, "rope_theta": 500.0,
     "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rotary_pct": 0.25, "head_dim": 6,

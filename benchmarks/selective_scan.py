@@ -3,7 +3,9 @@
     python -m benchmarks.selective_scan [--tokens 4096] [--channels 768] [--rounds 3]
     python -m benchmarks.selective_scan --chip v5p --channels 5120
 
-Without ``--chip`` it prints medians in ms, and temporary memory, of a forward pass and
+Without ``--chip`` it prints the largest errors beside one loop over all tokens in
+float64, of packed documents beside separate ones, and of tokens one by one beside
+chunks; then medians in ms, and temporary memory, of a forward pass and
 of one with gradients: of this package's scan, and of a loop over all tokens that JAX
 differentiates, which keeps the states of all tokens. With it, the final schedule's
 cycles of each kernel's call, and the compiler's own estimate of XLA's loops, every run
@@ -14,62 +16,158 @@ import argparse
 import os
 import re
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.selective_scan import selective_scan, selective_scan_step
+from benchmarks.cases import time_alternately
+from pallas_kernels.linear_recurrence import find_segment_starts
+from pallas_kernels.selective_scan import (
+    CHUNK_TOKENS,
+    selective_scan,
+    selective_scan_step,
+)
 
 NUM_STATES = 16
 Arrays = dict[str, Any]
 
 
-def scan_chunks(arrays: Arrays, backend: str | None = None) -> jax.Array:
+# T = 1, a chunk, a token beside it on both sides, and several chunks.
+LENGTHS = (1, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 300)
+ScanFn = Callable[[Arrays], jax.Array]
+
+
+def scan_chunks(
+    arrays: Arrays, starts: np.ndarray | None = None, backend: str | None = None
+) -> jax.Array:
     """Returns y of the package's scan."""
-    y, _ = selective_scan(**arrays, backend=backend)
+    y, _ = selective_scan(**arrays, starts=starts, backend=backend)
     return y
 
 
-def scan_tokens(arrays: Arrays) -> jax.Array:
+def scan_tokens(arrays: Arrays, starts: np.ndarray | None = None) -> jax.Array:
     """Returns y of one loop over all tokens."""
     A = arrays["A"]
     D = arrays["D"]
 
-    def advance(state: jax.Array, token: Arrays) -> tuple[jax.Array, jax.Array]:
+    def advance(
+        state: jax.Array, inputs: tuple[Arrays, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array]:
+        token, begins = inputs
+        if begins is not None:
+            state = jnp.where(begins[:, None, None], 0, state)
         y, state = selective_scan_step(state, **token, A=A, D=D)
         return state, y
 
     by_token = {name: arrays[name].swapaxes(0, 1) for name in ("x", "dt", "B", "C")}
+    starts_by_token = None if starts is None else jnp.asarray(starts).swapaxes(0, 1)
     num_rows = len(arrays["x"])
-    _, y = lax.scan(advance, jnp.zeros((num_rows, *A.shape)), by_token)
+    zeros = jnp.zeros((num_rows, *A.shape), A.dtype)
+    _, y = lax.scan(advance, zeros, (by_token, starts_by_token))
     return y.swapaxes(0, 1)
 
 
-def differentiate(
-    scan: Callable[[Arrays], jax.Array], arrays: Arrays
-) -> tuple[jax.Array, Arrays]:
+def list_errors() -> Iterator[tuple[str, float]]:
+    """Yields what is compared, and its largest error over ``LENGTHS``, relative to the
+    largest value where that is above 1."""
+    comparisons: dict[str, Callable[[int], float]] = {
+        "outputs, float64's sequential scan": compare_outputs,
+        "gradients, float64's sequential scan": compare_gradients,
+        "packed documents, separate ones": compare_packed,
+        "token by token, chunks": compare_steps,
+    }
+    for name, compare in comparisons.items():
+        yield name, max(compare(tokens) for tokens in LENGTHS)
+
+
+def get_error(result: Any, expected: Any) -> float:
+    """Returns the largest error of an array, relative where values are above 1."""
+    expected = np.asarray(expected, np.float64)
+    size = max(1.0, np.abs(expected).max())
+    return float(np.abs(np.asarray(result, np.float64) - expected).max() / size)
+
+
+def compare_outputs(tokens: int) -> float:
+    arrays, starts = draw_case(tokens)
+    y = jax.jit(scan_chunks)(arrays, starts)
+    with jax.enable_x64(True):
+        expected = jax.jit(scan_tokens)(widen(arrays), starts)
+    return get_error(y, expected)
+
+
+def compare_gradients(tokens: int) -> float:
+    arrays, starts = draw_case(tokens)
+
+    def run(scan: Callable[..., jax.Array], arrays: Arrays) -> Arrays:
+        compute = jax.jit(partial(differentiate, partial(scan, starts=starts)))
+        _, gradients = compute(arrays)
+        return gradients
+
+    gradients = run(scan_chunks, arrays)
+    with jax.enable_x64(True):
+        expected = run(scan_tokens, widen(arrays))
+    return max(get_error(gradients[name], expected[name]) for name in arrays)
+
+
+def compare_packed(tokens: int) -> float:
+    """Outputs of the second of two documents in a row, beside those of it alone."""
+    arrays, _ = draw_case(tokens)
+    split = tokens // 3
+    ids = np.broadcast_to(np.arange(tokens) >= split, arrays["x"].shape[:2])
+    starts = np.asarray(find_segment_starts(ids.astype(np.int32)))
+    packed = jax.jit(scan_chunks)(arrays, starts)
+    by_token = {name: arrays[name][:, split:] for name in ("x", "dt", "B", "C")}
+    separate = jax.jit(scan_chunks)(arrays | by_token)
+    return get_error(packed[:, split:], separate)
+
+
+def compare_steps(tokens: int) -> float:
+    arrays, starts = draw_case(tokens)
+    steps = jax.jit(scan_tokens)(arrays, starts)
+    return get_error(steps, jax.jit(scan_chunks)(arrays, starts))
+
+
+def draw_case(tokens: int) -> tuple[Arrays, np.ndarray]:
+    """Draws two rows of 11 channels, fp32, with decays from almost none to almost all of
+    a state, and starts of documents of about 20 tokens."""
+    rng = np.random.default_rng(0)
+    shapes = declare_arrays(tokens, 11, jnp.float32, num_rows=2)
+    arrays = {name: rng.standard_normal(shape.shape) for name, shape in shapes.items()}
+    arrays["dt"] = np.exp(rng.uniform(np.log(1e-3), np.log(2), arrays["dt"].shape))
+    arrays["A"] = -np.exp(rng.uniform(-2, 2.7, arrays["A"].shape))
+    narrow = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return narrow, rng.random((2, tokens)) < 0.05
+
+
+def widen(arrays: Arrays) -> Arrays:
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
+
+
+def differentiate(scan: ScanFn, arrays: Arrays) -> tuple[jax.Array, Arrays]:
     """Returns y and the gradients of half its sum of squares."""
     y, pullback = jax.vjp(scan, arrays)
     return y, pullback(y)[0]
 
 
-def declare_arrays(tokens: int, channels: int, dtype: Any) -> Arrays:
-    """Returns shapes of one row."""
+def declare_arrays(
+    tokens: int, channels: int, dtype: Any, num_rows: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arrays' shapes."""
 
     def declare(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     return {
-        "x": declare(1, tokens, channels),
-        "dt": declare(1, tokens, channels),
+        "x": declare(num_rows, tokens, channels),
+        "dt": declare(num_rows, tokens, channels),
         "A": declare(channels, NUM_STATES, dtype=jnp.float32),
-        "B": declare(1, tokens, NUM_STATES),
-        "C": declare(1, tokens, NUM_STATES),
+        "B": declare(num_rows, tokens, NUM_STATES),
+        "C": declare(num_rows, tokens, NUM_STATES),
         "D": declare(channels, dtype=jnp.float32),
     }
 
@@ -88,29 +186,47 @@ def make_program(
     return run, list(shapes.values())
 
 
+def print_errors() -> None:
+    for name, error in list_errors():
+        print(f"{name:40} {error:.1e}")
+
+
 def print_times(tokens: int, channels: int, rounds: int) -> None:
+    for with_gradients in (False, True):
+        programs = compile_scans(tokens, channels, with_gradients=with_gradients)
+        arrays = draw_timed_arrays(tokens, channels)
+        runs = [partial(program, arrays) for program in programs.values()]
+        seconds = time_alternately(runs, rounds)
+        content = "with gradients" if with_gradients else "forward"
+        for (name, program), times in zip(programs.items(), seconds, strict=True):
+            memory: Any = program.memory_analysis()
+            megabytes = memory.temp_size_in_bytes / 1e6
+            median = 1e3 * statistics.median(times)
+            print(f"{name:9} {content:15} {median:8.1f} ms {megabytes:8.1f} MB")
+
+
+def compile_scans(
+    tokens: int, channels: int, *, with_gradients: bool
+) -> dict[str, jax.stages.Compiled]:
+    """Compiles the package's scan and the loop over all tokens, of one row, fp32."""
+    shapes = declare_arrays(tokens, channels, jnp.float32)
+    scans: dict[str, ScanFn] = {"chunks": scan_chunks, "one loop": scan_tokens}
+    return {
+        name: jax.jit(partial(differentiate, scan) if with_gradients else scan)
+        .lower(shapes)
+        .compile()
+        for name, scan in scans.items()
+    }
+
+
+def draw_timed_arrays(tokens: int, channels: int) -> dict[str, jax.Array]:
     shapes = declare_arrays(tokens, channels, jnp.float32)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = {
         name: jax.random.uniform(key, shape.shape, shape.dtype, 0.01, 0.1)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    arrays["A"] = -100 * arrays["A"]
-    for name, scan in (("chunks", scan_chunks), ("one loop", scan_tokens)):
-        for content, function in (
-            ("forward", scan),
-            ("with gradients", partial(differentiate, scan)),
-        ):
-            compiled = jax.jit(function).lower(arrays).compile()
-            times = []
-            for _ in range(rounds + 1):
-                start = time.perf_counter()
-                jax.block_until_ready(compiled(arrays))
-                times.append(1e3 * (time.perf_counter() - start))
-            memory: Any = compiled.memory_analysis()
-            megabytes = memory.temp_size_in_bytes / 1e6
-            median = statistics.median(times[1:])
-            print(f"{name:9} {content:15} {median:8.1f} ms {megabytes:8.1f} MB")
+    return arrays | {"A": -100 * arrays["A"]}
 
 
 def print_cycles(chip: str, tokens: int, channels: int) -> None:
@@ -190,6 +306,7 @@ def main() -> None:
     parser.add_argument("--chip", help="a TPU, such as v5p")
     options = parser.parse_args()
     if options.chip is None:
+        print_errors()
         print_times(options.tokens, options.channels, options.rounds)
     else:
         # libtpu as a compiler alone, before it is loaded.

@@ -12,10 +12,11 @@ from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind, LayerStack
 from maxlm.models.blocks import find_attention, get_kind
 from maxlm.models.layers.attention_config import AttentionConfig
-from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig
+from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig, Xielu
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
+from maxlm.models.layers.sparse import SparseAttentionConfig
 
 ROOT = Path(__file__).parents[1]
 HEAD = (
@@ -58,9 +59,11 @@ def _list_layers(config: TransformerConfig) -> Iterator[LayerOfModel]:
 def _describe_norm(norm: NormConfig, placement: str) -> Iterator[str]:
     yield placement.replace("_", " ")
     name = "LayerNorm" if norm.kind == "layernorm" else "RMSNorm"
+    if norm.weightless:
+        name += " without weights"
     if norm.zero_centred:
         name += " × (1 + scale)"
-    if norm.kind == "layernorm" and not norm.bias:
+    if norm.kind == "layernorm" and not norm.bias and not norm.weightless:
         name += " without offsets"
     yield name
 
@@ -90,6 +93,7 @@ def _describe_attention(layer: LayerOfModel) -> Iterator[str]:
         "keys as values": attention.keys_as_values,
         "shared keys": attention.shares_keys,
         "chunks": attention.chunk is not None,
+        "value heads of another size": attention.value_head_dim is not None,
         "temperature": attention.temperature is not None,
         "output gate": attention.output_gate is not None,
         "clipping": attention.clip is not None,
@@ -139,10 +143,12 @@ def _describe_feed_forward(layer: LayerOfModel) -> Iterator[str]:
         yield "none"
 
 
-def _name_unit(activation: Activation | ClampedSwiglu, gated: bool) -> str:
+def _name_unit(activation: Activation | ClampedSwiglu | Xielu, gated: bool) -> str:
     """Names the hidden layer of a feed-forward."""
     if isinstance(activation, ClampedSwiglu):
         return "clamped SwiGLU"
+    if isinstance(activation, Xielu):
+        return "gated xIELU" if gated else "xIELU"
     name = activation.replace("relu2", "relu²").replace("_", " ")
     return _GATED.get(activation, f"gated {name}") if gated else name
 
@@ -162,7 +168,9 @@ def _describe_cache(layer: LayerOfModel) -> Iterator[str]:
         yield "latent vectors"
     elif attention is not None and not attention.shares_keys:
         yield "keys, values"
-    if mixer is not None and not isinstance(mixer, AttentionConfig):
+    if isinstance(mixer, SparseAttentionConfig):
+        yield "keys of the indexer"
+    elif mixer is not None and not isinstance(mixer, AttentionConfig):
         yield "states"
 
 

@@ -28,21 +28,41 @@ def command(
     adapter: Annotated[
         bool, Option("--adapter", help="Write a run's adapter, for PEFT.")
     ] = False,
+    merge: Annotated[
+        bool, Option("--merge", help="Write a run, a run's adapter merged into it.")
+    ] = False,
     base: Annotated[
         Path | None, Option(help="The model that a PEFT adapter is for.")
     ] = None,
 ) -> None:
     """Turn a Hugging Face checkpoint into a run, or a run into one that transformers
-    loads. A run's adapter is merged, or with --adapter written alone; PEFT's are read
-    beside their --base.
+    loads. A run's adapter is merged, or with --adapter written alone; with --merge the
+    merged model is a run too. PEFT's adapters are read beside their --base.
 
     Tensors are converted one at a time: the model need not fit in memory. To train an
     imported run further, use a new name and train.start_from=TARGET.
     """
     from maxlm.run.convert import convert
+    from maxlm.run.merge import write_merged_run
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")
+    if merge:
+        unused = {
+            "--family": family is not None,
+            "--dtype": dtype is not None,
+            "--shard-gb": shard_gb != 5.0,
+            "--adapter": adapter,
+            "--base": base is not None,
+        }
+        for option, is_given in unused.items():
+            if is_given:
+                message = f"{option} beside --merge, which writes a run"
+                raise MaxlmError(message, fix="leave one of them out")
+        with show_progress() as progress:
+            merged = write_merged_run(source, target, step=step, progress=progress)
+        print(f"{merged.folder}: a run, {merged.num_params:,} parameters")
+        return
     with show_progress() as progress:
         result = convert(
             source,

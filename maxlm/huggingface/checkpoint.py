@@ -226,6 +226,22 @@ class MergedCheckpointReader:
             yield read_merged
 
 
+def copy_param(
+    reader: RunCheckpointReader | MergedCheckpointReader,
+    writer: RunCheckpointWriter,
+    name: str,
+    num_lead_axes: int,
+    scratch_folder: Path,
+) -> None:
+    """Copies a parameter as fp32, a slice at ``num_lead_axes`` leading indices in memory
+    at a time."""
+    shape = reader.shapes[name]
+    writer.declare(name, shape, num_lead_axes)
+    with reader.open_slice_reader(name, num_lead_axes, scratch_folder) as read:
+        for index in np.ndindex(*shape[:num_lead_axes]):
+            writer.write(name, index, read(index).astype(np.float32))
+
+
 def _unpack(array: ZarrArray, num_lead_axes: int, file: IO[bytes]) -> None:
     """Decodes all of an array into a file, as a map of it has it."""
     # Writing to a map of a file for which the disk has no room would end the process.

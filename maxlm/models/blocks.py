@@ -1,20 +1,15 @@
-"""Joins layers into blocks, and blocks into a scanned stack.
+"""Joins a mixer and a feed-forward into a layer.
 
-Shapes: B batch, S sequence, D model, L layers.
+Shapes: B batch, S sequence, D model, N residual streams, P width of a layer's input.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.typing import DTypeLike
 from pydantic import Field
 
 from maxlm.config import Config
@@ -24,28 +19,21 @@ from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.caches.paged import CrossCache
 from maxlm.models.costs import BranchCosts, get_costs
-from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.layer_inputs import LayerInputBranch, LayerInputsConfig
 from maxlm.models.layers.attention import (
     Attention,
     AttentionConfig,
     AttentionInputs,
     EncoderOutput,
+    KeysValues,
 )
 from maxlm.models.layers.latent import LatentAttention
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import (
-    Params,
-    ParamSpec,
-    StoredParam,
-    bind,
-    is_leaf,
-    param_specs,
-)
-from maxlm.models.remat import RematPolicy, apply_remat
-from maxlm.parallel.layers import LayerTurn, PyTree, scan_layers
-from maxlm.parallel.local import LANES, axis_size, get_layout
+from maxlm.models.params import declare, materialize
+from maxlm.models.remat import save_inputs_only
 from maxlm.sharding.supported import ReshapingAxis
 
 Placement = Literal[
@@ -66,11 +54,8 @@ class Mixer(Protocol):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps [B, S, D] to the same; returns also the cache with these tokens in it.
-        Without a cache the second result is None, what other layers may read
-        (:class:`~maxlm.models.layers.attend.KeysValues`), or an :class:`Aux`: what the
-        layer adds to the loss and the log."""
+    ) -> MixerOutput:
+        """Maps x [B, S, D]."""
         ...
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
@@ -157,6 +142,56 @@ FEED_FORWARDS = Registry[RegisteredFeedForward]("ffn")
 FEED_FORWARDS.register("mlp", RegisteredFeedForward(MlpConfig, Mlp))
 FEED_FORWARDS.register("moe", RegisteredFeedForward(MoeConfig, Moe))
 
+
+class BlockKindConfig(Config):
+    """Settings of a kind of block: how branches join the residual stream. Each has a
+    ``kind`` of its own."""
+
+    num_streams: int = 1
+    """Residual streams [B, S, D] that layers hand on: with several, x is [B, S, N,
+    D]."""
+
+
+class Streams(Protocol):
+    """What stands before the first layer and behind the last one where a model has
+    several residual streams."""
+
+    def expand(self, x: jax.Array) -> jax.Array:
+        """Maps embeddings [B, S, D] → [B, S, N, D]."""
+        ...
+
+    def contract(self, x: jax.Array) -> jax.Array:
+        """Maps the last layer's output [B, S, N, D] → [B, S, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class RegisteredBlock:
+    """A kind of block beside :class:`Block`.
+
+    Args:
+        config: a :class:`BlockKindConfig` with a ``kind`` of its own, for
+            ``model.block``.
+        build: called with the kind's config, a layer's :class:`BlockConfig` and a
+            :class:`~maxlm.models.build_context.BuildContext`; returns a
+            :class:`Block`.
+        build_streams: called with the kind's config, the model's :class:`NormConfig`
+            and a ``BuildContext``; returns a module that is :class:`Streams`.
+    """
+
+    config: type[BlockKindConfig]
+    build: Callable[..., "Block"]
+    build_streams: Callable[..., Any]
+
+
+BLOCKS = Registry[RegisteredBlock](
+    "block",
+    {},
+)
+BlockKindChoice = Annotated[
+    BlockKindConfig, RegisteredConfig(BLOCKS, get_config=attrgetter("config"))
+]
+
 # Attention, MLPs and experts have settings of their own, and so no ``kind`` among these.
 MixerConfig = Annotated[
     Config, RegisteredConfig(MIXERS, get_config=attrgetter("config"))
@@ -188,6 +223,25 @@ class BlockConfig(NamedTuple):
     residual_scale: float = 1.0
     mixer_scales: BranchScales = BranchScales()
     ffn_scales: BranchScales = BranchScales()
+    layer_inputs: LayerInputsConfig | None = None
+    """How it reads an input of its own; None: it has none."""
+    scales_output: bool = False
+    """Whether its output is multiplied by a learnt number."""
+    kind: BlockKindConfig | None = None
+    """Another kind of block than :class:`Block`."""
+
+
+class BlockOutput(NamedTuple):
+    """A layer's output, and what comes with it."""
+
+    x: jax.Array
+    """The residual stream [B, S, D], or several [B, S, N, D]."""
+    cache: LayerCache = None
+    """With a cache: the same with these tokens in it."""
+    aux: Aux = Aux()
+    """What the layer adds to the loss and the log."""
+    keys_values: KeysValues | None = None
+    """What later layers may read; see :class:`MixerOutput`."""
 
 
 @runtime_checkable
@@ -243,7 +297,8 @@ class Block(nnx.Module):
     parallel_shared     the same, with one norm for both
     ==================  ====================================================
 
-    What a branch adds is multiplied by ``residual_scale`` first.
+    What a branch adds is multiplied by ``residual_scale`` first. A feed-forward whose
+    config says ``normalizes_itself`` has no norm before it.
 
     Args:
         cross_attention: whether the layer looks at an encoder's output as well.
@@ -261,6 +316,7 @@ class Block(nnx.Module):
                 return None
             return Norm(config.norm, context.d_model, context)
 
+        self.rules = context.rules
         self.placement = placement
         self.residual_scale = config.residual_scale
         self.mixer_scales = config.mixer_scales
@@ -288,12 +344,22 @@ class Block(nnx.Module):
         has_ffn = ffn_config is not None
         # With one norm for both, it stands before the mixer, if there is one.
         shares_norm = placement == "parallel_shared" and has_mixer
-        self.mlp_norm = build_norm(has_ffn and has_pre_norms and not shares_norm)
+        has_own_norms = getattr(ffn_config, "normalizes_itself", False)
+        needs_norm = has_ffn and not has_own_norms
+        self.mlp_norm = build_norm(needs_norm and has_pre_norms and not shares_norm)
         if has_ffn:
             ffn = FEED_FORWARDS.get(get_kind(ffn_config)).build(ffn_config, context)
             self.ffn_name = ffn.name
             setattr(self, ffn.name, ffn)
         self.mlp_post_norm = build_norm(has_ffn and has_post_norms)
+        input_branch: LayerInputBranch | None = None
+        if config.layer_inputs is not None:
+            input_branch = LayerInputBranch(config.layer_inputs, config.norm, context)
+        self.layer_input = input_branch
+        self.output_scale = None
+        if config.scales_output:
+            ones = jax.nn.initializers.ones
+            self.output_scale = declare((1,), (None,), ones, "vector")
 
     def __call__(
         self,
@@ -301,46 +367,87 @@ class Block(nnx.Module):
         inputs: AttentionInputs,
         cache: LayerCache | None = None,
         encoder_output: EncoderOutput | CrossCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, Aux]:
-        """x [B, S, D] → the same, the layer's cache with these tokens in it, and what
-        the layer adds to the loss and the log."""
+        layer_input: jax.Array | None = None,
+    ) -> BlockOutput:
+        """Runs the layer on x [B, S, D].
+
+        Args:
+            cache: of the sequences that the tokens continue; None: there are none.
+            encoder_output: for the layer's cross-attention.
+            layer_input: [B, S, P], of this layer alone; see
+                :class:`~maxlm.models.layer_inputs.LayerInputs`.
+        """
         is_parallel = self.placement in ("parallel", "parallel_shared")
         if is_parallel and self.mixer is not None and self.ffn is not None:
-            assert self.attention_norm is not None
-            mixer_input = self.attention_norm(x)
-            ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
-            y, cache = self.mixer(mixer_input, inputs, cache)
-            z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-            if isinstance(cache, Aux):
-                aux = aux.plus(cache)
-            x = x + self._scale(y, self.mixer_scales)
-            return x + self._scale(z, self.ffn_scales), cache, aux
+            output = self._run_parallel(x, inputs, cache)
+        else:
+            output = self._run_branches(x, inputs, cache, encoder_output)
+        x = output.x
+        input_branch = self.layer_input
+        if input_branch is not None:
+            assert layer_input is not None
+            x = x + input_branch(x, layer_input)
+        return output._replace(x=self._scale_output(x))
 
+    def run_mixer(
+        self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
+    ) -> MixerOutput:
+        """Runs the mixer between its norms; y is what it adds to the stream x."""
+        assert self.mixer is not None
+        output = self.mixer(self._norm_before(self.attention_norm, x), inputs, cache)
+        y = self._finish_branch(output.y, self.attention_post_norm, self.mixer_scales)
+        return output._replace(y=y)
+
+    def run_ffn(
+        self, x: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
+        """Runs the feed-forward between its norms; returns what it adds to the stream
+        x, and to the loss and the log."""
+        assert self.ffn is not None
+        y, aux = self.ffn.feed(self._norm_before(self.mlp_norm, x), segment_ids)
+        return self._finish_branch(y, self.mlp_post_norm, self.ffn_scales), aux
+
+    def _run_parallel(
+        self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
+    ) -> BlockOutput:
+        """Adds both branches of x."""
+        assert self.mixer is not None
+        assert self.ffn is not None
+        assert self.attention_norm is not None
+        mixer_input = self.attention_norm(x)
+        ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
+        mixed = self.mixer(mixer_input, inputs, cache)
+        z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
+        x = x + self._scale(mixed.y, self.mixer_scales)
+        x = x + self._scale(z, self.ffn_scales)
+        return BlockOutput(x, mixed.cache, aux.plus(mixed.aux), mixed.keys_values)
+
+    def _run_branches(
+        self,
+        x: jax.Array,
+        inputs: AttentionInputs,
+        cache: LayerCache | None,
+        encoder_output: EncoderOutput | CrossCache | None,
+    ) -> BlockOutput:
+        """Adds one branch after the other to x."""
+        mixed = MixerOutput(x)
         if self.mixer is not None:
-            mixer_input = self._norm_before(self.attention_norm, x)
-            y, cache = self.mixer(mixer_input, inputs, cache)
-            if self.placement == "normed":
-                x = mixer_input
-            x = self._add_branch(
-                x, y, self.attention_norm, self.attention_post_norm, self.mixer_scales
-            )
+            x = self._enter_branch(self.attention_norm, x)
+            mixed = self.run_mixer(x, inputs, cache)
+            x = self._join(x, mixed.y, self.attention_norm, self.mixer_scales)
         if encoder_output is not None and self.cross is not None:
             y = self.cross.cross_attend(
                 self._norm_before(self.cross_norm, x), inputs, encoder_output
             )
-            x = self._add_branch(x, y, self.cross_norm, None)
+            no_scales = BranchScales()
+            y = self._scale(y, no_scales)
+            x = self._join(x, y, self.cross_norm, no_scales)
         aux = Aux()
         if self.ffn is not None:
-            ffn_input = self._norm_before(self.mlp_norm, x)
-            y, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
-            if self.placement == "normed":
-                x = ffn_input
-            x = self._add_branch(
-                x, y, self.mlp_norm, self.mlp_post_norm, self.ffn_scales
-            )
-        if isinstance(cache, Aux):
-            aux = aux.plus(cache)
-        return x, cache, aux
+            x = self._enter_branch(self.mlp_norm, x)
+            y, aux = self.run_ffn(x, inputs.segment_ids)
+            x = self._join(x, y, self.mlp_norm, self.ffn_scales)
+        return BlockOutput(x, mixed.cache, aux.plus(mixed.aux), mixed.keys_values)
 
     def costs(self) -> tuple[BranchCosts, ...]:
         """Costs of one layer, by branch."""
@@ -364,25 +471,39 @@ class Block(nnx.Module):
     def ffn(self) -> FeedForward | None:
         return getattr(self, self.ffn_name) if self.ffn_name else None
 
+    def _enter_branch(self, norm: Norm | None, x: jax.Array) -> jax.Array:
+        """Returns what a branch's output is added to: x, or with placement normed the
+        branch's input."""
+        return x if norm is None or self.placement != "normed" else norm(x)
+
     def _norm_before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         """Returns a branch's input."""
-        return x if norm is None or self.placement == "post" else norm(x)
+        is_input = norm is None or self.placement in ("post", "normed")
+        return x if is_input else norm(x)
 
-    def _add_branch(
-        self,
-        x: jax.Array,
-        y: jax.Array,
-        norm: Norm | None,
-        post_norm: Norm | None,
-        scales: BranchScales = BranchScales(),
+    def _finish_branch(
+        self, y: jax.Array, post_norm: Norm | None, scales: BranchScales
     ) -> jax.Array:
-        """Adds a branch's output y to the residual stream x."""
+        """Returns what a branch of output y adds."""
+        return self._scale(y if post_norm is None else post_norm(y), scales)
+
+    def _join(
+        self, x: jax.Array, y: jax.Array, norm: Norm | None, scales: BranchScales
+    ) -> jax.Array:
+        """Adds y to the residual stream x."""
         if scales.stream != 1:
             x = x * scales.stream
-        if self.placement == "post":
-            assert norm is not None
-            return norm(x + self._scale(y, scales))
-        return x + self._scale(y if post_norm is None else post_norm(y), scales)
+        if self.placement != "post":
+            return x + y
+        assert norm is not None
+        return norm(x + y)
+
+    def _scale_output(self, x: jax.Array) -> jax.Array:
+        """Multiplies x by the layer's learnt number, if it has one."""
+        if self.output_scale is None:
+            return x
+        scale = materialize(self.output_scale, self.rules, x.dtype)
+        return save_inputs_only(lambda x, scale: x * scale)(x, scale)
 
     def _scale(self, y: jax.Array, scales: BranchScales) -> jax.Array:
         """Scales what a branch adds."""
@@ -390,142 +511,10 @@ class Block(nnx.Module):
         return y if factor == 1 else y * factor
 
 
-# Any: the block is whichever module a stack is made of.
-Body = Callable[[Any, PyTree, PyTree, PyTree], tuple[PyTree, Aux]]
-"""``(block, x, context, shared) -> (x, aux)`` for one layer."""
-
-
-class BlockTurn(NamedTuple):
-    """One of the layers of a period, in the order in which they are run."""
-
-    stack: int
-    """Index of the stack that it comes from."""
-    body: Body
-
-
-def scan_blocks(
-    blocks: Sequence[nnx.Module],
-    params: Sequence[Params],
-    turns: Sequence[BlockTurn],
-    x: PyTree,
-    context: PyTree,
-    shared: PyTree = None,
-    *,
-    dtype: DTypeLike,
-    remat: RematPolicy = "none",
-) -> tuple[PyTree, Aux]:
-    """Runs stacked blocks layer after layer; returns x after all, and their ``Aux``
-    added up. Compile time does not grow with depth.
-
-    Args:
-        blocks: one for each stack; their structure alone is used
-            (``params.stack_layers``).
-        params: of the blocks, each array with a leading axis of layers.
-        turns: the layers of a period.
-        x: an array, or a tree of arrays, that goes through the layers.
-        context, shared: trees of arrays that every layer reads, without and with a
-            gradient.
-        dtype: of matrices in use, and of their gradients until all layers are through.
-    """
-
-    def run_layer(
-        turn: BlockTurn,
-        layer_params: Params,
-        carry: tuple[PyTree, Aux],
-        context: PyTree,
-        shared: PyTree,
-    ) -> tuple[PyTree, Aux]:
-        x, total = carry
-        block = bind(blocks[turn.stack], layer_params)
-        x, aux = turn.body(block, x, context, shared)
-        return x, _add_to_total(total, aux)
-
-    def cast_matrix(spec: ParamSpec, param: PyTree) -> PyTree:
-        # `param` is an array, or arrays of one leaf that stand for one in its gradient.
-        if spec.role != "matrix" or not jnp.issubdtype(spec.dtype, jnp.floating):
-            return param
-        return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), param)
-
-    def cast_layer(block: nnx.Module, layer_params: Params) -> Params:
-        specs = jax.tree.map(
-            _declare_step_values, param_specs(block), layer_params, is_leaf=is_leaf
-        )
-        return jax.tree.map(cast_matrix, specs, layer_params)
-
-    # The carry holds the sum of `Aux`, whose fields the layers alone know.
-    zero_aux = _make_zero_aux(blocks, params, turns, x, context, shared)
-    num_layers = len(jax.tree.leaves(params[0])[0])
-    is_loop_body = len(turns) == 1 and num_layers > 1
-    layer_turns = [
-        LayerTurn(
-            turn.stack,
-            apply_remat(partial(run_layer, turn), remat, is_loop_body=is_loop_body),
-            partial(cast_layer, blocks[turn.stack]),
-        )
-        for turn in turns
-    ]
-    return scan_layers(layer_turns, params, (x, zero_aux), context, shared=shared)
-
-
-def _add_to_total(total: Aux, aux: Aux) -> Aux:
-    """Adds one layer's losses and sums; the total has those of all layers."""
-    sums = dict(total.sums)
-    for name, value in aux.sums.items():
-        sums[name] = jnp.add(sums[name], value)
-    return Aux(jnp.add(total.loss, aux.loss), sums)
-
-
-def _make_zero_aux(
-    blocks: Sequence[nnx.Module],
-    params: Sequence[Params],
-    turns: Sequence[BlockTurn],
-    x: PyTree,
-    context: PyTree,
-    shared: PyTree,
-) -> Aux:
-    """Returns zeros in the place of every sum that some layer of a period has."""
-    total = Aux()
-    # Layers of one stack return the same sums, whatever their kinds.
-    turn_of_stack = {turn.stack: turn for turn in reversed(turns)}
-    for turn in turn_of_stack.values():
-        first_layer = jax.tree.map(lambda a: a[0], params[turn.stack])
-
-        def run(layer_params: Params, turn: BlockTurn = turn) -> Aux:
-            block = bind(blocks[turn.stack], layer_params)
-            _, aux = turn.body(block, x, context, shared)
-            return aux
-
-        shapes = jax.eval_shape(run, first_layer)
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), shapes
-        )
-        total = Aux(jnp.add(total.loss, zeros.loss), {**total.sums, **zeros.sums})
-    return total
-
-
-def _declare_step_values(spec: StoredParam, param: StoredParam) -> StoredParam:
-    """Returns a parameter's declarations, with those of a vector for what a leaf holds
-    for one training step alone (``Leaf.seed_dropout``): it stays as it is."""
-    if not is_leaf(spec):
-        return spec
-    step_values = [
-        field.name
-        for field in fields(spec)
-        if getattr(spec, field.name) is None and getattr(param, field.name) is not None
-    ]
-    vector = ParamSpec((), (), jax.nn.initializers.zeros, "vector")
-    return replace(spec, **dict.fromkeys(step_values, vector))
-
-
-def cast_without_hoisting(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts one layer's x to ``dtype``, where it stands: XLA:TPU would cast all layers'
-    parameters before the loop, with their dimensions turned around, and hold these
-    copies throughout."""
-    if x.dtype == dtype:
-        return x
-    target = jnp.finfo(dtype)
-    x = lax.reduce_precision(x, target.nexp, target.nmant).astype(dtype)
-    columns_per_device = x.shape[-1] // axis_size(get_layout(x)[-1])
-    if columns_per_device < LANES:
-        return x  # a TPU keeps so narrow a shard turned around to begin with
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+def build_block(
+    config: BlockConfig, context: BuildContext, *, cross_attention: bool
+) -> Block:
+    """Builds a layer of its kind."""
+    if config.kind is None:
+        return Block(config, context, cross_attention=cross_attention)
+    return BLOCKS.get(get_kind(config.kind)).build(config.kind, config, context)

@@ -31,6 +31,12 @@ class MatrixGroup:
     needs_raw_output: tuple[str, ...] = ()
     """Parameters whose products the backward pass needs as they were before a norm or a
     clip."""
+    kept_products: tuple[str, ...] | None = None
+    """Parameters whose products a mixer names "qkv" for remat policies
+    (``models/remat.py``); None: those that write heads."""
+    is_beside_attention: bool = False
+    """Whether they are of a mixer that reads what the layer's attention reads, and is
+    added to it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ class LayerCosts:
     extra_flops: float = 0.0
     """Forward FLOPs a token beside matrices and scores, such as those of a
     recurrence."""
+    product_flops: float = 0.0
+    """Those of ``extra_flops`` that are matrix products in fp32, such as a chunk's with
+    itself."""
     flops_axes: tuple[str, ...] = ()
     """Logical axes that these, and ``working_elements``, are split over."""
     shared_elements: float = 0.0
@@ -95,10 +104,27 @@ class LayerCosts:
     read."""
     exchanged_elements: float = 0.0
     """Elements, in fp32 and split over ``flops_axes``, that devices which share a
-    sequence exchange of each of its runs, such as what a run does to a state."""
+    sequence exchange of each of its runs: what a run does to a state."""
+    halo_elements: float = 0.0
+    """The same in the compute dtype: last inputs of a run that convolutions read in the
+    next one."""
+    reduced_elements: float = 0.0
+    """Numbers a token, in fp32, that devices which split ``flops_axes`` add up, such as
+    the mean square of a norm over all heads."""
+    saved_elements: float = 0.0
+    """Elements a token, in the compute dtype and split over ``flops_axes``, of arrays
+    that remat policies keep by the name "attention": a recurrence's output."""
+    state_elements: float = 0.0
+    """Elements, in fp32 and split likewise, of a state, of which they keep one for every
+    ``state_tokens`` of a run, or for a shorter run."""
+    state_tokens: int = 1
+    intermediate_elements: float = 0.0
+    """Elements a token, in the compute dtype and split likewise, of other arrays that
+    the backward pass needs: kept without remat, otherwise made again while the module
+    is differentiated."""
     working_elements: float = 0.0
-    """Elements a token, in fp32, of arrays that are alive beside the matrices' products
-    while the module is differentiated, such as the states of a recurrence's chunks."""
+    """Elements a token, in fp32 and split likewise, of arrays that are alive beside all
+    these while the module is differentiated."""
     block_elements: float = 0.0
     """The same of arrays that are there for ``block_tokens`` of each row at a time."""
     block_tokens: int = 0

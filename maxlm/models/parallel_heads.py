@@ -22,6 +22,7 @@ from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.costs import LayerCosts, MatrixGroup, get_costs
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.attention_config import AttentionConfig
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 
 
@@ -85,18 +86,19 @@ class ParallelHeads(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         attention_cache, mixer_cache = (None, None) if cache is None else cache
         mixer = getattr(self, self.mixer_name)
         config = self.config
-        attended, attention_cache = self.attention(
+        attended = self.attention(
             _scale(x, config.attention_input_scale), inputs, attention_cache
         )
-        mixed, mixer_cache = mixer(x, inputs, mixer_cache)
-        y = _scale(mixed, config.mixer_output_scale)
-        y = y + _scale(attended, config.attention_output_scale)
-        return y, None if cache is None else (attention_cache, mixer_cache)
+        mixed = mixer(x, inputs, mixer_cache)
+        y = _scale(mixed.y, config.mixer_output_scale)
+        y = y + _scale(attended.y, config.attention_output_scale)
+        caches = None if cache is None else (attended.cache, mixed.cache)
+        return MixerOutput(y, caches, attended.aux.plus(mixed.aux))
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> LayerCache:
         """A layer's caches; see :mod:`maxlm.models.caches`."""
@@ -112,7 +114,10 @@ class ParallelHeads(nnx.Module):
         mixer = get_costs(getattr(self, self.mixer_name))
         matrices = (
             *_prefix_names("attention", attention.matrices),
-            *_prefix_names(self.mixer_name, mixer.matrices),
+            *(
+                replace(group, is_beside_attention=True)
+                for group in _prefix_names(self.mixer_name, mixer.matrices)
+            ),
         )
         return replace(mixer, matrices=matrices, attention=attention.attention)
 
@@ -134,6 +139,9 @@ def _prefix_names(
             group,
             names=prefix(group.names),
             needs_raw_output=prefix(group.needs_raw_output),
+            kept_products=(
+                None if group.kept_products is None else prefix(group.kept_products)
+            ),
         )
         for group in groups
     )

@@ -95,6 +95,8 @@ def sharded_causal_conv(
         x = operands.x
         state = None
         if runs.are_split:
+            # The first tokens of a run see the last of the run before, which another
+            # device has.
             summary = _summarize_conv(_flatten_features(x), width, starts)
             find_inputs = partial(_find_inputs_before, num_inputs=width - 1)
             state = runs.pass_on(summary, find_inputs)
@@ -164,6 +166,8 @@ class _ConvSummary(NamedTuple):
 
 
 def _summarize_conv(x: jax.Array, width: int, starts: jax.Array | None) -> _ConvSummary:
+    # A run may have fewer tokens than the convolution sees: those of several runs then
+    # stand before the next.
     num_inputs = min(x.shape[1], width - 1)
     last_inputs = update_conv_state(x, num_inputs + 1, starts)
     keeps_earlier = jnp.ones((x.shape[0], 1, 1), x.dtype)
@@ -178,6 +182,8 @@ def _find_inputs_before(summaries: _ConvSummary, num_inputs: int) -> jax.Array:
     num_inputs, F], zeros before the first."""
 
     def advance(state: jax.Array, summary: _ConvSummary) -> tuple[jax.Array, jax.Array]:
+        # The window slides by as many inputs as the run brings; what is left of earlier
+        # runs counts only where no document began since.
         num_new = summary.last_inputs.shape[1]
         earlier = state[:, num_new:] * summary.keeps_earlier
         return jnp.concatenate([earlier, summary.last_inputs], axis=1), state

@@ -66,17 +66,17 @@ def run_on_shards(
     """
     del saved_name
 
-    def local(operands, context):
+    def run_shard(operands, context):
         return function(arrange(operands), context)
 
-    run = map_shards(local, (specs.operands, specs.context), specs.result)
+    run = map_shards(run_shard, (specs.operands, specs.context), specs.result)
     return run(operands, context)
 
 
 def _forward(function, operands, context, specs, saved_name, arrange):
     traced: list[Residuals] = []
 
-    def local(operands, context):
+    def run_shard_forward(operands, context):
         arranged = arrange(operands)
         y, backward = jax.vjp(lambda arranged: function(arranged, context), arranged)
         residuals, local_arrays = split_residuals(backward, (arranged, context))
@@ -85,7 +85,7 @@ def _forward(function, operands, context, specs, saved_name, arrange):
         return y, tuple(array[None] for array in local_arrays)
 
     out_specs = specs.result, PartitionSpec(_find_free_axes())
-    run = map_shards(local, (specs.operands, specs.context), out_specs)
+    run = map_shards(run_shard_forward, (specs.operands, specs.context), out_specs)
     y, local_arrays = run(operands, context)
     if saved_name is not None:
         # Named here and not outside, where only the result could be.
@@ -109,7 +109,9 @@ def _backward(function, specs, saved_name, arrange, saved, d_y):
         axes = tuple(axis for axis in free_axes if axis in copied_axes)
         return lax.psum(gradient, axes) if axes else gradient
 
-    def local(operands, context, local_arrays, d_y):
+    def run_shard_backward(operands, context, local_arrays, d_y):
+        # Residuals are joined with the operands as the function read them, which are
+        # made again here; ``undo`` takes their gradients back to the operands.
         arranged, undo = jax.vjp(arrange, operands)
         backward = residuals.join(
             (arranged, context), [array[0] for array in local_arrays]
@@ -118,7 +120,7 @@ def _backward(function, specs, saved_name, arrange, saved, d_y):
         return jax.tree.map(sum_copies, specs.operands, gradients)
 
     in_specs = specs.operands, specs.context, PartitionSpec(free_axes), specs.result
-    run = map_shards(local, in_specs, specs.operands)
+    run = map_shards(run_shard_backward, in_specs, specs.operands)
     return run(operands, context, local_arrays, d_y), None
 
 

@@ -104,6 +104,7 @@ def sharded_linear_recurrence(
         runs = SequenceRuns(seq_axes, balanced, context.device_index)
         starts = runs.find_starts(context.segment_ids)
         state = None
+        # Without a split there is nothing before the first token, and no second pass.
         if runs.are_split:
 
             def summarize(operands: RecurrenceOperands) -> StateTransition:

@@ -84,6 +84,8 @@ class SequenceRuns:
         Returns:
             What stands before each of the device's runs, [b · runs, ...].
         """
+        # All summaries go to every device, which applies them by itself: they are small,
+        # and a ring of devices would wait for one another once a run.
         before = scan_runs(jax.tree.map(self._gather, arrays))
         first = self.device_index[0]
         if self.runs_per_device == 1:

@@ -107,6 +107,9 @@ def sharded_selective_scan(
         A = -jnp.exp(A_log)
         state = None
         if runs.are_split:
+            # One scan from zeros says what a run does to any state, since a state's
+            # effect is linear in it: the product of the decays, and what is added.
+            # Then all runs are scanned at once, each from the state before it.
             summary = summarize_scan(x, dt, A, B, dt_bias=dt_bias, starts=starts)
             state = runs.pass_on(summary, _find_states_before)
         y, _ = selective_scan(

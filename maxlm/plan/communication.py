@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.models.costs import BranchCosts
-from maxlm.models.remat import SAVED
 from maxlm.parallel.context import count_ring_steps
 from maxlm.parallel.terms import limit_window
 from maxlm.plan.network import PlannedCollective
@@ -164,20 +163,42 @@ def _list_recurrence_collectives(
             passes.backward,
             "backward",
         )
-    if not costs.exchanged_elements:
-        return
+    is_recomputed = shape.remat != "none"
+    if costs.reduced_elements:
+        # The norm that reads them makes its input again under any policy.
+        sums = 3 if is_recomputed else 2
+        yield from _in_both_passes(
+            f"{branch.module}: norm over all heads",
+            "all-reduce",
+            feature_axes,
+            shape.micro_batch_tokens * token_ratio * costs.reduced_elements * FP32,
+            _Runs(passes.forward, sums * passes.backward),
+        )
     runs_per_device = 2 if work.config.parallel.balance_sequence else 1
-    num_runs = split.num_devices(rules.seq) * runs_per_device
-    elements = costs.exchanged_elements / split.num_shards(rules, costs.flops_axes)
-    size = shape.micro_batch_size * num_runs * elements * FP32
-    content = f"{branch.module}: states of runs"
-    # What remat policies keep of attention, they keep of a recurrence.
-    is_saved = shape.remat == "none" or "attention" in SAVED[shape.remat]
-    gathers = passes.forward + (0 if is_saved else passes.backward)
-    yield PlannedCollective(content, "all-gather", rules.seq, size, gathers, "forward")
-    yield PlannedCollective(
-        content, "reduce-scatter", rules.seq, size, passes.backward, "backward"
-    )
+    num_runs = shape.micro_batch_size * split.num_devices(rules.seq) * runs_per_device
+    num_shards = split.num_shards(rules, costs.flops_axes)
+    # What remat policies keep of attention, they keep of a recurrence, but of no
+    # convolution.
+    states_again = work.is_attention_recomputed(shape.remat)
+    for content, elements, itemsize, is_made_again in (
+        ("states of runs", costs.exchanged_elements, FP32, states_again),
+        ("last inputs of runs", costs.halo_elements, work.dtype_bytes, is_recomputed),
+    ):
+        if not elements:
+            continue
+        size = num_runs * elements / num_shards * itemsize
+        gathers_again = passes.backward if is_made_again else 0
+        content = f"{branch.module}: {content}"
+        yield from _in_both_passes(
+            content,
+            "all-gather",
+            rules.seq,
+            size,
+            _Runs(passes.forward, gathers_again),
+        )
+        yield PlannedCollective(
+            content, "reduce-scatter", rules.seq, size, passes.backward, "backward"
+        )
 
 
 def _list_matmul_collectives(
@@ -225,8 +246,8 @@ def _list_matmul_collectives(
     # parallelism gathers and scatters over them where it would all-reduce.
     sequence_axes = () if is_in_stream_layout else shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
-    is_parallel = group.is_parallel_to_attention
-    shares_input = group.shares_norm
+    is_parallel = group.is_parallel_to_attention or group.is_beside_attention
+    shares_input = group.shares_norm or group.is_beside_attention
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.
     if is_latent:

@@ -19,6 +19,7 @@ else they count.
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,8 @@ _KEPT_STREAM_ARRAYS = {
     "sandwich": 5,
     # Both norms' inputs, and the stream between the branches.
     "output": 3,
+    # Both norms' outputs, which are the stream too, and the second one's input.
+    "normed": 3,
     # Both norms' outputs; or that of the one that both branches read.
     "parallel": 2,
     "parallel_shared": 1,
@@ -130,6 +133,7 @@ _KEPT_ONE_BRANCH_ARRAYS = {
     "post": 1,
     "sandwich": 2,
     "output": 1,
+    "normed": 1,
     "parallel": 1,
     "parallel_shared": 1,
 }
@@ -372,7 +376,65 @@ def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:
         + shape.residual_tokens * stream_elements
     )
     layer_bytes = stack.token_ratio * elements * itemsize + expert_bytes
+    if _keeps_by_name(shape, "attention"):
+        layer_bytes += _count_state_bytes(shape, stack)
     return _count_layers_at_once(shape, stack) * layer_bytes
+
+
+def _keeps_by_name(shape: StepShape, name: str) -> bool:
+    """Whether layers keep arrays of that name for their backward pass
+    (``models/remat.py``)."""
+    return shape.remat == "none" or name in SAVED[shape.remat]
+
+
+def _list_other_mixer_groups(stack: StackCosts) -> list[MatmulGroup]:
+    """Lists the matrices of a mixer that is no attention, or is beside it."""
+    has_heads = stack.heads() is not None
+    return [
+        group
+        for group in stack.matmul_groups
+        if group.branch == "mixer" and (group.is_beside_attention or not has_heads)
+    ]
+
+
+def _count_state_bytes(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts the states that one layer's recurrence keeps of a micro-batch."""
+    split = shape.split
+    num_runs, run_tokens = _count_runs(shape, stack)
+    size = 0.0
+    for branch in stack.branches:
+        costs = branch.costs
+        if costs.state_elements:
+            num_states = num_runs * np.ceil(run_tokens / costs.state_tokens)
+            num_shards = split.num_shards(split.compute, costs.flops_axes)
+            size += num_states * costs.state_elements * FP32 / num_shards
+    return size
+
+
+def _count_runs(shape: StepShape, stack: StackCosts) -> tuple[Number, Number]:
+    """Counts the runs of neighbouring tokens that a device has of a micro-batch, and
+    the tokens of one."""
+    sequence_ways = shape.split.num_devices(shape.split.compute.seq)
+    is_balanced = shape.work.config.parallel.balance_sequence
+    runs_per_row = np.where(np.greater(sequence_ways, 1) & is_balanced, 2, 1)
+    row_tokens = shape.work.tokens_per_row.decoder * stack.token_ratio
+    run_tokens = row_tokens / sequence_ways / runs_per_row
+    return shape.micro_batch_size * runs_per_row, run_tokens
+
+
+def count_stated_elements(
+    shape: StepShape,
+    stack: StackCosts,
+    name: Literal["saved_elements", "intermediate_elements"],
+) -> Number:
+    """Counts elements a token on a device that modules of a layer state in a field of
+    :class:`~maxlm.models.costs.LayerCosts`."""
+    split = shape.split
+    elements = 0.0
+    for branch in stack.branches:
+        num_shards = split.num_shards(split.compute, branch.costs.flops_axes)
+        elements += getattr(branch.costs, name) / num_shards
+    return elements
 
 
 def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
@@ -380,9 +442,8 @@ def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
     names (``models/remat.py``); without remat those of all names."""
     split = shape.split
     itemsize = shape.work.dtype_bytes
-    saved_names = SAVED.get(shape.remat, ())
-    if shape.remat == "none":
-        saved_names = ("qkv", "attention", "mlp_up")
+    keeps_qkv = _keeps_by_name(shape, "qkv")
+    keeps_attention = _keeps_by_name(shape, "attention")
     elements = 0.0
 
     # Heads of a branch (None: it has none, and its widths are 0), and keys for each of
@@ -394,20 +455,27 @@ def _count_named_elements(shape: StepShape, stack: StackCosts) -> Number:
     )
     for heads, key_rate in branches:
         widths = split.local_attention_widths(heads)
-        if "qkv" in saved_names and heads is not None:
+        if keeps_qkv and heads is not None:
             elements += widths.queries + widths.gates
-        if "qkv" in saved_names and heads is not None and heads.makes_keys:
+        if keeps_qkv and heads is not None and heads.makes_keys:
             # Keys are as many as the tokens that they are of, not as the queries.
             keys_and_values = widths.keys + widths.values
             keys_and_values = keys_and_values * key_rate / stack.token_ratio
             elements += keys_and_values
-        if "attention" in saved_names:
+        if keeps_attention:
             # The output, and log-sum-exps of its heads in fp32, as elements of the
             # compute dtype.
             log_sum_exps = widths.heads * FP32 / itemsize
             elements += widths.output + log_sum_exps
 
-    if "mlp_up" in saved_names:
+    if keeps_qkv:
+        elements += sum(
+            split.local_non_residual_width(group, named_qkv=True)
+            for group in _list_other_mixer_groups(stack)
+        )
+    if keeps_attention:
+        elements += count_stated_elements(shape, stack, "saved_elements")
+    if _keeps_by_name(shape, "mlp_up"):
         elements += sum(
             split.local_ffn_elements_per_token(group)
             for group in stack.matmul_groups
@@ -427,16 +495,18 @@ def _count_unnamed_elements(shape: StepShape, stack: StackCosts) -> Number:
         for group in stack.matmul_groups
         if group.is_dense_ffn
     )
+    # Of other mixers than attention what they state and products without a name.
+    mixer_groups = _list_other_mixer_groups(stack)
+    elements += count_stated_elements(shape, stack, "intermediate_elements")
+    elements += sum(
+        split.local_non_residual_width(group, named_qkv=False) for group in mixer_groups
+    )
     # Narrow vectors before their norms and after.
-    elements += 2 * sum(group.latent_width for group in stack.matmul_groups)
+    elements += 2 * sum(
+        group.latent_width for group in stack.matmul_groups if group not in mixer_groups
+    )
     heads = stack.heads()
     if heads is None:
-        # What the matrices of a mixer without heads write within the layer.
-        elements += sum(
-            split.local_non_residual_width(group)
-            for group in stack.matmul_groups
-            if group.branch == "mixer"
-        )
         return elements
     widths = split.local_attention_widths(heads)
     if heads.qk_norm:
@@ -462,12 +532,8 @@ def list_layer_working_sets(
         sets["a layer's attention"] = _list_attention_arrays(
             shape, stack, self_heads, stack.token_ratio, has_biases
         )
-    elif any(branch.branch == "mixer" for branch in stack.branches):
+    if _list_other_mixer_groups(stack):
         sets["a layer's mixer"] = _list_mixer_arrays(shape, stack)
-    if any(branch.costs.working_elements for branch in stack.branches):
-        # The mixer's phase is the only one so far.
-        for arrays in sets.values():
-            arrays |= _list_stated_arrays(shape, stack)
     cross_heads = stack.heads("cross_attention")
     if cross_heads is not None:
         sets["a layer's cross-attention"] = _list_attention_arrays(
@@ -583,39 +649,56 @@ def _list_mlp_arrays(
 
 
 def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
-    """Lists the arrays of a mixer without heads (a state-space layer): its matrices'
-    products, their fp32 states and gradients."""
-    groups = [group for group in stack.matmul_groups if group.branch == "mixer"]
+    """Lists the arrays of a mixer that is no attention: its matrices' products, what it
+    states itself (``LayerCosts``), and gradients of all these."""
+    split = shape.split
+    itemsize = shape.work.dtype_bytes
+    groups = _list_other_mixer_groups(stack)
     tokens = shape.micro_batch_tokens * stack.token_ratio
-    widths = (shape.split.local_non_residual_width(group) for group in groups)
-    elements = tokens * sum(widths)
     kernels = sum((shape.gathered_weight_bytes(group) for group in groups), start=0.0)
+    named_products = sum(
+        split.local_non_residual_width(group, named_qkv=True) for group in groups
+    )
+    other_products = sum(
+        split.local_non_residual_width(group, named_qkv=False) for group in groups
+    )
+    outputs = count_stated_elements(shape, stack, "saved_elements")
+    intermediates = count_stated_elements(shape, stack, "intermediate_elements")
+
+    # Arrays that the backward pass makes again, and gradients.
+    remade = 0.0
+    if shape.remat != "none":
+        remade += other_products + intermediates
+    if not _keeps_by_name(shape, "qkv"):
+        remade += named_products
+    remade_states = 0.0
+    if not _keeps_by_name(shape, "attention"):
+        remade += outputs
+        remade_states = _count_state_bytes(shape, stack)
+    gradients = named_products + other_products + outputs + intermediates
     return {
         _KERNELS: kernels,
-        "its products and their gradients": (
-            2 * elements * (shape.work.dtype_bytes + FP32)
-        ),
+        "products and other arrays, made again": tokens * remade * itemsize,
+        "their gradients": tokens * gradients * itemsize,
+        "states": remade_states,
+        "chunks of the mixer": tokens * _count_chunk_elements(shape, stack) * FP32,
         _STREAM_AND_NORMS: _MIXER_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
 
 
-def _list_stated_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
-    """Lists the arrays that a layer's mixer states itself
-    (``LayerCosts.working_elements``)."""
+def _count_chunk_elements(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts elements a token, in fp32, of what a mixer works with besides: for all
+    tokens, or for a block of them at a time."""
     split = shape.split
+    _, run_tokens = _count_runs(shape, stack)
     elements = 0.0
-    row_tokens = shape.work.tokens_per_row.decoder / split.num_shards(
-        split.compute, ("seq",)
-    )
     for branch in stack.branches:
         costs = branch.costs
-        if branch.branch == "mixer" and costs.working_elements:
-            num_shards = split.num_shards(split.compute, costs.flops_axes)
-            block_share = np.minimum(1.0, costs.block_tokens / row_tokens)
-            stated = costs.working_elements + block_share * costs.block_elements
-            elements += stated / num_shards
-    tokens = shape.micro_batch_tokens * stack.token_ratio
-    return {"states and chunks of the mixer": tokens * elements * FP32}
+        num_shards = split.num_shards(split.compute, costs.flops_axes)
+        block_share = np.minimum(1.0, costs.block_tokens / run_tokens)
+        stated = costs.working_elements + block_share * costs.block_elements
+        elements += stated / num_shards
+    return elements
 
 
 def _list_attention_arrays(

@@ -42,7 +42,9 @@ from maxlm.plan.serving_cache import (
     CacheFormat,
     count_layer_caches,
     count_sequence_bytes,
+    count_state_bytes,
     count_token_bytes,
+    find_attention_cache,
 )
 from maxlm.plan.timing import (
     DECODE_EFFICIENCY,
@@ -349,12 +351,16 @@ class ServedModel:
         # Seconds of reading caches, and of attention over them.
         # On average a row has its prompt and half of its answer.
         context = self.options.prompt + -(-self.options.new // 2)
-        cache_reading = rows * self.count_cache_bytes(context) / self.read_bandwidth
+        # The states of recurrences are written as well as read.
+        cache_bytes = self.count_cache_bytes(context)
+        cache_bytes += count_state_bytes(self.layer_caches, self._count_shards)
+        cache_reading = rows * cache_bytes / self.read_bandwidth
         attention = rows * self._count_attention_flops(context) / attention_rate
 
         # Seconds of element-wise maps, and of what layers state beside products.
         elementwise_bytes = estimate_elementwise_bytes(shape)
         traffic = (elementwise_bytes.forward + elementwise_bytes.loss) / bandwidth
+        # A token at a time makes no products of matrices.
         extra = count_extra_forward_flops(shape) / chip.vector_flops
         parts = {
             "weights": np.maximum(weight_reading, products),
@@ -377,11 +383,11 @@ class ServedModel:
             if heads is None:
                 continue
             width = heads.head_dim + heads.value_dim
-            # A layer that reads another's cache has none.
-            if jax.tree.leaves(layer.specs) and layer.specs.value is None:
+            cache = find_attention_cache(layer.specs)
+            if cache is not None and cache.value is None:
                 # Latent attention: the value is the key's vector without its rotary
                 # part.
-                key_width = jax.tree.leaves(layer.specs.key)[0].shape[-1]
+                key_width = jax.tree.leaves(cache.key)[0].shape[-1]
                 width = 2 * key_width - heads.shared_key_dim
             num_seen = min(context, layer.window or context)
             # A product and a sum for each element of the keys and values seen.

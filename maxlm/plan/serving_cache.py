@@ -21,6 +21,9 @@ from maxlm.models.caches.layout import (
     LayerCache,
     choose_feature_multiple,
 )
+from maxlm.models.caches.paged import AttentionCache
+from maxlm.models.caches.ragged import RecurrentCache
+from maxlm.models.caches.sparse import SparseCache
 
 CacheFormat = Literal["auto", "int8", "int4"]
 """auto: the compute dtype."""
@@ -108,6 +111,40 @@ def count_sequence_bytes(
             num_shards = float(count_shards(array.axes[1:]))
             size += num_layers * elements * itemsize / num_shards
     return size
+
+
+def count_state_bytes(
+    caches: Mapping[LayerCacheKind, int],
+    count_shards: Callable[[tuple[str | None, ...]], float] = lambda axes: 1,
+) -> float:
+    """Counts the bytes that a sequence has on a device in caches of recurrences, which
+    every token changes as a whole.
+
+    Args:
+        count_shards: see :func:`count_sequence_bytes`.
+    """
+    recurrent = Counter()
+    for layer, num_layers in caches.items():
+        states = tuple(
+            leaf
+            for leaf in jax.tree.leaves(layer.specs, is_leaf=_is_layer_cache)
+            if isinstance(leaf, RecurrentCache)
+        )
+        recurrent[layer._replace(specs=states)] += num_layers
+    return count_sequence_bytes(recurrent, 0, count_shards)
+
+
+def find_attention_cache(specs: LayerCache) -> AttentionCache | SparseCache | None:
+    """Returns the cache of a layer's attention, which may lie beside another mixer's.
+    None: the layer has none, or reads another layer's."""
+    for leaf in jax.tree.leaves(specs, is_leaf=_is_layer_cache):
+        if isinstance(leaf, AttentionCache | SparseCache):
+            return leaf
+    return None
+
+
+def _is_layer_cache(tree: object) -> bool:
+    return isinstance(tree, AttentionCache | SparseCache | RecurrentCache)
 
 
 def count_token_bytes(caches: Mapping[LayerCacheKind, int]) -> float:

@@ -4,7 +4,7 @@ it sees."""
 
 from collections import Counter
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ class Kernel:
     """Leading dimensions that are summed over; of an expert's, behind the first."""
     needs_raw_output: bool = False
     """Whether the backward pass needs the product as it was before a norm or a clip."""
+    is_named_qkv: bool = False
+    """Whether remat policies keep its product by the name "qkv"."""
     is_trained: bool = True
     """Whether it has a gradient."""
     is_scanned: bool = True
@@ -89,6 +91,8 @@ class MatmulGroup:
     """Placement of its layer's norms."""
     is_last_branch: bool = True
     """Whether no other branch follows its own in the layer."""
+    is_beside_attention: bool = False
+    """Whether it reads what the layer's attention does, in the same branch."""
 
     @property
     def is_parallel_to_attention(self) -> bool:
@@ -302,16 +306,18 @@ class StackCosts:
                 kernels = []
                 for matrix in sorted(matrices.names):
                     name = f"{self.name}.{branch.module}.{matrix}"
-                    needs_raw = matrix in matrices.needs_raw_output
-                    kernels.append(
-                        make_kernel(
-                            name,
-                            specs[name],
-                            trained_names,
-                            needs_raw,
-                            stack=self.name,
-                        )
+                    kernel = make_kernel(
+                        name,
+                        specs[name],
+                        trained_names,
+                        needs_raw_output=matrix in matrices.needs_raw_output,
+                        stack=self.name,
                     )
+                    kept_names = matrices.kept_products
+                    is_kept = kernel.output_features == "heads"
+                    if kept_names is not None:
+                        is_kept = matrix in kept_names
+                    kernels.append(replace(kernel, is_named_qkv=is_kept))
                     missing.discard(name)
                 reads_encoder = matrices.input_features == "memory"
                 group = MatmulGroup(
@@ -321,6 +327,7 @@ class StackCosts:
                     token_ratio=encoder_rate if reads_encoder else self.token_ratio,
                     placement=self.placement,
                     is_last_branch=branch.branch == "ffn" or not has_ffn,
+                    is_beside_attention=matrices.is_beside_attention,
                 )
                 groups.append(group)
         if missing:

@@ -26,14 +26,15 @@ The constants (``EFFICIENCY``) are fitted to published runs by
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from maxlm.optim.kinds import get_input_output_dims
 from maxlm.parallel.terms import limit_window
+from maxlm.plan.hardware import Chip
 from maxlm.plan.layout import count_training_flops_per_token
-from maxlm.plan.memory import count_stored_bytes
+from maxlm.plan.memory import count_stated_elements, count_stored_bytes
 from maxlm.plan.network import Network, Phase, PlannedCollective
 from maxlm.plan.stacks import AttentionShape, StackCosts
 from maxlm.plan.workload import FP32, Number, StepShape
@@ -57,6 +58,7 @@ _STREAM_PASSES = {
     "post": 2 * _NORM + 2 * _ADD_BRANCH,
     "sandwich": 4 * _NORM + 2 * _ADD_BRANCH,
     "output": 2 * _NORM + 2 * _ADD_BRANCH,
+    "normed": 2 * _NORM + 2 * _ADD_BRANCH,
     "parallel": 2 * _NORM + _ADD_TWO_BRANCHES,
     "parallel_shared": _NORM + _ADD_TWO_BRANCHES,
 }
@@ -66,6 +68,7 @@ _ONE_BRANCH_PASSES = {
     "post": _NORM + _ADD_BRANCH,
     "sandwich": 2 * _NORM + _ADD_BRANCH,
     "output": _NORM + _ADD_BRANCH,
+    "normed": _NORM + _ADD_BRANCH,
     "parallel": _NORM + _ADD_BRANCH,
     "parallel_shared": _NORM + _ADD_BRANCH,
 }
@@ -339,20 +342,58 @@ def _count_scores(
     return shape.per_stage(keys) * shape.micro_batch_tokens * heads
 
 
+class StatedFlops(NamedTuple):
+    """FLOPs of a device, as layers state them, in the two passes of one micro-batch."""
+
+    forward: Number
+    backward: Number
+
+
 def count_extra_forward_flops(shape: StepShape) -> Number:
     """Counts a device's forward FLOPs beside products and attention in one pass of its
     layers."""
+    return _count_stated_flops(shape, "extra_flops")
+
+
+def _count_stated_flops(
+    shape: StepShape, name: Literal["extra_flops", "product_flops"]
+) -> Number:
+    """Counts a device's forward FLOPs of a field of
+    :class:`~maxlm.models.costs.LayerCosts`, in one pass of its layers."""
     split = shape.split
     flops = 0.0
     for stack in shape.work.stacks:
         layers = shape.per_stage(stack.num_layers)
         tokens = layers * stack.token_ratio * shape.micro_batch_tokens
         for branch in stack.branches:
-            costs = branch.costs
-            if costs.extra_flops:
-                num_shards = split.num_shards(split.compute, costs.flops_axes)
-                flops += costs.extra_flops * tokens / num_shards
+            stated = getattr(branch.costs, name)
+            if stated:
+                num_shards = split.num_shards(split.compute, branch.costs.flops_axes)
+                flops += stated * tokens / num_shards
     return flops
+
+
+def count_recurrence_products(shape: StepShape) -> StatedFlops:
+    """Counts a device's FLOPs of matrix products within recurrences, in both passes of
+    one micro-batch: the backward pass computes chunks again, whatever is kept, and two
+    products for each of theirs."""
+    forward = _count_stated_flops(shape, "product_flops")
+    chunks_again = 1 + shape.score_recomputes
+    return StatedFlops(forward, forward * (2 + chunks_again))
+
+
+def _estimate_extra_seconds(
+    shape: StepShape, chip: Chip, efficiency: Efficiency
+) -> Number:
+    """Estimates the seconds of what layers compute beside products and attention in a
+    forward pass: on the vector units, but for products in fp32, which a TPU's kernels
+    compute as three in bf16 (``pallas_kernels/linear_recurrence``)."""
+    products = _count_stated_flops(shape, "product_flops")
+    others = count_extra_forward_flops(shape) - products
+    product_rate = chip.vector_flops
+    if chip.family == "tpu":
+        product_rate = chip.peak_flops["bf16"] * efficiency.matmul / 3
+    return products / product_rate + others / chip.vector_flops
 
 
 def get_computed_score_ratio(attention: AttentionShape) -> float:
@@ -461,7 +502,8 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
     - norms and additions: the residual stream (``_STREAM_PASSES``);
     - norms of latent attention: its narrow vectors;
     - rotations: queries, output, keys and values;
-    - the activation: the hidden layer of the FFN.
+    - the activation: the hidden layer of the FFN;
+    - what other mixers than attention state.
     """
     work = shape.work
     split = shape.split
@@ -494,10 +536,12 @@ def _count_elementwise(shape: StepShape, stack: StackCosts) -> Number:
     stream_passes = passes_by_placement[stack.placement]
     if stack.cross_attention:
         stream_passes += _CROSS_ATTENTION_PASSES
-    attention_elements = tokens * (_READ_AND_WRITE * rotated + narrow)
+    stated = count_stated_elements(shape, stack, "saved_elements")
+    stated += count_stated_elements(shape, stack, "intermediate_elements")
+    mixer_elements = tokens * (_READ_AND_WRITE * (rotated + stated) + narrow)
     # A gated activation reads the outputs of two maps and writes one array: three for
     # two, which stands for an ungated one too.
-    return stream_passes * stream + attention_elements + 1.5 * hidden
+    return stream_passes * stream + mixer_elements + 1.5 * hidden
 
 
 def count_attention_score_bytes(shape: StepShape) -> tuple[Number, Number]:
@@ -643,7 +687,7 @@ def _estimate_layer_seconds(
     softmax_backward += shape.score_recomputes * softmax
     # The other scores go through memory.
     score_bytes, score_bytes_backward = count_attention_score_bytes(shape)
-    extra = count_extra_forward_flops(shape) / chip.vector_flops
+    extra = _estimate_extra_seconds(shape, chip, efficiency)
 
     forward = _PassSeconds(
         products=flops.forward / matmul_rate,

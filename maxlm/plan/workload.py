@@ -257,14 +257,13 @@ class RunWorkload:
         output = kernel.output_features
         if output == "residual":
             return self.backward_needs_branch_output(group)
-        if output == "mlp":
+        if output == "mlp" and group.branch == "ffn":
             is_kept = "mlp_up" in SAVED[remat]
-            is_dense_ffn = group.branch == "ffn" and not group.has_experts
-            return not (is_kept and is_dense_ffn)
-        if output == "heads":
-            return "qkv" not in SAVED[remat] or kernel.needs_raw_output
-        # Latent vectors are never kept: what is made of them next needs them.
-        return True
+            return group.has_experts or not is_kept
+        # Attention's latent vectors are never kept: what is made of them next needs
+        # them.
+        is_kept = kernel.is_named_qkv and "qkv" in SAVED[remat]
+        return not is_kept or kernel.needs_raw_output
 
     def backward_needs_branch_output(self, group: MatmulGroup) -> bool:
         """Whether the backward pass needs what a residual branch, of which this is the
@@ -386,12 +385,16 @@ class MeshPartitioning:
             for kernel in group.kernels
         )
 
-    def local_non_residual_width(self, group: MatmulGroup) -> Number:
-        """Counts elements a token that matrices write within their layer on a
-        device."""
+    def local_non_residual_width(
+        self, group: MatmulGroup, *, named_qkv: bool | None = None
+    ) -> Number:
+        """Counts elements a token that matrices write within their layer on a device:
+        those that remat policies keep by that name, the others, or (None) both."""
         width = 0
         for kernel in group.kernels:
             if kernel.output_features == "residual":
+                continue
+            if named_qkv not in (None, kernel.is_named_qkv):
                 continue
             output_size = prod(kernel.shape[kernel.num_input_dims :])
             output_axes = kernel.axes[kernel.num_input_dims :]

@@ -165,11 +165,7 @@ def convert(
     """
     source = Path(source)
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
-    if target.resolve() == Path.cwd():
-        message = "the folder that this runs in cannot be replaced"
-        raise MaxlmError(message, where=str(target), fix="name another")
+    check_new_folder(target)
     is_run = (source / "config.yaml").exists()
     is_published = (source / "config.json").exists()
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
@@ -482,6 +478,8 @@ def find_run_family(
                 return family, published
         message = "no published family computes what this model does"
         fix = "--family NAME says what one of them has no word for"
+        if config.adapter is not None:
+            fix = "--merge writes it as a run with its adapter merged"
         raise MaxlmError(message, where="config.yaml: model", fix=fix)
     family = FAMILIES.find(name)
     if family is None:
@@ -580,10 +578,28 @@ def find_inexpressible_setting(model: ModelConfig, family: ModelFamily) -> str |
         return f"its model.{join_key(error.errors()[0]['loc'])}"
     settings_before = model.model_dump(mode="json")
     settings_after = reread_model.model_dump(mode="json")
-    for key, value, _ in compare_configs(settings_before, settings_after):
-        if not key.startswith(_TRAINING_SETTINGS):
-            return f"model.{key}={value!r}"
-    return None
+    differences = [
+        (key, value)
+        for key, value, _ in compare_configs(settings_before, settings_after)
+        if not key.startswith(_TRAINING_SETTINGS)
+    ]
+    if not differences:
+        return None
+    # What the model has says more than what it leaves out: a family without kinds of
+    # layers lacks each of their nulls too.
+    present = [(key, value) for key, value in differences if value is not None]
+    key, value = (present or differences)[0]
+    return f"model.{key}={value!r}"
+
+
+def check_new_folder(target: Path) -> None:
+    """Checks that a folder can be written: raises MaxlmError where it has files, or is
+    the one that this runs in."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
+    if target.resolve() == Path.cwd():
+        message = "the folder that this runs in cannot be replaced"
+        raise MaxlmError(message, where=str(target), fix="name another")
 
 
 @contextmanager

@@ -266,7 +266,7 @@ def read_lora_adapter(
         message = (
             f"it was trained with {name} of the base, which all adapters here share"
         )
-        fix = "merge it (maxlm convert) and serve that"
+        fix = "serve it by itself, which merges it"
         raise MaxlmError(message, where=str(folder), fix=fix)
     adapter_tokenizer = None
     if tokenizer is not None:
@@ -287,7 +287,7 @@ def _read_adapter_tokenizer(
         tokenizer = imported
     if tokenizer.codec.fingerprint_input() != base.codec.fingerprint_input():
         message = "it was trained with another vocabulary than the model's"
-        fix = "merge it (maxlm convert) and serve that"
+        fix = "serve it by itself, which merges it"
         raise MaxlmError(message, where=str(folder), fix=fix)
     return None if tokenizer is base else tokenizer
 

@@ -18,7 +18,11 @@ from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import CHAT_TOKENS
 from maxlm.data.tokenizer.extend import extend_tokenizer
 from maxlm.data.tokenizer.load import load_tokenizer
-from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
+from maxlm.huggingface.checkpoint import (
+    RunCheckpointReader,
+    RunCheckpointWriter,
+    copy_param,
+)
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import make_new_folder, open_run_checkpoint
@@ -92,7 +96,7 @@ def write_grown_run(
     config, reader = open_run_checkpoint(source, None)
     if config.adapter is not None:
         message = "its vocabulary cannot grow: the run has an adapter"
-        fix = "merge it: maxlm convert it, and tune the folder that this makes"
+        fix = "merge it (maxlm convert RUN TARGET --merge), and tune TARGET"
         raise MaxlmError(message, where=str(source), fix=fix)
     size = compute_grown_size(config.model.vocab_size, num_rows)
     model = config.model.model_copy(update={"vocab_size": size})
@@ -128,12 +132,8 @@ def _copy_param(
 ) -> None:
     """Copies a parameter, a layer at a time, or one with a vocabulary whole and
     grown."""
-    lead = spec.num_layer_axes
     if "vocab" not in spec.axes:
-        writer.declare(name, spec.shape, lead)
-        with reader.open_slice_reader(name, lead, scratch) as read:
-            for index in np.ndindex(*spec.shape[:lead]):
-                writer.write(name, index, read(index).astype(np.float32))
+        copy_param(reader, writer, name, spec.num_layer_axes, scratch)
         return
     vocab_axis = spec.axes.index("vocab")
     values = grow_table(reader.open(name).read(), vocab_axis, num_old_ids, size)

@@ -28,7 +28,12 @@ from pallas_kernels.linear_recurrence.params import (
 
 # What `backend` may be, and the kernels to try for it in order. XLA takes what these do
 # not.
-KERNELS: dict[str, tuple[str, ...]] = {"tpu": ("tpu",), "xla": ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "gpu": ("triton",),
+    "tpu": ("tpu",),
+    "triton": ("triton",),
+    "xla": (),
+}
 
 
 def linear_recurrence(
@@ -79,7 +84,7 @@ def linear_recurrence(
             unless they start anew. Their output means nothing.
         scale: factor on outputs: 1 in Mamba-2, K ** -0.5 in the delta rules.
         chunk_size: tokens of a chunk, a power of two.
-        backend: "tpu" or "xla"; None: by the platform of the program being traced.
+        backend: "gpu" or "triton", "tpu", "xla"; None: by the platform of the program being traced.
         block_sizes: of a kernel, hashable; None: its choice.
         interpret: whether Pallas's interpreter runs the kernel.
 

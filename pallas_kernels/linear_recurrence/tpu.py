@@ -19,6 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import find_largest_divisor, get_chip, round_up
 from pallas_kernels.kernel_types import Index, Ref
+from pallas_kernels.linear_recurrence.kernel_chunk import (
+    ChunkOperands,
+    make_level_sums,
+    run_chunks,
+)
 from pallas_kernels.linear_recurrence.params import (
     ChunkPlan,
     RecurrenceCall,
@@ -28,11 +33,7 @@ from pallas_kernels.linear_recurrence.params import (
     pad_tokens,
     plan_chunks,
 )
-from pallas_kernels.linear_recurrence.tpu_chunk import (
-    ChunkOperands,
-    make_level_sums,
-    run_chunks,
-)
+from pallas_kernels.linear_recurrence.products import ProductPrecision
 
 # Chunks whose products overlap: of more, the compiler spills.
 FORWARD_GROUP = 4
@@ -54,8 +55,16 @@ def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
         return False
     sizes = _get_sizes(operands, call, BACKWARD_GROUP)
     needed = _count_backward_bytes(sizes, operands.k.dtype.itemsize)
-    # What is left is for what the compiler spills.
-    return sizes.plan.chunk >= _LEAST_CHUNK and needed <= get_chip().vmem_bytes * 3 // 4
+    available = get_chip().vmem_bytes
+    # What is left is for what the compiler spills: little by head; by channel about
+    # eight arrays a level and chunk (8 MB for fp32 keys of 256).
+    if sizes.decays_by_channel:
+        levels = sizes.plan.chunk.bit_length() + 1
+        level_bytes = 4 * sizes.plan.chunk * round_up(sizes.K, _LANES)
+        needed += 8 * sizes.group * levels * level_bytes
+    else:
+        available = available * 3 // 4
+    return sizes.plan.chunk >= _LEAST_CHUNK and needed <= available
 
 
 ArrayT = TypeVar("ArrayT")
@@ -102,9 +111,9 @@ def forward(
     plan = sizes.plan
     arrays = _move_heads_first(pad_tokens(operands, plan.tokens), plan)
     sums = _get_level_sums(operands, plan)
-    is_narrow = get_precision(operands) == lax.Precision.HIGH
+    precision = _get_precision(operands)
     has_output = operands.q is not None
-    run_group = partial(run_chunks, scale=call.scale, is_narrow=is_narrow)
+    run_group = partial(run_chunks, scale=call.scale, precision=precision)
 
     def kernel(refs, sums_ref, first_ref, output_ref, final_ref, states_ref, state_ref):
         """One block of a head.
@@ -180,8 +189,8 @@ def backward(
     plan = sizes.plan
     arrays = _move_heads_first(pad_tokens(operands, plan.tokens), plan)
     sums = _get_level_sums(operands, plan)
-    is_narrow = get_precision(operands) == lax.Precision.HIGH
-    run_group = partial(run_chunks, scale=call.scale, is_narrow=is_narrow)
+    precision = _get_precision(operands)
+    run_group = partial(run_chunks, scale=call.scale, precision=precision)
     if d_output is not None:
         missing = plan.tokens - num_tokens
         d_output = jnp.pad(d_output, [(0, 0), (0, missing), (0, 0), (0, 0)])
@@ -307,6 +316,12 @@ def _count_backward_bytes(sizes: _Sizes, itemsize: int) -> int:
     sums_bytes = 2 * (L.bit_length() + 1) * L * round_up(L, _LANES)
     pipelined = sizes.plan.block * token_bytes + 3 * state_bytes + rows_bytes
     return 2 * (pipelined + sums_bytes) + (sizes.num_groups + 1) * state_bytes
+
+
+def _get_precision(operands: RecurrenceOperands) -> ProductPrecision:
+    if get_precision(operands) == lax.Precision.HIGH:
+        return ProductPrecision.BF16X3
+    return ProductPrecision.FP32
 
 
 def _get_compiler_params() -> pltpu.CompilerParams:

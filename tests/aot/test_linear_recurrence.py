@@ -1,5 +1,5 @@
-"""Linear recurrences compiled by the TPU's own compiler: every kind, both passes; and
-memory that grows with the number of chunks alone."""
+"""Linear recurrences compiled by the TPU's and the GPU's own compilers: every kind, both
+passes; and memory that grows with the number of chunks alone."""
 
 from functools import partial
 
@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
 
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.linear_recurrence import linear_recurrence
@@ -24,14 +33,27 @@ SHAPES = {
 }
 
 
-def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int = 0):
+GPUS = ("h100", "a100")
+
+
+def compile_passes(
+    chip: str, kind: str, shape: str, backend: str | None, tokens: int = 0
+):
     """Compiles forward and backward; ``tokens`` replace those of the shape."""
     (B, T, H, N, K, V), chunk, dtype = SHAPES[shape]
     T = tokens or T
     by_channel, delta = KINDS[kind]
-    device = describe_device(CHIPS[chip].topology)
-    mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))
-    sharding = NamedSharding(mesh, PartitionSpec())
+    if chip in GPUS:
+        device = describe_device(f"{chip}x1")
+        sharding = SingleDeviceSharding(device)
+        # The card that Pallas lowers for; without it, that of this machine.
+        card = AbstractDevice(device.device_kind, None, "gpu")
+        use_mesh = use_abstract_mesh(AbstractMesh((), (), abstract_device=card))
+    else:
+        device = describe_device(CHIPS[chip].topology)
+        mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))
+        sharding = NamedSharding(mesh, PartitionSpec())
+        use_mesh = jax.set_mesh(mesh)
     like = partial(jax.ShapeDtypeStruct, sharding=sharding)
     operands = RecurrenceOperands(
         like((B, T, H, K), dtype),
@@ -56,7 +78,7 @@ def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int =
         results, pull = jax.vjp(recur, operands, state)
         return results, pull(results)
 
-    with jax.set_mesh(mesh):
+    with use_mesh:
         return jax.jit(run).lower(operands, state, starts).compile()
 
 
@@ -64,11 +86,27 @@ def compile_passes(chip: str, kind: str, shape: str, backend: str, tokens: int =
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_both_passes_compile(chip, kind, shape):
+    if (chip, shape) == ("v4", "fp32, wide") and KINDS[kind].by_channel:
+        # Its 16 MB of VMEM do not hold a block with what the compiler spills.
+        with pytest.raises(ValueError, match="no tpu kernel"):
+            compile_passes(chip, kind, shape, "tpu")
+        return
     text = compile_passes(chip, kind, shape, "tpu").as_text()
     assert sorted(read_kernels(chip, text)) == [
         "linear_recurrence_backward",
         "linear_recurrence_forward",
     ]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("shape", ["bf16", "fp32, odd sizes"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("card", GPUS)
+def test_both_passes_compile_for_gpus(card, kind, shape):
+    """Chosen by the card."""
+    text = compile_passes(card, kind, shape, None).as_text()
+    for kernel in ("products", "states", "d_states", "gradients"):
+        assert f"linear_recurrence_{kernel}" in text
 
 
 @pytest.mark.parametrize("backend", ["tpu", "xla"])
@@ -77,11 +115,11 @@ def test_memory_grows_with_the_number_of_chunks_alone(kind, backend):
     """Twice the tokens, twice what grows; and less of it than one array of a state a
     token has, at any length."""
     sizes = []
-    for tokens in (2048, 4096, 8192):
+    for tokens in (4096, 8192, 16384):
         compiled = compile_passes("v5p", kind, "bf16", backend, tokens)
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     first = sizes[1] - sizes[0]
     second = sizes[2] - sizes[1]
     assert second <= 2.2 * first
     state_a_token = 4 * 128 * 128 * 4
-    assert second / 4096 < state_a_token / 8
+    assert second / 8192 < state_a_token / 8

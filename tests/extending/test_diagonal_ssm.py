@@ -22,6 +22,7 @@ from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheArraySpec, RecurrentCache, SplitArray
 from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import (
     bind,
@@ -119,7 +120,8 @@ class DiagonalSsm(nnx.Module):
                 params=[SplitArray(decay, ("mlp",))],
                 output_axes=("mlp",),
             )
-        return self.out(y * jax.nn.silu(gate), seq_axis="residual"), cache
+        y = self.out(y * jax.nn.silu(gate), seq_axis="residual")
+        return MixerOutput(y, cache)
 
     def cache_spec(self, layout, window):
         shape = layout.num_shards, layout.num_rows, self.width

@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.config.sampling import SamplingConfig
-from maxlm.inference.engine import Engine
-from maxlm.inference.engine_config import EngineConfig
-from maxlm.inference.requests import GenerationRequest
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.blocks import MIXERS
 from maxlm.models.costs import get_costs
@@ -20,6 +16,7 @@ from maxlm.models.layers.kimi_delta_attention import KimiDeltaAttentionConfig
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from tests.models import building, reference
 from tests.models.building import POSITIONS, SEGMENTS
+from tests.models.generation import check_generation_equals_forward_pass
 
 WIDTH = 3
 DELTA = {"kind": "gated_delta_net", "num_heads": 6, "num_key_heads": 3} | {
@@ -196,8 +193,7 @@ def test_hidden_states_and_gradients_equal_the_reference(name, one_device_mesh):
     "sizes", [{}, pytest.param({"tensor": 2}, marks=pytest.mark.more)]
 )
 def test_generation_equals_the_full_forward_pass(sizes, mesh):
-    """A hybrid of both kinds and attention; more prompts than rows, in chunks that end
-    anywhere, some shorter than the convolutions; rows are used again."""
+    """A hybrid of both kinds and attention."""
     axes = mesh(**sizes)
     attention = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
     config = make_config(
@@ -217,44 +213,11 @@ def test_generation_equals_the_full_forward_pass(sizes, mesh):
         pattern=["delta", "full", "kimi"],
         init_std=0.6,
     )
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 29, length).tolist() for length in (1, 19, 2, 11)]
     with jax.set_mesh(axes):
         model = building.decoder(config, axes)
         specs = param_specs(model)
         params = jax.jit(lambda: init_params(specs, jax.random.key(0)))()
-        engine = Engine(
-            model,
-            params,
-            EngineConfig(
-                max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
-            ),
-        )
-        greedy = SamplingConfig(temperature=0, max_new_tokens=8)
-        requests = [
-            GenerationRequest(str(i), tuple(prompt), greedy, top_logprobs=0)
-            for i, prompt in enumerate(prompts)
-        ]
-        outputs: dict[str, list] = {}
-        for output in engine.run(requests):
-            tokens = outputs.setdefault(output.request_id, [])
-            tokens += zip(output.token_ids, output.logprobs, strict=True)
-
-        @jax.jit
-        def read(params, text):
-            bound = bind(model, params)
-            places = jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32), text.shape)
-            return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
-
-        for number, prompt in enumerate(prompts):
-            tokens = [token for token, _ in outputs[str(number)]]
-            logprobs = [one.logprob for _, one in outputs[str(number)]]
-            assert len(tokens) == 8
-            text = np.zeros((2, 32), np.int32)
-            text[0, : len(prompt) + 8] = [*prompt, *tokens]
-            rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
-            assert rows.argmax(-1).tolist() == tokens
-            np.testing.assert_allclose(logprobs, rows.max(-1), rtol=0, atol=1e-5)
+        check_generation_equals_forward_pass(model, params, (1, 19, 2, 11), num_rows=2)
 
 
 @pytest.mark.parametrize(

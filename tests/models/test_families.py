@@ -23,7 +23,8 @@ every = pytest.mark.parametrize("name", CASES)
 MORE = str.split("""arcee bamba cohere cohere2 dots1 ernie4_5 ernie4_5_moe exaone4
     exaone4_global exaone_moe falcon_h1_plain falcon_mamba glm glm4 glm4_moe glm4_moe_lite
     gpt_bigcode gpt_neox gpt_neox_serial gptj granitemoe granitemoehybrid
-    granitemoehybrid_dense hunyuan_v1_moe jamba kimi_k2 llama4_scout minimax_m2 ministral
+    afmoe flex_olmo granitemoeshared helium hy_v3 lfm2_moe olmo vaultgemma ministral3
+    glm_moe_dsa granitemoehybrid_dense hunyuan_v1_moe jamba kimi_k2 llama4_scout minimax_m2 ministral
     nemotron nemotron_h olmo2 olmoe olmo_hybrid opt phi3_longrope_short qwen2_moe qwen3_5
     qwen3_5_moe seed_oss smollm3 stablelm starcoder2""")
 mostly = pytest.mark.parametrize(

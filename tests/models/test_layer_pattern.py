@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.inference.engine import Engine
-from maxlm.inference.engine_config import EngineConfig
-from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.config import MAX_LAYERS
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA, POSITIONS, SEGMENTS
+from tests.models.generation import check_generation_equals_forward_pass
 
 SIZES = {"vocab_size": 31, "d_model": 14, "max_seq_len": 64, "init_std": 0.3}
 WIDE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -155,7 +152,7 @@ def embed_and_walk(model, params, tokens, positions, segment_ids):
             kind = run.kinds[place.kind_index]
             context = contexts[place.kind_index]
             inputs = bound._make_attention_inputs(kind, context, None)
-            x, _, _ = block(x, inputs)
+            x = block(x, inputs).x
     return bound.apply_final_norm(x)
 
 
@@ -207,37 +204,7 @@ def test_experts_in_some_layers_alone_add_their_sums(built):
 @pytest.mark.heavy
 def test_generation_equals_the_full_forward_pass(built):
     model, params = built
-    random = np.random.default_rng(0)
-    prompts = [random.integers(0, 31, length).tolist() for length in (1, 17, 6)]
-    config = EngineConfig(
-        max_sequences=2, max_length=32, prefill_tokens=8, page_size=4, decode_steps=3
-    )
-    engine = Engine(model, params, config)
-    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
-    requests = [
-        GenerationRequest(str(i), tuple(prompt), greedy, top_logprobs=0)
-        for i, prompt in enumerate(prompts)
-    ]
-    outputs: dict[int, list] = {}
-    for output in engine.run(requests):
-        tokens = outputs.setdefault(int(output.request_id), [])
-        tokens += zip(output.token_ids, output.logprobs, strict=True)
-
-    @jax.jit
-    def read(params, text):
-        bound = bind(model, params)
-        places = jnp.arange(32, dtype=jnp.int32)[None]
-        return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
-
-    for number, output in outputs.items():
-        prompt = prompts[number]
-        tokens = [token for token, _ in output]
-        text = np.zeros((1, 32), np.int32)
-        text[0, : len(prompt) + 8] = [*prompt, *tokens]
-        rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
-        assert rows.argmax(-1).tolist() == tokens
-        logprobs = [one.logprob for _, one in output]
-        np.testing.assert_allclose(logprobs, rows.max(-1), rtol=0, atol=1e-5)
+    check_generation_equals_forward_pass(model, params, (1, 17, 6))
 
 
 WRONG = {

@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.config.sampling import SamplingConfig
-from maxlm.inference.engine import Engine
-from maxlm.inference.engine_config import EngineConfig
-from maxlm.inference.requests import GenerationRequest
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.layers.mamba import MambaConfig
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from tests.models import building, reference
 from tests.models.building import POSITIONS, SEGMENTS
+from tests.models.generation import check_generation_equals_forward_pass
 
 WIDTH = 3
 SIZES = {"d_inner": 10, "d_state": 3, "dt_rank": 2, "d_conv": WIDTH}
@@ -158,47 +155,12 @@ def test_hidden_states_and_gradients_equal_the_reference(name, one_device_mesh):
 
 @pytest.mark.heavy
 def test_generation_equals_the_full_forward_pass(one_device_mesh):
-    """More prompts than rows, in chunks that end anywhere, some shorter than the
-    convolution; rows are used again."""
     config = make_config("jamba", init_std=0.6)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 29, length).tolist() for length in (1, 19, 2, 11)]
     with jax.set_mesh(one_device_mesh):
         model = building.decoder(config, one_device_mesh)
         specs = param_specs(model)
         params = jax.jit(lambda: init_params(specs, jax.random.key(0)))()
-        engine = Engine(
-            model,
-            params,
-            EngineConfig(
-                max_sequences=2, max_length=32, prefill_tokens=8, decode_steps=3
-            ),
-        )
-        greedy = SamplingConfig(temperature=0, max_new_tokens=8)
-        requests = [
-            GenerationRequest(str(i), tuple(prompt), greedy, top_logprobs=0)
-            for i, prompt in enumerate(prompts)
-        ]
-        outputs: dict[str, list] = {}
-        for output in engine.run(requests):
-            tokens = outputs.setdefault(output.request_id, [])
-            tokens += zip(output.token_ids, output.logprobs, strict=True)
-
-        @jax.jit
-        def read(params, text):
-            bound = bind(model, params)
-            places = jnp.arange(32, dtype=jnp.int32)[None]
-            return jax.nn.log_softmax(bound.logits(bound(text, places)[0]))
-
-        for number, prompt in enumerate(prompts):
-            tokens = [token for token, _ in outputs[str(number)]]
-            logprobs = [one.logprob for _, one in outputs[str(number)]]
-            assert len(tokens) == 8
-            text = np.zeros((1, 32), np.int32)
-            text[0, : len(prompt) + 8] = [*prompt, *tokens]
-            rows = np.asarray(read(params, text))[0, len(prompt) - 1 :][:8]
-            assert rows.argmax(-1).tolist() == tokens
-            np.testing.assert_allclose(logprobs, rows.max(-1), rtol=0, atol=1e-5)
+        check_generation_equals_forward_pass(model, params, (1, 19, 2, 11))
 
 
 def test_steps_and_decays_begin_as_published(one_device_mesh):

@@ -65,11 +65,11 @@ def test_an_earlier_layer_s_cache_is_read_and_not_written(mesh, tensor):
             window=None,
             causal=True,
         )
-        _, keys_values = bind(source, source_params)(x[0], inputs)
+        keys_values = bind(source, source_params)(x[0], inputs).keys_values
         shared = inputs._replace(shared=keys_values)
-        y, same = bind(sharing, sharing_params)(x[1], shared)
-        assert same is keys_values
-        return y
+        output = bind(sharing, sharing_params)(x[1], shared)
+        assert output.keys_values is keys_values
+        return output.y
 
     def run_step(x, cache, batch):
         inputs = AttentionInputs(
@@ -83,14 +83,14 @@ def test_an_earlier_layer_s_cache_is_read_and_not_written(mesh, tensor):
             causal=True,
             batch=batch,
         )
-        _, cache = bind(source, source_params)(x[0], inputs, cache)
+        cache = bind(source, source_params)(x[0], inputs, cache).cache
         assert isinstance(cache, PagedCache)
-        y, after = bind(sharing, sharing_params)(x[1], inputs, cache)
+        output = bind(sharing, sharing_params)(x[1], inputs, cache)
         for array, unchanged in zip(
-            jax.tree.leaves(after), jax.tree.leaves(cache), strict=True
+            jax.tree.leaves(output.cache), jax.tree.leaves(cache), strict=True
         ):
             np.testing.assert_array_equal(array, unchanged)
-        return y, cache
+        return output.y, cache
 
     with jax.set_mesh(devices):
         expected = jax.jit(run_whole)(x)

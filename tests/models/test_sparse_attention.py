@@ -80,7 +80,8 @@ def run(layer, params, x):
         window=None,
         causal=True,
     )
-    return bind(layer, params)(x, inputs)
+    output = bind(layer, params)(x, inputs)
+    return output.y, output.aux
 
 
 def reference(params, x):

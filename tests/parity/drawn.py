@@ -81,6 +81,12 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         if key in values:
             values[key] = 0.5
     values |= _draw_state_space(values, draw)
+    if architecture.startswith("MiMo"):
+        # Layers with a window have twice the kv heads.
+        values["num_attention_heads"] = 2 * heads
+    if architecture.startswith("Helium"):
+        # Its map back to the stream is square.
+        values["hidden_size"] = heads * head_dim
     can_be_untied = ("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm", "Cohere", "Ernie")
     if architecture.startswith(can_be_untied):
         values["tie_word_embeddings"] = draw.random() < 0.5

@@ -166,7 +166,7 @@ def ours(
             shared=shared,
         )
         nested = unflatten_dict(jax.tree.map(jnp.asarray, flat), sep=".")
-        y, _ = bind(layer, nested)(jnp.asarray(draw_inputs()), inputs)
+        y = bind(layer, nested)(jnp.asarray(draw_inputs()), inputs).y
     return np.asarray(y)
 
 

@@ -16,6 +16,9 @@ _EXPERTS = {
     "dispatch": "capacity",
 }
 _LATENT = {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}
+# Heads that divide over four devices, of sizes that are no powers of two.
+_SPACE = {"kind": "mamba2", "num_heads": 12, "head_dim": 6, "state_size": 5}
+_WITHOUT_POSITIONS = {"positions": {"kind": "none"}, "mlp": {"d_ff": 72}}
 MODELS: dict[str, dict[str, Any]] = {
     "pattern": {
         "attention": _HEADS | {"qk_norm": True, "soft_cap": 20.0},
@@ -72,6 +75,46 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "latent_experts": {"attention": _HEADS, "moe": _EXPERTS | {"latent_dim": 16}},
     "sandwich_experts": {"attention": _HEADS, "moe": _EXPERTS, "placement": "sandwich"},
+    # A mixer that passes a state from token to token, or an indexer, in each layer.
+    "mamba": {
+        "mixer": {"kind": "mamba", "d_inner": 88, "d_state": 5, "dt_rank": 8},
+        "ffn": "none",
+        "positions": {"kind": "none"},
+    },
+    "mamba2": {"mixer": _SPACE, "ffn": "none", "positions": {"kind": "none"}},
+    "mamba2_groups": _WITHOUT_POSITIONS
+    | {"mixer": _SPACE | {"num_groups": 4, "gated_norm": "norm_first"}},
+    "gated_delta_net": _WITHOUT_POSITIONS
+    | {
+        "mixer": {"kind": "gated_delta_net", "num_heads": 8, "num_key_heads": 4}
+        | {"key_dim": 6, "value_dim": 10}
+    },
+    "kimi_delta_attention": _WITHOUT_POSITIONS
+    | {
+        "mixer": {"kind": "kimi_delta_attention", "num_heads": 8, "head_dim": 6}
+        | {"rank": 8}
+    },
+    "lightning": _WITHOUT_POSITIONS
+    | {"mixer": {"kind": "lightning", "num_heads": 12, "head_dim": 6}},
+    "short_conv": _WITHOUT_POSITIONS | {"mixer": {"kind": "short_conv"}},
+    "parallel_heads": {
+        "mixer": {"kind": "parallel_heads", "attention": _HEADS, "mixer": _SPACE},
+        "mlp": {"d_ff": 72},
+    },
+    # Qwen3-Next: three layers with a delta rule, one with gated attention, experts.
+    "delta_hybrid": {
+        "attention": _HEADS | {"output_gate": "element", "qk_norm": True},
+        "moe": _EXPERTS | {"shared_experts": 1, "shared_gate": True},
+        "kinds": {
+            "linear": {
+                "mixer": {"kind": "gated_delta_net", "num_heads": 8, "key_dim": 6}
+                | {"num_key_heads": 4, "value_dim": 10}
+            },
+            "full": {},
+        },
+        "pattern": ["linear", "linear", "linear", "full"],
+        "num_layers": 8,
+    },
     "encoder": {
         "architecture": "encoder",
         "attention": _HEADS | {"bias": True},
@@ -104,7 +147,7 @@ _TASKS = {
 }
 
 
-def run(model: str, layout: str, **changes: Any) -> RunConfig:
+def run(model: str, layout: str, seq_len: int = SEQ, **changes: Any) -> RunConfig:
     """A run of one of these models, or the parity matrix's, on a layout of that."""
     cell = CELLS[layout]
     settings = dict(CELLS[layout].settings)
@@ -113,9 +156,9 @@ def run(model: str, layout: str, **changes: Any) -> RunConfig:
     model_settings = MODELS[model] if model in MODELS else cells.MODELS[model]
     return RunConfig.model_validate(
         {
-            "model": {**sizes, **model_settings, "max_seq_len": SEQ, **changes},
+            "model": {**sizes, **model_settings, "max_seq_len": seq_len, **changes},
             "task": _TASKS.get(model, {"kind": "clm"}),
-            "data": {"seq_len": SEQ, "batch_size": ROWS * micro},
+            "data": {"seq_len": seq_len, "batch_size": ROWS * micro},
             "mesh": cell.mesh,
             "train": {"micro_batches": micro},
             **settings,

@@ -7,12 +7,15 @@ from math import ceil, inf
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import jax
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
-from maxlm.models.caches import CacheArraySpec, RecurrentCache
+from maxlm.inference.model_runner import allocate_state
+from maxlm.models.architectures.transformer import DecoderConfig
+from maxlm.models.caches import CacheArraySpec, CacheLayout, RecurrentCache
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.predict import Machine
@@ -29,10 +32,13 @@ from maxlm.plan.serving_cache import (
     CacheFormat,
     count_layer_caches,
     count_sequence_bytes,
+    count_state_bytes,
     count_token_bytes,
 )
 from maxlm.plan.timing import DECODE_EFFICIENCY
 from maxlm.run.config import RunConfig
+from tests.models.building import decoder
+from tests.plan.architectures import run
 
 Size = tuple[int, int]
 """Heads, and the size of each."""
@@ -139,6 +145,74 @@ def test_windows_keep_their_pages_alone():
     page = PAGE_TOKENS * 256 + 256 * 2 + PAGE_TOKENS * 256 + PAGE_TOKENS * 2
     pages = ceil(511 / PAGE_TOKENS) + 1
     assert count_sequence_bytes({local: 1}, 5000) == 128 * token + pages * page
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "state", "inputs", "token"),
+    [
+        # Of 52 layers 24 have a state, 4 attention; three convolved inputs.
+        ("nemotron_h_8b", 24, 128 * 64 * 128, 3 * (8192 + 2 * 8 * 128), 4 * 2048),
+        # 20 of 27; the others one vector.
+        ("kimi_linear_48b_a3b", 20, 32 * 128 * 128, 3 * 3 * 4096, 7 * (512 + 64)),
+        # 36 of 48.
+        ("qwen3_next_80b_a3b", 36, 32 * 128 * 128, 3 * 8192, 12 * 2 * 2 * 256),
+        # 70 of 80, without convolutions.
+        ("minimax_text_01", 70, 64 * 128 * 128, 0, 10 * 2 * 8 * 128),
+        # In each of 36 layers attention beside a state.
+        ("falcon_h1_0_5b", 36, 24 * 64 * 128, 3 * (1536 + 256), 36 * 2 * 2 * 64),
+    ],
+)
+def test_hybrids_keep_states_of_one_size_beside_pages(
+    name, layers, state, inputs, token
+):
+    """States in fp32, the rest in 16 bits; a GPU's pages are not padded."""
+    fixed = layers * (4 * state + 2 * inputs)
+    for length in (32, 640):
+        served = place(name, "h100x8", 30, length - 30)
+        assert served.count_cache_bytes(length) == fixed + 2 * token * length
+    assert count_state_bytes(served.layer_caches) == fixed
+    # Each token writes the states as well as it reads them.
+    bandwidth = 3350e9 * DECODE_EFFICIENCY["nvidia"].reading
+    context = 32 * ceil((30 + 610 / 2) / 32)
+    time = served.estimate_decode_seconds(np.array([512.0]))["cache"]
+    moved = 512 * (2 * fixed + 2 * token * context)
+    assert time[0] == pytest.approx(moved / bandwidth, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "parallel_heads",
+        *(
+            pytest.param(name, marks=pytest.mark.more)
+            for name in (
+                "mamba",
+                "mamba2",
+                "mamba2_groups",
+                "lightning",
+                "short_conv",
+                "delta_hybrid",
+                "kimi_delta_attention",
+                "sparse",
+                "latent",
+                "pattern",
+            )
+        ),
+    ],
+)
+def test_caches_are_as_large_as_the_engines(name, one_device_mesh):
+    """The arrays that the engine allocates for 5 rows and 11 pages."""
+    config = run(name, "dp").model
+    assert isinstance(config, DecoderConfig)
+    layout = CacheLayout(num_shards=1, num_rows=5, num_pages=11, page_size=PAGE_TOKENS)
+    with jax.set_mesh(one_device_mesh):
+        model = decoder(config, one_device_mesh)
+        arrays = allocate_state(model, layout, PAGE_TOKENS)
+        planned = count_layer_caches(model)
+    row = count_sequence_bytes(planned, 0)
+    page = count_sequence_bytes(planned, PAGE_TOKENS) - row
+    allocated = sum(array.nbytes for array in jax.tree.leaves(arrays))
+    assert allocated == 5 * row + 11 * page
 
 
 @pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])

@@ -20,6 +20,7 @@ from maxlm.huggingface.families.names import (
 )
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.layers.attention_config import AttentionConfig, LatentConfig
 
 L = "model.layers.{layer}"
 A = f"{L}.self_attn"
@@ -34,8 +35,8 @@ _LATENT_NORM_EPS = 1e-6
 """That of the norms of narrow vectors, whatever the file says of the others."""
 
 
-def _table(config: TransformerConfig) -> NameTable:
-    latent = config.attention.latent
+def map_latent_layers(latent: LatentConfig) -> NameTable:
+    """Returns the entries of a model with latent attention and experts."""
     query = permute_rotary(
         linear("attention.query.kernel"), latent.rotary_dim, each_head=True
     )
@@ -70,6 +71,10 @@ def _table(config: TransformerConfig) -> NameTable:
     }
 
 
+def _table(config: TransformerConfig) -> NameTable:
+    return map_latent_layers(config.attention.latent)
+
+
 def _v3_table(config: TransformerConfig) -> NameTable:
     return {**_table(config), **SELECTION_BIAS}
 
@@ -88,6 +93,15 @@ def map_sigmoid_routing(
         "routed_scaling_factor": fields.map_number("moe.scale", 1.0),
     }
 
+
+LATENT_ATTENTION = {
+    "attention_bias": fields.map_flag("attention.bias", False),
+    "q_lora_rank": fields.map_size("attention.latent.q_rank", nullable=True),
+    "kv_lora_rank": fields.map_size("attention.latent.kv_rank"),
+    "qk_rope_head_dim": fields.map_size("attention.latent.rotary_dim"),
+    "v_head_dim": fields.map_size("attention.latent.value_dim"),
+}
+"""Keys of latent attention."""
 
 SIGMOID_ROUTING = {
     "moe.score": "sigmoid",
@@ -147,41 +161,49 @@ def write_dense_list(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_v3(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    _read_latent(reader, settings)
+    read_head_sizes(reader, settings["attention"], settings["norm"]["eps"])
     read_dense_layers(reader, settings, 3)
 
 
 def _read_glm(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    _read_latent(reader, settings)
+    read_head_sizes(reader, settings["attention"], settings["norm"]["eps"])
     if not reader.has("mlp_layer_types"):
         # The library has one dense layer then, whatever the number.
         reader.read_implemented("first_k_dense_replace", 1, None)
     read_dense_list(reader, settings, 1)
 
 
-def _read_latent(reader: ConfigReader, settings: dict[str, Any]) -> None:
-    attention = settings["attention"]
-    reader.read_implemented("num_key_value_heads", attention["num_heads"])
+def read_head_sizes(
+    reader: ConfigReader, attention: dict[str, Any], norm_eps: float
+) -> None:
+    """Reads into settings of latent attention the sizes of its heads, and the eps of
+    its norms where that is not ``norm_eps``, the others'."""
+    num_heads = attention["num_heads"]
+    attention["num_kv_heads"] = reader.read_implemented(
+        "num_key_value_heads", num_heads
+    )
     latent = attention["latent"]
     # Here a head's size counts the dimensions that turn, too.
     attention["head_dim"] = reader.size("qk_nope_head_dim") + latent["rotary_dim"]
-    if settings["norm"]["eps"] != _LATENT_NORM_EPS:
+    if norm_eps != _LATENT_NORM_EPS:
         latent["norm_eps"] = _LATENT_NORM_EPS
 
 
 def _write_v3(config: TransformerConfig) -> dict[str, Any]:
-    return {**_write_latent(config), **write_dense_layers(config)}
+    return {**write_head_sizes(config.attention), **write_dense_layers(config)}
 
 
 def _write_glm(config: TransformerConfig) -> dict[str, Any]:
-    return {**_write_latent(config), **write_dense_list(config)}
+    return {**write_head_sizes(config.attention), **write_dense_list(config)}
 
 
-def _write_latent(config: TransformerConfig) -> dict[str, Any]:
-    attention = config.attention
+def write_head_sizes(attention: AttentionConfig) -> dict[str, Any]:
+    """Writes what :func:`read_head_sizes` reads."""
+    latent = attention.latent
+    assert latent is not None
     return {
         "num_key_value_heads": attention.num_heads,
-        "qk_nope_head_dim": attention.head_dim - attention.latent.rotary_dim,
+        "qk_nope_head_dim": attention.head_dim - latent.rotary_dim,
     }
 
 
@@ -231,11 +253,7 @@ DEEPSEEK_V2 = ModelFamily(
     "DeepseekV2ForCausalLM",
     {
         **fields.SIZES,
-        "attention_bias": fields.map_flag("attention.bias", False),
-        "q_lora_rank": fields.map_size("attention.latent.q_rank", nullable=True),
-        "kv_lora_rank": fields.map_size("attention.latent.kv_rank"),
-        "qk_rope_head_dim": fields.map_size("attention.latent.rotary_dim"),
-        "v_head_dim": fields.map_size("attention.latent.value_dim"),
+        **LATENT_ATTENTION,
         "moe_intermediate_size": fields.map_size("moe.d_ff"),
         "hidden_act": fields.require_value("silu", ours="moe.activation"),
         "n_routed_experts": fields.map_size("moe.num_experts"),
@@ -267,11 +285,7 @@ DEEPSEEK_V3 = ModelFamily(
     {
         **fields.SIZES,
         **map_sigmoid_routing(groups=8, groups_per_token=4),
-        "attention_bias": fields.map_flag("attention.bias", False),
-        "q_lora_rank": fields.map_size("attention.latent.q_rank", nullable=True),
-        "kv_lora_rank": fields.map_size("attention.latent.kv_rank"),
-        "qk_rope_head_dim": fields.map_size("attention.latent.rotary_dim"),
-        "v_head_dim": fields.map_size("attention.latent.value_dim"),
+        **LATENT_ATTENTION,
         "n_routed_experts": fields.map_size("moe.num_experts"),
         "n_shared_experts": fields.map_size("moe.shared_experts", 1),
         "norm_topk_prob": fields.map_flag("moe.renormalise", True),

@@ -209,7 +209,8 @@ class ModelFamily:
                 if isinstance(part, Mapping):
                     part = part.get(name)
                 else:
-                    part = getattr(part, name)
+                    # A mixer of another kind may not have it.
+                    part = getattr(part, name, None)
                 # A choice may be a name where other models have settings.
                 if not isinstance(part, Config | Mapping):
                     return ".".join(parents[:depth])

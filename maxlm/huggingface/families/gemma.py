@@ -1,7 +1,9 @@
 """Gemma 1 (Gemma Team 2024, arXiv 2403.08295), 2 (arXiv 2408.00118) and 3 (2025, arXiv
 2503.19786): norms that multiply by 1 + scale, gated GELU, embeddings times the root of
-the width."""
+the width. VaultGemma (Sinha et al. 2025, arXiv 2510.15001): Gemma 2 with norms before
+branches alone."""
 
+from dataclasses import replace
 from typing import Any
 
 from maxlm.huggingface.families import fields, llama, rope
@@ -170,4 +172,17 @@ GEMMA3 = ModelFamily(
     write_extra=_write_gemma3,
     ignored_keys=INERT,
     hf_model_type="gemma3_text",
+)
+VAULTGEMMA = replace(
+    GEMMA2,
+    name="vaultgemma",
+    hf_architecture="VaultGemmaForCausalLM",
+    name_table={
+        **llama.OUTER,
+        **llama.ATTENTION,
+        **llama.MLP,
+        f"{L}.input_layernorm.weight": copy("attention_norm.scale"),
+        f"{L}.pre_feedforward_layernorm.weight": copy("mlp_norm.scale"),
+    },
+    fixed_settings=FIXED,
 )

@@ -269,15 +269,21 @@ def either(first: TensorRule, second: TensorRule) -> TensorRule:
 
 
 def permute_rotary(
-    rule: TensorRule, rotary_dim: int, *, each_head: bool, first: bool = False
+    rule: TensorRule,
+    rotary_dim: int,
+    *,
+    each_head: bool,
+    first: bool = False,
+    head_dim: int | None = None,
 ) -> TensorRule:
     """Returns the rule with the last (or the ``first``) ``rotary_dim`` rows of each
-    head, or of all, reordered: theirs pair neighbours, ours halves."""
+    head, or of all, reordered: theirs pair neighbours, ours halves. ``head_dim``: rows
+    of a head where that is not the parameter's last dimension."""
 
     def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
         plain = rule.make_conversion(pieces)
-        head_dim = pieces[-1].shape[-1]
-        rows_per_head = head_dim if each_head else plain.shape[0]
+        rows_of_each = head_dim or pieces[-1].shape[-1]
+        rows_per_head = rows_of_each if each_head else plain.shape[0]
         # Ours in terms of theirs: the first of each pair, then the second of each.
         order = np.arange(rows_per_head)
         rotary_rows = slice(rotary_dim) if first else slice(-rotary_dim, None)
@@ -293,6 +299,26 @@ def permute_rotary(
             plain.shape,
             lambda whole: plain.split(reorder(whole, order)),
             lambda parts: reorder(plain.join(parts), inverse_order),
+        )
+
+    return TensorRule(rule.ours, make_conversion)
+
+
+def swap_halves(rule: TensorRule) -> TensorRule:
+    """Returns the rule with the two halves of each head's rows in the other order."""
+
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        plain = rule.make_conversion(pieces)
+        head_dim = pieces[-1].shape[-1]
+
+        def swap(rows: Array) -> Array:
+            by_half = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+            return by_half[:, ::-1].reshape(rows.shape)
+
+        return TensorConversion(
+            plain.shape,
+            lambda whole: plain.split(swap(whole)),
+            lambda parts: swap(plain.join(parts)),
         )
 
     return TensorRule(rule.ours, make_conversion)

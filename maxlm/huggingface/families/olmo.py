@@ -1,10 +1,12 @@
-"""OLMo 2 (OLMo Team 2025, arXiv 2501.00656) and OLMo 3 (OLMo Team 2025, arXiv
+"""OLMo (Groeneveld et al. 2024, arXiv 2402.00838): Llama's shape with LayerNorms without
+weights. OLMo 2 (OLMo Team 2025, arXiv 2501.00656) and OLMo 3 (OLMo Team 2025, arXiv
 2512.13961): norms of what each branch adds, norms of queries and keys over all heads;
-OLMo 3 has windows in three of four layers, and scales positions in the fourth alone."""
+OLMo 3 has windows in three of four layers, and scales positions in the fourth alone.
+FlexOlmo (Shi et al. 2025, arXiv 2507.07024): OLMo 2 with experts."""
 
 from typing import Any
 
-from maxlm.huggingface.families import fields, llama, rope
+from maxlm.huggingface.families import fields, llama, qwen, rope
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.fields import GLOBAL, LOCAL
 from maxlm.huggingface.families.names import copy, linear
@@ -71,4 +73,36 @@ OLMO3 = ModelFamily(
     FIXED,
     read_extra=_read_olmo3,
     write_extra=_write_olmo3,
+)
+FLEX_OLMO = ModelFamily(
+    "flex_olmo",
+    "FlexOlmoForCausalLM",
+    {
+        **llama.COMMON,
+        **llama.EXPERTS,
+        "rms_norm_eps": fields.map_number("norm.eps", 1e-6),
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "num_experts": fields.map_size("moe.num_experts", alias="num_local_experts"),
+        "intermediate_size": fields.map_size("moe.d_ff"),
+        "norm_topk_prob": fields.map_flag("moe.renormalise", False),
+        "router_aux_loss_coef": fields.map_balance_loss(0.01),
+    },
+    {**TABLE, **qwen.EXPERTS},
+    FIXED,
+    rope_kwargs={},
+)
+OLMO = ModelFamily(
+    "olmo",
+    "OlmoForCausalLM",
+    {
+        **fields.SIZES,
+        **llama.map_kv_heads(None),
+        **llama.SWIGLU,
+        "tie_word_embeddings": fields.map_flag("tie_embeddings", False),
+        "attention_bias": fields.map_flag("attention.bias", False),
+        "clip_qkv": fields.map_number("attention.clip", None),
+    },
+    {**llama.OUTER, **llama.ATTENTION, **llama.MLP},
+    {"norm.kind": "layernorm", "norm.weightless": True, "norm.eps": 1e-5},
+    rope_kwargs={},
 )

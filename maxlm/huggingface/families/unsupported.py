@@ -27,15 +27,11 @@ _FILE = "nothing but a file with its settings and the names of its weights"
 
 KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     # Decoders whose blocks are all here.
-    **_group(_FILE, "llama", "cwm exaone helium internlm3 iquestcoder"),
-    **_group(_FILE, "gemma2", "vaultgemma"),
+    **_group(_FILE, "llama", "cwm exaone internlm3 iquestcoder"),
     **_group(_FILE, "gpt2", "gpt-sw3"),
     **_group(_FILE, "nemotron", "jais2 persimmon"),
-    **_group(_FILE, "mistral", "ministral3"),
     **_group(_FILE, "granite", "hyperclovax"),
-    **_group(_FILE, "olmo2", "flex_olmo"),
-    **_group(_FILE, "glm4_moe", "hy_v3 sarvam_moe solar_open"),
-    **_group(_FILE, "exaone_moe", "afmoe"),
+    **_group(_FILE, "glm4_moe", "sarvam_moe solar_open"),
     **_group(_FILE, "deepseek_v3", "axk1 sarvam_mla youtu"),
     **_group(
         "a file that maps its mixture of experts",
@@ -44,7 +40,6 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     ),
     # Decoders of attention that need more than a file.
     "phimoe": UnsupportedType("routing by sparse mixing", "mixtral"),
-    "apertus": UnsupportedType("the activation xIELU, with learnt slopes", "llama"),
     "arctic": UnsupportedType("experts beside a dense MLP", "mixtral"),
     "biogpt": UnsupportedType("a file of its own: GPT with scaled embeddings", "gpt2"),
     "bitnet": UnsupportedType("ternary weights, and norms before projections", "llama"),
@@ -61,29 +56,20 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "gpt_neox_japanese": UnsupportedType("a bias in its last layer alone", "gpt_neox"),
     "granite_swa": UnsupportedType("a theta for each layer", "granite"),
     "granitemoe_swa": UnsupportedType("a theta for each layer", "granitemoe"),
-    "granitemoeshared": UnsupportedType("a shared MLP beside experts", "granitemoe"),
     "hrm_text": UnsupportedType("stacks of layers run in cycles", "llama"),
     "jetmoe": UnsupportedType("experts of attention's heads", "mixtral"),
     "laguna": UnsupportedType("another number of heads in each layer", "qwen3_moe"),
     "longcat_flash": UnsupportedType(
         "two attentions a layer, empty experts", "deepseek_v3"
     ),
-    "mimo_v2_flash": UnsupportedType("value heads narrower than keys", "qwen3_moe"),
     "minicpm3": UnsupportedType(
         "latent attention with factors on what branches add", "deepseek_v3"
     ),
     "modernbert-decoder": UnsupportedType("a first layer without a norm", "gemma3"),
-    "nanochat": UnsupportedType("norms without weights", "llama"),
-    "olmo": UnsupportedType("LayerNorm without weights", "llama"),
     "openai-gpt": UnsupportedType("a file of its own: GPT-2 with norms behind", "gpt2"),
     "xglm": UnsupportedType("sinusoids of another order", "bart"),
     # Sparse attention, hyper-connections, several streams.
-    **_group(
-        "sparse attention with an indexer", "deepseek_v3", "deepseek_v32 glm_moe_dsa"
-    ),
-    **_group(
-        "sparse attention with an indexer, and gated norms", "deepseek_v3", "axk2"
-    ),
+    "axk2": UnsupportedType("gated norms", "deepseek_v32"),
     **_group(
         "compressed attention, hyper-connections and hash routing",
         "deepseek_v3",
@@ -114,7 +100,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "zaya": UnsupportedType("compressed convolutional attention", "qwen3_moe"),
     # Recurrences and hybrids.
     **_group(
-        "one attention block that several layers share, each with its own LoRA",
+        "layers that share weights, each with its own LoRA, and read the embeddings",
         "nemotron_h",
         "zamba zamba2",
     ),
@@ -127,7 +113,7 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "bailing_hybrid": UnsupportedType(
         "Kimi Delta Attention beside latent attention with RoPE", "kimi_linear"
     ),
-    **_group("experts in a file of its own", "lfm2", "lfm2_moe lfm3"),
+    **_group("experts in a file of its own", "lfm2_moe", "lfm3"),
     "recurrent_gemma": UnsupportedType("the recurrence RG-LRU", "gemma"),
     "rwkv": UnsupportedType("RWKV's recurrence", "llama"),
     "xlstm": UnsupportedType("xLSTM's recurrences", "llama"),

@@ -35,11 +35,18 @@ from maxlm.models.architectures.pattern import (
     PatternLayer,
     find_repeats,
     make_run,
+    make_shortest_run,
     suggest_kind,
 )
 from maxlm.models.architectures.shrink import PartShrinker
-from maxlm.models.blocks import BlockConfig, Placement, find_attention
+from maxlm.models.blocks import (
+    BlockConfig,
+    BlockKindChoice,
+    Placement,
+    find_attention,
+)
 from maxlm.models.frontends import FrontendChoice
+from maxlm.models.layer_inputs import LayerInputsConfig
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -153,6 +160,14 @@ class TransformerConfig(Config):
     one norm for both: Falcon-7B, Phi-2)."""
     residual_scale: float = Field(default=1.0, gt=0)
     """Factor on what a branch adds to the residual stream (Granite)."""
+    block: BlockKindChoice | None = None
+    """Another way in which layers join the residual stream, or several of them, by the
+    kind it is registered with; null: by ``placement`` alone."""
+    layer_inputs: LayerInputsConfig | None = None
+    """Inputs of each layer's own, from a second table of tokens (Gemma 3n); null:
+    none."""
+    layer_scale: bool = False
+    """Multiply each layer's output by a learnt number (Gemma 4)."""
     final_norm: bool = True
     """Normalise the last layer's output."""
     positions: PositionsConfig = PositionsConfig()
@@ -260,6 +275,64 @@ class TransformerConfig(Config):
                 where="pattern",
                 fix="give them names in model.kinds, and list these",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_keys_fit(self) -> Self:
+        made_by: dict[str, LayerKind] = {}
+        for run in self.layer_runs:
+            for name, kind in zip(run.kind_names, run.kinds, strict=True):
+                if kind.keys_of is None:
+                    attention = self.get_attention(kind)
+                    if attention is not None and attention.shares_keys:
+                        message = "shares_keys of a layer that does not say whose"
+                        fix = "name their kind in its keys_of"
+                        raise MaxlmError(message, where="kinds", fix=fix)
+                    made_by[name] = kind
+                    continue
+                source = made_by.get(kind.keys_of)
+                if source is None:
+                    fix = "name a kind of layers that stand before it and make keys"
+                    message = f"keys_of={kind.keys_of}, of which no layer stands before"
+                    raise MaxlmError(message, where="kinds", fix=fix)
+                self._check_shared_keys(kind, source)
+        return self
+
+    def _check_shared_keys(self, kind: LayerKind, source: LayerKind) -> None:
+        """Raises MaxlmError: a kind reads keys that are not made as its own would
+        be."""
+        reader = self.get_attention(kind)
+        maker = self.get_attention(source)
+        fix = f"give it those of {kind.keys_of}"
+        where = "kinds"
+        if reader is None or maker is None or maker.latent is not None:
+            message = f"keys_of={kind.keys_of}, which makes no keys of heads"
+            raise MaxlmError(message, where=where, fix="name a kind with attention")
+        sizes = (reader.num_kv_heads, reader.head_dim, reader.chunk)
+        if sizes != (maker.num_kv_heads, maker.head_dim, maker.chunk):
+            message = f"keys_of={kind.keys_of} with other kv heads than it reads"
+            raise MaxlmError(message, where=where, fix=fix)
+        if kind.window != source.window:
+            message = f"keys_of={kind.keys_of} with another window"
+            raise MaxlmError(message, where=where, fix=fix)
+        if self.get_positions(kind) != self.get_positions(source):
+            message = f"keys_of={kind.keys_of} with other positions"
+            raise MaxlmError(message, where=where, fix=fix)
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> Self:
+        needs = {"layer_inputs": self.layer_inputs, "block": self.block}
+        for name, setting in needs.items():
+            if setting is None:
+                continue
+            if self.transformer_type != "decoder":
+                message = f"{name} of an architecture={self.architecture}"
+                raise MaxlmError(
+                    message, where=name, fix="set it to null, or use a decoder"
+                )
+            if self.mtp is not None:
+                message = f"{name} beside mtp, whose modules have none"
+                raise MaxlmError(message, where="mtp", fix="set one of them to null")
         return self
 
     @model_validator(mode="after")
@@ -395,6 +468,19 @@ class TransformerConfig(Config):
         return tuple(dict.fromkeys(config for config in configs if config is not None))
 
     def _resolve_mixer(self, kind: LayerKind) -> Config | None:
+        mixer = self._choose_mixer(kind)
+        if kind.keys_of is None:
+            return mixer
+        if not isinstance(mixer, AttentionConfig) or mixer.latent is not None:
+            raise MaxlmError(
+                f"keys_of={kind.keys_of} for a mixer without keys and values of heads",
+                where="kinds",
+                fix="leave it out, or use attention",
+            )
+        # It has no maps to keys and values, so their norms have no part in it.
+        return mixer.model_copy(update={"shares_keys": True})
+
+    def _choose_mixer(self, kind: LayerKind) -> Config | None:
         if kind.attention is not None:
             if kind.mixer is not None:
                 raise MaxlmError("both attention and mixer", fix="give one of them")
@@ -444,6 +530,9 @@ class TransformerConfig(Config):
             residual_scale=self.residual_scale,
             mixer_scales=kind.mixer_scales,
             ffn_scales=kind.ffn_scales,
+            layer_inputs=self.layer_inputs,
+            scales_output=self.layer_scale,
+            kind=self.block,
         )
         if block.mixer is None and block.ffn is None:
             raise MaxlmError(
@@ -495,15 +584,10 @@ class TransformerConfig(Config):
 
         runs = []
         if first:
-            # Layers alike are scanned one by one.
-            all_alike = len(set(first)) == 1
-            first_period = first[:1] if all_alike else first
-            runs.append(
-                make_run(first_name, first_period, len(first) // len(first_period))
-            )
+            runs.append(make_shortest_run(first_name, first))
         runs.append(make_run(main_name, period, num_periods))
         if last:
-            runs.append(make_run(last_name, last, 1))
+            runs.append(make_shortest_run(last_name, last))
         return tuple(runs)
 
     def list_layer_numbers(self, stack_name: str) -> tuple[int, ...]:
@@ -514,6 +598,12 @@ class TransformerConfig(Config):
             for number, place in enumerate(places)
             if place.stack.name == stack_name
         )
+
+    @property
+    def shared_kinds(self) -> frozenset[str]:
+        """Names of the kinds whose keys and values other layers read."""
+        kinds = (kind for run in self.layer_runs for kind in run.kinds)
+        return frozenset(kind.keys_of for kind in kinds if kind.keys_of is not None)
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:

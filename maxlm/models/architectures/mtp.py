@@ -97,7 +97,7 @@ class AheadPredictions(NamedTuple):
 def make_mtp_run(num_modules: int, kind: LayerKind, block: BlockConfig) -> LayerRun:
     """Describes the modules as a run of layers, for whoever counts them."""
     stack = LayerStack(MTP, num_modules, (kind,), block)
-    return LayerRun(MTP, num_modules, (kind,), (stack,), (0,))
+    return LayerRun(MTP, num_modules, (kind,), (stack,), (0,), ("",))
 
 
 def take_next(

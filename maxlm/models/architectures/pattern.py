@@ -68,6 +68,9 @@ class LayerKind(Config):
     """Positions in place of the model's; `kind: none` leaves them out."""
     attention: AttentionConfig | None = None
     """Attention in place of the model's mixer."""
+    keys_of: KindName | None = None
+    """Kind of the layer whose keys and values its attention reads, in place of its own:
+    of layers of this kind, the last before it (Gemma 3n)."""
     mixer: MixerChoice | None = None
     """A mixer in place of the model's, by the kind it is registered with; none: the
     layer is a feed-forward alone."""
@@ -141,6 +144,8 @@ class LayerRun(NamedTuple):
     stacks: tuple[LayerStack, ...]
     turns: tuple[int, ...]
     """For each layer of a period, the index of its stack."""
+    kind_names: tuple[str, ...]
+    """The names of ``kinds`` in the config; "" for one without."""
 
     def iterate_places(self) -> Iterator[LayerPlace]:
         """Yields the place of each layer, in the order in which they are run."""
@@ -183,7 +188,17 @@ def make_run(name: str, period: Sequence[PatternLayer], num_periods: int) -> Lay
         kinds=tuple(layer.kind for layer in period),
         stacks=tuple(stacks),
         turns=turns,
+        kind_names=tuple(layer.kind_name for layer in period),
     )
+
+
+def make_shortest_run(name: str, layers: Sequence[PatternLayer]) -> LayerRun:
+    """Joins layers to a run of their shortest period that repeats wholly."""
+    for period in range(1, len(layers)):
+        num_periods, num_left = divmod(len(layers), period)
+        if not num_left and list(layers[:period]) * num_periods == list(layers):
+            return make_run(name, layers[:period], num_periods)
+    return make_run(name, layers, 1)
 
 
 class Repeats(NamedTuple):

@@ -22,13 +22,18 @@ from maxlm.models.architectures.mtp import (
     MtpBlock,
     list_tokens_ahead,
 )
-from maxlm.models.architectures.trunk import LayersFunction, Trunk
+from maxlm.models.architectures.trunk import (
+    LayersFunction,
+    Trunk,
+    take_layer_input,
+)
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block
 from maxlm.models.caches import CacheLayout, LayerCache, RaggedBatch
 from maxlm.models.caches.paged import CrossCache
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.frontends import FRONTENDS, Frontend, InputVectors
+from maxlm.models.layer_inputs import LayerInputs
 from maxlm.models.layers.attention import AttentionInputs, KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.params import (
@@ -102,6 +107,7 @@ class Transformer(Trunk):
                 for name, width in config.heads.items()
             }
         )
+        self.layer_inputs = self._build_layer_inputs()
         self.frontend = self._build_frontend()
         self.mtp = self._build_mtp()
         self.layers_fn: LayersFunction | None = None
@@ -111,6 +117,14 @@ class Transformer(Trunk):
         residual = {"embed": self.config.d_model}
         vocabulary = {"vocab": self.config.vocab_size}
         return Linear(residual, vocabulary, self.context, bias=False, role="table")
+
+    def _build_layer_inputs(self) -> LayerInputs | None:
+        config = self.config
+        if config.layer_inputs is None:
+            return None
+        return LayerInputs(
+            config.layer_inputs, config.vocab_size, config.norm, self.context
+        )
 
     def _build_mtp(self) -> MtpBlock | None:
         """Builds the modules that predict tokens further ahead, as one stack."""
@@ -145,6 +159,8 @@ class Transformer(Trunk):
         """Lists the parameters in which rows are looked up, that of tokens first; each
         with the trunks whose tokens these are, by their prefixes."""
         tables: dict[str, tuple[str, ...]] = {"embedding.table": ("",)}
+        if self.layer_inputs is not None:
+            tables["layer_inputs.embedding.table"] = ("",)
         for prefix, trunk in self.trunks.items():
             if trunk.positions is not None:
                 tables[f"{prefix}positions.table"] = (prefix,)
@@ -171,14 +187,20 @@ class Transformer(Trunk):
             layers add.
         """
         x = self.embed(tokens, positions, vectors)
-        return self.forward_embedded(x, positions, segment_ids)
+        if self.layer_inputs is None:
+            return self.forward_embedded(x, positions, segment_ids)
+        layer_inputs = self.layer_inputs(tokens, x)
+        x = self.expand_streams(x)
+        context = (positions, segment_ids)
+        x, aux = self.run_layers(x, context, layer_inputs=layer_inputs)
+        return self.apply_final_norm(x), aux
 
     def forward_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
-        """Computes hidden states of inputs [..., S, D] that a frontend has embedded."""
+        """Computes hidden states of embedded inputs [..., S, D]."""
         run_layers = self.layers_fn or self.run_layers
-        x, aux = run_layers(x, (positions, segment_ids))
+        x, aux = run_layers(self.expand_streams(x), (positions, segment_ids))
         return self.apply_final_norm(x), aux
 
     def encode_items(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -270,15 +292,27 @@ class Transformer(Trunk):
         loop over them would copy each one's weights and cache out of their stacks, at
         every token."""
         x = self.embed(tokens, batch.positions, vectors)
+        layer_inputs = None
+        if self.layer_inputs is not None:
+            layer_inputs = self.layer_inputs(tokens, x)
+        x = self.expand_streams(x)
         stacks = self.stacks
+        shared_kinds = self.config.shared_kinds
+        shared_caches: dict[str, LayerCache] = {}
         new_caches: dict[str, list[LayerCache]] = {}
         for run in self.config.layer_runs:
             inputs_by_kind = self.attention_inputs_by_kind(run, batch)
             params_by_stack = {
                 stack.name: get_values(stacks[stack.name]) for stack in run.stacks
             }
+            inputs_by_stack = self.split_layer_inputs(run, layer_inputs)
             for place in run.iterate_places():
                 name = place.stack.name
+                source = run.kinds[place.kind_index].keys_of
+                cache = caches[name][place.index]
+                if source is not None:
+                    # It has these tokens: the layer that it is of has run.
+                    cache = shared_caches[source]
                 encoded = None
                 if cross_cache is not None:
                     key, value = cross_cache.keys_values[name][place.index]
@@ -291,9 +325,15 @@ class Transformer(Trunk):
                     params,
                     x,
                     arrays,
-                    caches[name][place.index],
+                    cache,
                     encoded,
+                    take_layer_input(inputs_by_stack[name], place.index),
                 )
+                if source is not None:
+                    cache = caches[name][place.index]  # an empty tree
+                kind_name = run.kind_names[place.kind_index]
+                if kind_name in shared_kinds:
+                    shared_caches[kind_name] = cache
                 new_caches.setdefault(name, []).append(cache)
         # Those of mtp's modules stay: predict_ahead_with_cache advances them.
         caches = caches | {name: tuple(layers) for name, layers in new_caches.items()}
@@ -371,8 +411,8 @@ class Transformer(Trunk):
             assert self.mtp is not None
             block = bind(self.mtp, params)
             x = block.join_inputs(hidden, embedded)
-            x, _, aux = block(x, inputs)
-            return block.output_norm(x), aux
+            output = block(x, inputs)
+            return block.output_norm(output.x), output.aux
 
         run_module = apply_remat(run_module, self.config.remat, is_loop_body=False)
         predictions = []
@@ -468,6 +508,7 @@ def run_cached_block(
     arrays: AttentionInputs,
     cache: LayerCache,
     encoder_output: CrossCache | None,
+    layer_input: jax.Array | None,
 ) -> tuple[jax.Array, LayerCache]:
     """Runs one layer with its cache, for inference.
 
@@ -475,14 +516,15 @@ def run_cached_block(
         block: the stack that the layer is of.
         settings: stand in for those fields of ``arrays``, which are None there.
         params: the layer's own.
-        x: [shards of the batch, S, D].
+        x: [shards of the batch, S, D], or of several streams [..., N, D].
+        layer_input: [shards of the batch, S, P], of a layer that has one.
 
     Returns:
         x behind the layer, and the cache with the tokens in it.
     """
     inputs = arrays._replace(**settings._asdict())
-    x, cache, _ = bind(block, params)(x, inputs, cache, encoder_output)
-    return x, cache
+    output = bind(block, params)(x, inputs, cache, encoder_output, layer_input)
+    return output.x, output.cache
 
 
 class DecoderConfig(TransformerConfig):

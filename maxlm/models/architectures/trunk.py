@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind, LayerRun
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, BlockTurn, scan_blocks
+from maxlm.models.blocks import BLOCKS, Block, Streams, build_block, get_kind
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
@@ -43,6 +43,14 @@ from maxlm.models.params import (
     stack_layers,
     take_stacked_layer,
     truncated_normal,
+)
+from maxlm.models.scan import (
+    BlockTurn,
+    LayerArrays,
+    LayerResult,
+    SharedKeys,
+    StackedLayers,
+    scan_blocks,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
 from maxlm.parallel.input_vectors import place_vectors
@@ -91,6 +99,16 @@ class SharedArrays(NamedTuple):
     """fp32 [N, 2R + 1], for key − query from −R to R."""
     encoder_states: jax.Array | None
     """[B, T, D]."""
+    keys: SharedKeys
+    """Keys and values that layers before the run have made."""
+
+
+class RunResult(NamedTuple):
+    """What a run of layers hands on."""
+
+    x: jax.Array
+    aux: Aux
+    keys: SharedKeys
 
 
 def _get_name_in_run(run: LayerRun, stack_name: str) -> str:
@@ -114,6 +132,11 @@ def _split_stacks(run: LayerRun, params: Params) -> dict[str, Params]:
     return {
         stack.name: params[_get_name_in_run(run, stack.name)] for stack in run.stacks
     }
+
+
+def take_layer_input(layer_inputs: jax.Array | None, index: int) -> jax.Array | None:
+    """Returns one layer's [B, S, P] of a stack's [L, B, S, P]."""
+    return None if layer_inputs is None else layer_inputs[index]
 
 
 class Trunk(nnx.Module):
@@ -166,7 +189,7 @@ class Trunk(nnx.Module):
                 stack_context = replace(
                     context, layer_numbers=config.list_layer_numbers(stack.name)
                 )
-                block = Block(
+                block = build_block(
                     stack.block, stack_context, cross_attention=cross_attention
                 )
                 stacked[stack.name] = stack_layers(block, stack.num_layers, num_groups)
@@ -174,6 +197,14 @@ class Trunk(nnx.Module):
         self.final_norm = (
             Norm(config.norm, config.d_model, context) if config.final_norm else None
         )
+        self.streams = self._build_streams()
+
+    def _build_streams(self) -> Streams | None:
+        config = self.config
+        if config.block is None:
+            return None
+        registered = BLOCKS.get(get_kind(config.block))
+        return registered.build_streams(config.block, config.norm, self.context)
 
     def _build_learned_positions(self) -> Embedding | None:
         positions = self.config.positions
@@ -240,8 +271,14 @@ class Trunk(nnx.Module):
             x += compute_sinusoids(positions, config.d_model).astype(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
+    def expand_streams(self, x: jax.Array) -> jax.Array:
+        """Returns embeddings as all residual streams of the first layer."""
+        return x if self.streams is None else self.streams.expand(x)
+
     def apply_final_norm(self, x: jax.Array) -> jax.Array:
         """Normalises the last layer's output."""
+        if self.streams is not None:
+            x = self.streams.contract(x)
         return x if self.final_norm is None else self.final_norm(x)
 
     def run_layers(
@@ -249,10 +286,16 @@ class Trunk(nnx.Module):
         x: jax.Array,
         context: PositionsAndSegments,
         encoder_output: EncoderOutput | None = None,
+        layer_inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Runs all layers, one after the other or in a pipeline; reverse-mode
-        differentiable. x is [B, S, D], in a pipeline [M, B, S, D], and so are positions
-        and segment ids."""
+        differentiable.
+
+        Args:
+            x: [B, S, D], or of several streams [B, S, N, D]; in a pipeline [M, B, ...],
+                and so are positions and segment ids.
+            layer_inputs: [L, B, S, P], of layers that have such.
+        """
         if self.pipeline_schedule is not None:
             micro_batches = x.shape[0]
             # Each micro-batch's number, which seeds what is random in its layers.
@@ -266,9 +309,12 @@ class Trunk(nnx.Module):
                 groups=self.num_layer_groups,
             )
         total = Aux()
+        keys: SharedKeys = {}
         for run in self.config.layer_runs:
             params = get_values(self._get_run_module(run.name))
-            x, aux = self._run_layers_of(run, params, x, context, encoder_output)
+            x, aux, keys = self._run_layers_of(
+                run, params, x, context, encoder_output, layer_inputs, keys
+            )
             total = total.plus(aux)
         return x, total
 
@@ -284,7 +330,8 @@ class Trunk(nnx.Module):
         tokens, micro_batch = context
         layers = seed_micro_batch(layers, micro_batch)
         run = next(run for run in self.config.layer_runs if run.name == "layers")
-        return self._run_layers_of(run, layers, x, tokens, None)
+        x, aux, _ = self._run_layers_of(run, layers, x, tokens, None, None, {})
+        return x, aux
 
     def _run_layers_of(
         self,
@@ -293,28 +340,34 @@ class Trunk(nnx.Module):
         x: jax.Array,
         tokens: PositionsAndSegments,
         encoder_output: EncoderOutput | None,
-    ) -> tuple[jax.Array, Aux]:
+        layer_inputs: jax.Array | None,
+        keys: SharedKeys,
+    ) -> RunResult:
         """Runs the layers of a run one after the other, in a scan where their
-        parameters are stacked. ``params``: the run's, or those of whole periods of
-        it."""
+        parameters are stacked. ``params``: the run's, or those of whole periods of it;
+        ``keys``: what layers before it have made."""
 
         def run_layer(
-            kind_index: int,
-            block: Block,
-            x: jax.Array,
-            context: RunContext,
-            shared: SharedArrays,
-        ) -> tuple[jax.Array, Aux]:
+            kind_index: int, block: Block, x: jax.Array, arrays: LayerArrays
+        ) -> LayerResult:
+            context: RunContext = arrays.context
+            shared: SharedArrays = arrays.shared
+            kind = run.kinds[kind_index]
             inputs = self._make_attention_inputs(
-                run.kinds[kind_index], context.kinds[kind_index], shared.biases
+                kind, context.kinds[kind_index], shared.biases
             )
+            if kind.keys_of is not None:
+                keys_values = arrays.keys_values or shared.keys[kind.keys_of]
+                inputs = inputs._replace(shared=keys_values)
             encoded = None
             if shared.encoder_states is not None:
                 encoded = EncoderOutput(
                     shared.encoder_states, context.encoder_segment_ids
                 )
-            x, _, aux = block(x, inputs, encoder_output=encoded)
-            return x, aux
+            output = block(
+                x, inputs, encoder_output=encoded, layer_input=arrays.layer_input
+            )
+            return LayerResult(output.x, output.aux, output.keys_values)
 
         # A kind's window and scale are compiled in, so each kind has a body of its own.
         bodies = [partial(run_layer, index) for index in range(len(run.kinds))]
@@ -324,34 +377,73 @@ class Trunk(nnx.Module):
             encoder_states = encoder_output.states
             encoder_segment_ids = encoder_output.segment_ids
         context = RunContext(self._list_contexts(run, tokens), encoder_segment_ids)
-        shared = SharedArrays(self.compute_biases(), encoder_states)
+        shared = SharedArrays(self.compute_biases(), encoder_states, keys)
         blocks = self._get_run_stacks(run)
-        params_by_stack = _split_stacks(run, params)
+        inputs_by_stack = self.split_layer_inputs(run, layer_inputs)
+        layers = {
+            name: StackedLayers(stack_params, inputs_by_stack[name])
+            for name, stack_params in _split_stacks(run, params).items()
+        }
+        shared_kinds = self.config.shared_kinds
 
         if is_unstacked(params):  # as inference stores them
             total = Aux()
+            new_keys = dict(keys)
             for place in run.iterate_places():
                 name = place.stack.name
-                layer_params = take_stacked_layer(params_by_stack[name], place.index)
+                layer_params = take_stacked_layer(layers[name].params, place.index)
+                layer_input = take_layer_input(layers[name].layer_input, place.index)
+                kind = run.kinds[place.kind_index]
+                keys_values = new_keys.get(kind.keys_of) if kind.keys_of else None
+                arrays = LayerArrays(context, shared, layer_input, keys_values)
                 bound = bind(blocks[name], layer_params)
-                x, aux = bodies[place.kind_index](bound, x, context, shared)
-                total = total.plus(aux)
-            return x, total
-        turns = [
-            BlockTurn(stack, body)
-            for stack, body in zip(run.turns, bodies, strict=True)
-        ]
+                result = bodies[place.kind_index](bound, x, arrays)
+                x = result.x
+                total = total.plus(result.aux)
+                kind_name = run.kind_names[place.kind_index]
+                if kind_name in shared_kinds and result.keys_values is not None:
+                    new_keys[kind_name] = result.keys_values
+            return RunResult(x, total, new_keys)
+
+        made_here = shared_kinds & set(run.kind_names)
+        turns = []
+        for index, stack in enumerate(run.turns):
+            kind_name = run.kind_names[index]
+            source = run.kinds[index].keys_of
+            turns.append(
+                BlockTurn(
+                    stack,
+                    bodies[index],
+                    writes=kind_name if kind_name in made_here else None,
+                    # What layers before the run have made is shared by all of it.
+                    reads=source if source in made_here else None,
+                )
+            )
         names = [stack.name for stack in run.stacks]
-        return scan_blocks(
+        carry = scan_blocks(
             [blocks[name] for name in names],
-            [params_by_stack[name] for name in names],
+            [layers[name] for name in names],
             turns,
             x,
             context,
             shared,
+            keys={name: keys[name] for name in made_here if name in keys},
             dtype=self.dtype,
             remat=self.config.remat,
         )
+        return RunResult(carry.x, carry.total, {**keys, **carry.keys})
+
+    def split_layer_inputs(
+        self, run: LayerRun, layer_inputs: jax.Array | None
+    ) -> dict[str, jax.Array | None]:
+        """Returns those of a run's layers by stack, from all layers' [L, B, S, P]."""
+        names = [stack.name for stack in run.stacks]
+        if layer_inputs is None:
+            return dict.fromkeys(names)
+        return {
+            name: layer_inputs[jnp.asarray(self.config.list_layer_numbers(name))]
+            for name in names
+        }
 
     def attention_inputs_by_kind(
         self, run: LayerRun, batch: RaggedBatch

@@ -1,7 +1,8 @@
 """Multi-head attention: multi-query, grouped and full, with an optional key-value cache.
 Latent attention is in ``latent.py``.
 
-Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head dim.
+Shapes: B batch, S queries, T keys, D model, N query heads, K kv heads, H head dim, Hv
+value dim.
 """
 
 import jax
@@ -28,6 +29,7 @@ from maxlm.models.layers.attend import (
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.head_norm import HeadNorm, build_qk_norms
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import replace_virtual
@@ -51,13 +53,15 @@ class Attention(nnx.Module):
         residual = {"embed": context.d_model}
         query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         key_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        value_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.value_dim}
+        outputs = {"heads": config.num_heads, "head_dim": config.value_dim}
         self.query = Linear(residual, query_heads, context, bias=config.bias)
         key = None
         value = None
         if not config.shares_keys:
             key = Linear(residual, key_heads, context, bias=config.bias)
             if not config.keys_as_values:
-                value = Linear(residual, key_heads, context, bias=config.bias)
+                value = Linear(residual, value_heads, context, bias=config.bias)
         self.key = key
         self.value = value
         self.gate = build_output_gate(config, context)
@@ -66,7 +70,7 @@ class Attention(nnx.Module):
         self.value_norm = HeadNorm(norm, context) if has_value_norm else None
         self.sinks = declare_sinks(config)
         self.out = Linear(
-            query_heads,
+            outputs,
             residual,
             context,
             bias=config.has_out_bias,
@@ -86,7 +90,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: AttentionCache | None = None,
-    ) -> tuple[jax.Array, AttentionCache | KeysValues | None]:
+    ) -> MixerOutput:
         """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`.
 
         Tokens of a sequence that is split over devices may stand in another order, that
@@ -113,7 +117,9 @@ class Attention(nnx.Module):
             k, v = shared_or_new
             y, new_cache = attend(self, q, k, v, inputs, cache, self.rules)
         y = self.out(apply_output_gate(y, gate), seq_axis="residual")
-        return y, shared_or_new if cache is None else new_cache
+        if cache is None:
+            return MixerOutput(y, keys_values=shared_or_new)
+        return MixerOutput(y, new_cache)
 
     def _project(
         self, x: jax.Array, inputs: AttentionInputs
@@ -169,7 +175,7 @@ class Attention(nnx.Module):
             limit_window(window, config.chunk),
             config.num_kv_heads,
             config.head_dim,
-            config.head_dim,
+            config.value_dim,
             chunk=config.chunk,
             is_shared=config.shares_keys,
         )

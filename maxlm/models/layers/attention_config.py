@@ -57,6 +57,8 @@ class AttentionConfig(Config):
     """Key and value heads: num_heads for multi-head, 1 for multi-query, between for
     grouped (smaller caches, a little less quality)."""
     head_dim: int = Field(gt=0)
+    value_head_dim: int | None = Field(default=None, gt=0)
+    """Size of a value head; null: head_dim (MiMo-V2's are narrower)."""
     bias: bool = False
     """Offsets on the projections to queries, keys and values (GPT-2, Qwen2)."""
     out_bias: bool | None = None
@@ -112,8 +114,18 @@ class AttentionConfig(Config):
                 f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}",
                 fix="let every kv head serve as many query heads as the others",
             )
+        shares_values = self.keys_as_values or self.shares_keys
+        if self.value_head_dim is not None and shares_values:
+            raise MaxlmError(
+                "value_head_dim with keys_as_values or shares_keys",
+                fix="leave it out: values are of the keys' size there",
+            )
         if self.latent is None:
             return self
+        if self.value_head_dim is not None:
+            raise MaxlmError(
+                "value_head_dim beside latent", fix="set latent.value_dim alone"
+            )
         if num_kv_heads != num_heads:
             raise MaxlmError(
                 f"latent attention with num_kv_heads={num_kv_heads} of {num_heads} heads",
@@ -166,12 +178,20 @@ class AttentionConfig(Config):
                 "num_heads": group_size * num_kv_heads,
                 "num_kv_heads": num_kv_heads,
                 "head_dim": head_dim,
+                "value_head_dim": self._shrink_value(head_dim),
                 "window": None if self.window is None else short,
                 "chunk": None if self.chunk is None else short,
                 "temperature": temperature,
                 "latent": latent,
             }
         )
+
+    def _shrink_value(self, head_dim: int) -> int | None:
+        """Returns the size of a value head where others are ``head_dim``: the ratio
+        stays."""
+        if self.value_head_dim is None:
+            return None
+        return max(1, head_dim * self.value_head_dim // self.head_dim)
 
     @property
     def gate_dim(self) -> int:
@@ -183,4 +203,6 @@ class AttentionConfig(Config):
     @property
     def value_dim(self) -> int:
         """Size of a value head."""
-        return self.latent.value_dim if self.latent else self.head_dim
+        if self.latent is not None:
+            return self.latent.value_dim
+        return self.value_head_dim or self.head_dim

@@ -36,6 +36,7 @@ from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mamba import uniform
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.causal_conv import convolve_features, sharded_causal_conv
@@ -163,7 +164,7 @@ class DeltaRule(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         mapped = self.map_input(x)
         if cache is None:
@@ -171,7 +172,7 @@ class DeltaRule(nnx.Module):
         else:
             y, cache = self._run_cached(mapped, inputs, cache)
         y = self.norm(y, mapped.gate)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> RecurrentCache:
         """A layer's cache of :class:`DeltaRuleStates`; see
@@ -302,15 +303,15 @@ class DeltaRule(nnx.Module):
         with_state = 3 * 2 * key_dim * value_dim
         within_chunk = 2 * CHUNK_TOKENS * (3 * key_dim + 2 * value_dim)
         inverse = 4 / 3 * CHUNK_TOKENS**2 / 2
-        flops = num_heads * (with_state + within_chunk + inverse)
-        flops += 2 * sizes.conv_width * convolved
+        product_flops = num_heads * (with_state + within_chunk + inverse)
+        conv_flops = 2 * sizes.conv_width * convolved
 
         decays = num_heads * (key_dim if decays_by_channel else 1)
-        share = jnp.dtype(self.dtype).itemsize / 4
-        # Convolutions' outputs, queries and keys of length one, outputs; decays and
-        # betas in fp32; and as many gradients.
-        by_token = share * (convolved + 2 * key_features + value_features)
-        by_token += decays + num_heads
+        fp32_share = 4 / jnp.dtype(self.dtype).itemsize
+        # Convolutions' outputs, queries and keys of length one, outputs behind norm and
+        # gate; decays and betas in fp32.
+        intermediate = convolved + 2 * key_features + value_features
+        intermediate += fp32_share * (decays + num_heads)
         states = num_heads * key_dim * value_dim
         # Of a block in fp32: its operands, three matrices of each chunk with itself,
         # the state at each chunk, and what is made of these; with their gradients.
@@ -318,11 +319,16 @@ class DeltaRule(nnx.Module):
         block += states / CHUNK_TOKENS
         return LayerCosts(
             tuple(matrices),
-            extra_flops=flops,
+            extra_flops=product_flops + conv_flops,
+            product_flops=product_flops,
             flops_axes=("heads",),
             # The map of a state, [K, K] a head, and the state behind a run.
             exchanged_elements=states + num_heads * key_dim**2,
-            working_elements=2 * by_token + states / BLOCK_TOKENS,
+            halo_elements=convolved * (sizes.conv_width - 1),
+            saved_elements=value_features,
+            state_elements=states,
+            state_tokens=BLOCK_TOKENS,
+            intermediate_elements=intermediate,
             block_elements=2 * block,
             block_tokens=BLOCK_TOKENS,
         )

@@ -124,9 +124,10 @@ class KimiDeltaAttention(DeltaRule):
 
     def costs(self) -> LayerCosts:
         """Counts costs of one layer; see :mod:`maxlm.models.costs`."""
+        maps = tuple(f"{name}.kernel" for name in _MAPS)
         matrices = (
-            MatrixGroup(tuple(f"{name}.kernel" for name in _MAPS)),
-            MatrixGroup(("decay_up.kernel",), "latent"),
+            MatrixGroup(maps, kept_products=maps),
+            MatrixGroup(("decay_up.kernel",), "latent", kept_products=()),
             MatrixGroup(("gate_up.kernel",), "latent"),
             MatrixGroup(("out.kernel",), "heads"),
         )

@@ -25,6 +25,7 @@ from maxlm.models.layers.attend import (
 )
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.models.params import materialize
@@ -124,7 +125,7 @@ class LatentAttention(nnx.Module):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.layers.attention.Attention`. Without
         ``inputs.rotary`` the rotary dimensions are like the others, but for the key that
         all heads share (Kimi Linear)."""
@@ -145,7 +146,7 @@ class LatentAttention(nnx.Module):
                 value_dim=self.latent.kv_rank,
             )
             y = self.make_head_outputs(y)
-        return self.finish(y, projections.gate), cache
+        return MixerOutput(self.finish(y, projections.gate), cache)
 
     def project_input(
         self, x: jax.Array, inputs: AttentionInputs

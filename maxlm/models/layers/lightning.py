@@ -27,6 +27,7 @@ from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
@@ -100,7 +101,7 @@ class Lightning(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         products = project(x, self.query, self.key, self.value, self.gate)
         # A name that remat policies keep (models/remat.py).
@@ -133,7 +134,7 @@ class Lightning(nnx.Module):
             )
         scale = materialize(self.norm_scale, self.rules, wide)
         y = save_inputs_only(self._norm_and_gate)(y, gate, scale)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def _norm_and_gate(
         self, y: jax.Array, gate: jax.Array, scale: jax.Array
@@ -160,16 +161,32 @@ class Lightning(nnx.Module):
 
     def costs(self) -> LayerCosts:
         """Counts costs of one layer; see :mod:`maxlm.models.costs`. A token of a head
-        is multiplied with the state twice, and with half of a chunk's keys and
-        values."""
+        is multiplied with the state twice, and with a chunk's keys and values, of which
+        a mask leaves half."""
         config = self.config
         projections = tuple(f"{name}.kernel" for name in self.joint_projections[0])
         channels = config.num_heads * config.head_dim
+        states = channels * config.head_dim
+        flops = channels * 4 * (config.head_dim + CHUNK)
+        fp32_share = 4 / jnp.dtype(self.dtype).itemsize
         return LayerCosts(
             (MatrixGroup(projections), MatrixGroup(("out.kernel",), "heads")),
-            extra_flops=channels * (4 * config.head_dim + 2 * CHUNK),
+            extra_flops=flops,
+            product_flops=flops,
             flops_axes=("heads",),
-            working_elements=3 * channels + channels * config.head_dim / BLOCK_TOKENS,
+            # A run's decay a head, and the state behind it.
+            exchanged_elements=config.num_heads + states,
+            reduced_elements=1,
+            saved_elements=channels,
+            state_elements=states,
+            state_tokens=BLOCK_TOKENS,
+            # Queries, keys and values behind silu, decays in fp32, normed outputs.
+            intermediate_elements=4 * channels + config.num_heads * fp32_share,
+            # Of a block in fp32: its operands, two matrices of each chunk with itself,
+            # the state at each chunk, and what is made of these; with their gradients.
+            block_elements=2
+            * (config.num_heads * (2 * CHUNK + 4 * config.head_dim) + states / CHUNK),
+            block_tokens=BLOCK_TOKENS,
         )
 
 

@@ -174,15 +174,23 @@ class Embedding(nnx.Module):
 
     Args:
         axis: logical axis of the rows, or None.
+        width: of a row; None: D, that of the residual stream.
     """
 
-    def __init__(self, axis: str | None, size: int, context: BuildContext):
+    def __init__(
+        self,
+        axis: str | None,
+        size: int,
+        context: BuildContext,
+        *,
+        width: int | None = None,
+    ):
         self.rules = context.rules
         self.dtype = context.dtype
         self.product: LocalProduct | None = None
         """Of a head that is tied to the table; see :func:`set_product`."""
         self.table = declare(
-            (size, context.d_model),
+            (size, width or context.d_model),
             (axis, "embed"),
             truncated_normal(context.init_std),
             "table",

@@ -27,16 +27,19 @@ from maxlm.models.caches import (
 from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs
+from maxlm.models.layers.channel_conv import (
+    convolve_channels,
+    convolve_channels_cached,
+)
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.causal_conv import sharded_causal_conv
 from maxlm.parallel.selective_scan import (
     SelectiveScanInputs,
     sharded_selective_scan,
 )
-from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.selective_scan import CHUNK_TOKENS, selective_scan
 
 
@@ -175,15 +178,24 @@ class Mamba(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: MambaCache | None = None
-    ) -> tuple[jax.Array, MambaCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         x, gate = project(x, self.input, self.gate)
         # A name that remat policies keep (models/remat.py).
         x = checkpoint_name(x, "qkv")
         gate = checkpoint_name(gate, "qkv")
 
+        weight, bias = self._read_conv()
         if cache is None:
-            x = self._convolve(x, inputs)
+            x = convolve_channels(
+                x,
+                weight,
+                bias,
+                inputs,
+                rules=self.rules,
+                balanced=self.balance_sequence,
+                activation="silu",
+            )
             y = sharded_selective_scan(
                 self._select(x),
                 rules=self.rules,
@@ -192,11 +204,19 @@ class Mamba(nnx.Module):
                 balanced=self.balance_sequence,
             )
         else:
-            x, conv_cache = self._convolve_cached(x, inputs, cache.conv)
+            x, conv_cache = convolve_channels_cached(
+                x,
+                weight,
+                bias,
+                inputs,
+                cache.conv,
+                rules=self.rules,
+                activation="silu",
+            )
             y, scan_cache = self._scan_cached(self._select(x), inputs, cache.scan)
             cache = MambaCache(conv_cache, scan_cache)
         y = save_inputs_only(lambda y, gate: y * jax.nn.silu(gate))(y, gate)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> MambaCache:
         """A layer's cache; see :mod:`maxlm.models.caches`."""
@@ -220,9 +240,10 @@ class Mamba(nnx.Module):
         per_state = 7
         per_channel = 3 + 2 * config.d_conv + 1
         flops = config.d_inner * (per_state * config.d_state + per_channel)
+        maps = ("input.kernel", "gate.kernel")
         return LayerCosts(
             (
-                MatrixGroup(("input.kernel", "gate.kernel")),
+                MatrixGroup(maps, kept_products=maps),
                 MatrixGroup(("x_proj.kernel",), "mlp"),
                 MatrixGroup(("dt_proj.kernel",), "latent"),
                 MatrixGroup(("out.kernel",), "mlp"),
@@ -231,11 +252,16 @@ class Mamba(nnx.Module):
             flops_axes=("mlp",),
             # B and C.
             shared_elements=2 * config.d_state,
-            # Decay and offset of each number of state, and the convolution's inputs.
-            exchanged_elements=config.d_inner
-            * (2 * config.d_state + config.d_conv - 1),
-            # States between chunks, and about as many within one.
-            working_elements=2 * config.d_inner * config.d_state / CHUNK_TOKENS,
+            # Decay and offset of each number of state.
+            exchanged_elements=2 * config.d_inner * config.d_state,
+            halo_elements=config.d_inner * (config.d_conv - 1),
+            saved_elements=config.d_inner,
+            state_elements=config.d_inner * config.d_state,
+            state_tokens=CHUNK_TOKENS,
+            # The convolution's output, step sizes, and the output behind its gate.
+            intermediate_elements=3 * config.d_inner,
+            # About as many as the states between chunks, within one.
+            working_elements=config.d_inner * config.d_state / CHUNK_TOKENS,
         )
 
     def _read_conv(self) -> tuple[jax.Array, jax.Array | None]:
@@ -244,48 +270,6 @@ class Mamba(nnx.Module):
         if self.conv_bias is not None:
             bias = materialize(self.conv_bias, self.rules, self.dtype)
         return weight, bias
-
-    def _convolve(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
-        weight, bias = self._read_conv()
-        return sharded_causal_conv(
-            SplitArray(x, ("mlp",)),
-            weight,
-            bias,
-            rules=self.rules,
-            segment_ids=inputs.segment_ids,
-            balanced=self.balance_sequence,
-            activation="silu",
-        )
-
-    def _convolve_cached(
-        self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache
-    ) -> tuple[jax.Array, RecurrentCache]:
-        def advance(
-            state: jax.Array,
-            tokens: tuple[jax.Array],
-            live: jax.Array,
-            weight: jax.Array,
-            bias: jax.Array | None = None,
-        ) -> tuple[jax.Array, jax.Array]:
-            (x,) = tokens
-            y, state = causal_conv(
-                x, weight, bias, initial_state=state, live=live, activation="silu"
-            )
-            return state, y
-
-        assert inputs.batch is not None
-        weight, bias = self._read_conv()
-        params = [SplitArray(weight, ("mlp", None))]
-        if bias is not None:
-            params.append(SplitArray(bias, ("mlp",)))
-        return cache.run(
-            advance,
-            [SplitArray(x, ("mlp",))],
-            inputs.batch,
-            self.rules,
-            params=params,
-            output_axes=("mlp",),
-        )
 
     def _select(self, x: jax.Array) -> SelectiveScanInputs:
         """Returns the scan's arguments, chosen by the convolution's output x [B, S,

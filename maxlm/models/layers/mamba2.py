@@ -31,6 +31,7 @@ from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mamba import spread_step_sizes, uniform
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
@@ -334,7 +335,7 @@ class Mamba2(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         if self.config.input_scale != 1:
             x = x * jnp.asarray(self.config.input_scale, x.dtype)
@@ -348,7 +349,7 @@ class Mamba2(nnx.Module):
             wide = accumulation_dtype(self.dtype)
             scale = materialize(self.norm_scale, self.rules, wide)
         y = save_inputs_only(self._gate_and_norm)(y, gate, scale)
-        return self.out(y, seq_axis="residual"), cache
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def _scale(self, products: Sequence[jax.Array]) -> list[jax.Array]:
         scales = self.config.projection_scales
@@ -502,21 +503,46 @@ class Mamba2(nnx.Module):
 
     def costs(self) -> LayerCosts:
         """See :mod:`maxlm.models.costs`. A token of a head is multiplied with the state
-        twice, and with half of a chunk's keys and values."""
+        twice, and with a chunk's keys and values, of which a mask leaves half."""
         config = self.config
         projections = tuple(f"{name}.kernel" for name in self.joint_projections[0])
         matrices = (MatrixGroup(projections), MatrixGroup(("out.kernel",), "heads"))
         channels = config.num_heads * config.head_dim
         group_width = config.num_groups * config.state_size
         state_flops = 4 * channels * config.state_size
-        chunk_flops = CHUNK * (group_width + channels)
+        chunk_flops = 2 * CHUNK * (group_width + channels)
         conv_flops = 2 * config.conv_width * (channels + 2 * group_width)
+        num_heads = config.num_heads
+        states = channels * config.state_size
+        fp32_share = 4 / jnp.dtype(self.dtype).itemsize
+        # One group of keys and queries is whole on every device, and so is the mean of
+        # a norm over all heads.
+        has_shared_groups = self.group_axis != "heads"
+        num_norm_groups = config.norm_groups or config.num_groups
+        has_joint_norm = config.gated_norm != "none" and num_norm_groups == 1
         return LayerCosts(
             matrices,
             extra_flops=state_flops + chunk_flops + conv_flops,
+            product_flops=state_flops + chunk_flops,
             flops_axes=("heads",),
-            # Convolved and written values, and states where blocks of chunks start.
-            working_elements=2 * channels + channels * config.state_size / BLOCK_TOKENS,
+            shared_elements=2 * group_width if has_shared_groups else 0,
+            # A run's decay a head, and the state behind it.
+            exchanged_elements=num_heads + states,
+            halo_elements=(channels + 2 * group_width) * (config.conv_width - 1),
+            reduced_elements=1 if has_joint_norm else 0,
+            saved_elements=channels,
+            state_elements=states,
+            state_tokens=BLOCK_TOKENS,
+            # Convolutions' outputs, written values, decays in fp32, outputs with their
+            # skip and behind gate and norm.
+            intermediate_elements=4 * channels
+            + 2 * group_width
+            + num_heads * fp32_share,
+            # Of a block in fp32: its operands, two matrices of each chunk with itself,
+            # the state at each chunk, and what is made of these; with their gradients.
+            block_elements=2
+            * (num_heads * 2 * CHUNK + 4 * channels + 2 * group_width + states / CHUNK),
+            block_tokens=BLOCK_TOKENS,
         )
 
 

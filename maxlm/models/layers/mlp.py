@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import expm1, log
 from typing import ClassVar, Literal
 
 import jax
@@ -13,7 +14,9 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
+from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
@@ -41,6 +44,45 @@ class ClampedSwiglu(Config):
     """Term added to ``up``: with 1 a unit whose ``up`` is 0 passes its gate on."""
 
 
+_INITIAL_SLOPES = (0.8, 0.8)
+"""a and b of :class:`Xielu` when training begins."""
+
+
+class Xielu(Config):
+    """An unbounded activation with two learnt slopes of a layer (Huang & Schlag 2024,
+    arXiv 2411.13010, §3): ``a·x² + beta·x`` above 0, ``b·(e^x − 1 − x) + beta·x`` below,
+    with a = softplus(positive_slope) and b = beta + softplus(negative_slope)."""
+
+    kind: Literal["xielu"] = "xielu"
+    beta: float = Field(default=0.5, gt=0)
+    """Slope at 0."""
+    eps: float = Field(default=1e-6, gt=0)
+    """Exponents are at most −eps."""
+
+    @model_validator(mode="after")
+    def _slope_can_begin(self):
+        if self.beta >= _INITIAL_SLOPES[1]:
+            raise MaxlmError(
+                f"beta={self.beta} is not below {_INITIAL_SLOPES[1]}, the slope that "
+                "training begins with",
+                fix="lower it",
+            )
+        return self
+
+    def __call__(
+        self, x: jax.Array, positive_slope: jax.Array, negative_slope: jax.Array
+    ) -> jax.Array:
+        """x [..., F], slopes fp32 [1] → [..., F] in x's dtype, computed in that of
+        slopes."""
+        dtype = x.dtype
+        x = x.astype(positive_slope.dtype)
+        curvature = jax.nn.softplus(positive_slope)
+        below = jnp.expm1(jnp.minimum(x, -self.eps)) - x
+        below *= self.beta + jax.nn.softplus(negative_slope)
+        y = jnp.where(x > 0, curvature * x * x, below) + self.beta * x
+        return y.astype(dtype)
+
+
 @dataclass(frozen=True)
 class HiddenActivation:
     """Hidden layer of a feed-forward, from the projections that it is made of.
@@ -63,7 +105,7 @@ class HiddenActivation:
         return activate(up) if gate is None else activate(gate) * up
 
 
-def check_gated(activation: Activation | ClampedSwiglu, gated: bool) -> None:
+def check_gated(activation: Activation | ClampedSwiglu | Xielu, gated: bool) -> None:
     """Raises MaxlmError: an activation that needs a gate, in a layer without one."""
     if isinstance(activation, ClampedSwiglu) and not gated:
         raise MaxlmError(
@@ -78,7 +120,7 @@ class MlpConfig(Config):
 
     d_ff: int = Field(gt=0)
     """Width of the hidden layer."""
-    activation: Activation | ClampedSwiglu = "silu"
+    activation: Activation | ClampedSwiglu | Xielu = "silu"
     gated: bool = True
     """Multiply the activated projection by a second, linear one: silu + gated is SwiGLU
     (Shazeer 2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for
@@ -97,13 +139,16 @@ class MlpConfig(Config):
 
 class Mlp(nnx.Module):
     """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not
-    gated."""
+    gated. With :class:`Xielu` it has parameters ``positive_slope`` and
+    ``negative_slope`` [1]."""
 
     name = "mlp"
     joint_projections = (("gate", "up"),)
 
     def __init__(self, config: MlpConfig, context: BuildContext):
         self.config = config
+        self.rules = context.rules
+        self.dtype = context.dtype
         hidden = {"mlp": config.d_ff}
         residual = {"embed": context.d_model}
         self.gate = (
@@ -115,6 +160,15 @@ class Mlp(nnx.Module):
         self.down = Linear(
             hidden, residual, context, bias=config.bias, std=context.residual_std
         )
+        unit = config.activation
+        positive_slope = None
+        negative_slope = None
+        if isinstance(unit, Xielu):
+            positive, negative = _INITIAL_SLOPES
+            positive_slope = _declare_slope(positive)
+            negative_slope = _declare_slope(negative - unit.beta)
+        self.positive_slope = positive_slope
+        self.negative_slope = negative_slope
 
     def feed(
         self, x: jax.Array, segment_ids: jax.Array | None
@@ -124,18 +178,36 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""
-        activate = save_inputs_only(HiddenActivation(self.config.activation))
-
         # The names are those by which remat policies keep values (models/remat.py).
         if self.gate is None:
             up = checkpoint_name(self.up(x), "mlp_up")
-            hidden = activate(up)
+            hidden = self._activate(up, None)
         else:
             gate, up = project(x, self.gate, self.up)
             gate = checkpoint_name(gate, "mlp_gate")
             up = checkpoint_name(up, "mlp_up")
             if self.config.gate_scale != 1:
                 gate = gate * self.config.gate_scale
-            hidden = activate(up, gate)
+            hidden = self._activate(up, gate)
         y = self.down(hidden, seq_axis="residual")
         return y if self.config.output_scale == 1 else y * self.config.output_scale
+
+    def _activate(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """Makes the hidden layer [..., F] of up and maybe gate [..., F]."""
+        unit = self.config.activation
+        if not isinstance(unit, Xielu):
+            return save_inputs_only(HiddenActivation(unit))(up, gate)
+        assert self.positive_slope is not None
+        assert self.negative_slope is not None
+        wide = accumulation_dtype(self.dtype)
+        positive_slope = materialize(self.positive_slope, self.rules, wide)
+        negative_slope = materialize(self.negative_slope, self.rules, wide)
+        if gate is None:
+            return save_inputs_only(unit)(up, positive_slope, negative_slope)
+        return save_inputs_only(unit)(gate, positive_slope, negative_slope) * up
+
+
+def _declare_slope(value: float) -> nnx.Param:
+    """Declares a number [1] whose softplus begins as ``value``."""
+    initializer = jax.nn.initializers.constant(log(expm1(value)))
+    return declare((1,), (None,), initializer, "vector")

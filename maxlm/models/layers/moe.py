@@ -77,6 +77,8 @@ class MoeConfig(Config):
     is a softmax over the chosen logits alone (gpt-oss, Granite). Otherwise they are the
     scores themselves (DeepSeek-V2, OLMoE), small where scores are spread over many
     experts."""
+    renormalise_eps: float = Field(default=1e-20, ge=0)
+    """Term added to that sum (LFM2's is 1e-6)."""
     scale: float = Field(default=1.0, gt=0)
     """Factor on the weights after that; DeepSeek-V3 has 2.5."""
     weigh_inputs: bool = False
@@ -520,7 +522,8 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
     weights = jnp.where(one_hot, scores[..., None, :], 0.0).sum(-1)
     if config.renormalise:
         # The sum of sigmoids can underflow to 0.
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        weights_sum = weights.sum(-1, keepdims=True)
+        weights = weights / (weights_sum + config.renormalise_eps)
     return Routing(scores, weights * config.scale, expert_ids)
 
 

@@ -17,17 +17,19 @@ from maxlm.models.caches import (
     CacheArraySpec,
     CacheLayout,
     RecurrentCache,
-    SplitArray,
 )
-from maxlm.models.costs import LayerCosts, group_matrices
+from maxlm.models.costs import LayerCosts, MatrixGroup
 from maxlm.models.layers.attend import AttentionInputs
+from maxlm.models.layers.channel_conv import (
+    convolve_channels,
+    convolve_channels_cached,
+)
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mamba import uniform
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
-from maxlm.parallel.causal_conv import sharded_causal_conv
-from pallas_kernels.causal_conv import causal_conv
 
 
 class ShortConvConfig(Config):
@@ -81,7 +83,7 @@ class ShortConv(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
+    ) -> MixerOutput:
         """See :class:`~maxlm.models.blocks.Mixer`."""
         in_gate, out_gate, value = (
             checkpoint_name(product, "qkv")  # which remat policies keep
@@ -93,50 +95,20 @@ class ShortConv(nnx.Module):
         if self.conv_bias is not None:
             bias = materialize(self.conv_bias, self.rules, self.dtype)
         if cache is None:
-            y = sharded_causal_conv(
-                SplitArray(gated, ("mlp",)),
+            y = convolve_channels(
+                gated,
                 weight,
                 bias,
+                inputs,
                 rules=self.rules,
-                segment_ids=inputs.segment_ids,
                 balanced=self.balance_sequence,
             )
         else:
-            y, cache = self._convolve_cached(gated, weight, bias, inputs, cache)
+            y, cache = convolve_channels_cached(
+                gated, weight, bias, inputs, cache, rules=self.rules
+            )
         y = save_inputs_only(lambda gate, y: gate * y)(out_gate, y)
-        return self.out(y, seq_axis="residual"), cache
-
-    def _convolve_cached(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        bias: jax.Array | None,
-        inputs: AttentionInputs,
-        cache: RecurrentCache,
-    ) -> tuple[jax.Array, RecurrentCache]:
-        def advance(
-            state: jax.Array,
-            tokens: tuple[jax.Array],
-            live: jax.Array,
-            weight: jax.Array,
-            bias: jax.Array | None = None,
-        ) -> tuple[jax.Array, jax.Array]:
-            (x,) = tokens
-            y, state = causal_conv(x, weight, bias, initial_state=state, live=live)
-            return state, y
-
-        assert inputs.batch is not None
-        params = [SplitArray(weight, ("mlp", None))]
-        if bias is not None:
-            params.append(SplitArray(bias, ("mlp",)))
-        return cache.run(
-            advance,
-            [SplitArray(x, ("mlp",))],
-            inputs.batch,
-            self.rules,
-            params=params,
-            output_axes=("mlp",),
-        )
+        return MixerOutput(self.out(y, seq_axis="residual"), cache)
 
     def cache_spec(self, layout: CacheLayout, window: int | None) -> RecurrentCache:
         """A layer's cache, the last inputs of its convolution; see
@@ -149,10 +121,18 @@ class ShortConv(nnx.Module):
     def costs(self) -> LayerCosts:
         """Counts costs of one layer; see :mod:`maxlm.models.costs`."""
         # Two gates, and a product and a sum for each token of the window.
-        flops = self.num_channels * (2 + 2 * self.config.conv_width)
+        num_channels = self.num_channels
+        conv_width = self.config.conv_width
+        maps = ("in_gate.kernel", "out_gate.kernel", "value.kernel")
+        matrices = (
+            MatrixGroup(maps, kept_products=maps),
+            MatrixGroup(("out.kernel",), "mlp"),
+        )
         return LayerCosts(
-            group_matrices(self),
-            extra_flops=flops,
+            matrices,
+            extra_flops=num_channels * (2 + 2 * conv_width),
             flops_axes=("mlp",),
-            working_elements=2 * self.num_channels,
+            halo_elements=num_channels * (conv_width - 1),
+            # Behind the first gate, the convolution and the second gate.
+            intermediate_elements=3 * num_channels,
         )

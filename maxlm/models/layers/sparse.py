@@ -33,6 +33,7 @@ from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.latent import LatentAttention, LatentProjections
 from maxlm.models.layers.linear import Linear, project
+from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import rotate
 
@@ -174,9 +175,9 @@ class SparseAttention(LatentAttention):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | Aux]:
-        """See :class:`~maxlm.models.blocks.Mixer`; without a cache the second result is
-        what the layer adds to the loss."""
+    ) -> MixerOutput:
+        """See :class:`~maxlm.models.blocks.Mixer`; without a cache the output has what
+        the layer adds to the loss."""
         projections = self.project_input(x, inputs)
         index = self._project_index(x, projections, inputs)
         if cache is not None:
@@ -193,7 +194,7 @@ class SparseAttention(LatentAttention):
                 value_dim=self.latent.kv_rank,
             )
             y = self.make_head_outputs(y)
-            return self.finish(y, projections.gate), cache
+            return MixerOutput(self.finish(y, projections.gate), cache)
 
         q, k, v = self.make_heads(projections)
         segments = inputs.segment_ids
@@ -208,7 +209,7 @@ class SparseAttention(LatentAttention):
         keys = _Keys(k, v, index.key, segments)
         y, loss = self._attend_in_tiles(queries, keys, inputs.scale)
         aux = Aux(self.sparse.loss_weight * loss, {"index_kl": loss})
-        return self.finish(y, projections.gate), aux
+        return MixerOutput(self.finish(y, projections.gate), aux=aux)
 
     def _project_index(
         self, x: jax.Array, projections: LatentProjections, inputs: AttentionInputs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from maxlm.plan.compiled.cost import CompiledCost
 from maxlm.plan.predict import CollectiveCost, RunPlan
-from maxlm.plan.timing import count_device_flops
+from maxlm.plan.timing import count_device_flops, count_recurrence_products
 from maxlm.plan.workload import StepShape
 
 
@@ -15,11 +15,14 @@ class StepProducts:
     """FLOPs of a device's matrix products in a step."""
 
     matmul_flops: float
-    """All but attention's."""
+    """All but attention's and recurrences'."""
     attention_flops: float
+    recurrence_flops: float
+    """Within recurrences."""
 
     @property
     def total_flops(self) -> float:
+        """Without recurrences'."""
         return self.matmul_flops + self.attention_flops
 
 
@@ -78,7 +81,8 @@ def count_step_products(shape: StepShape) -> StepProducts:
     layers = passes * (flops.forward + flops.backward)
     matmul = layers + flops.loss + flops.loss_backward
     attention = passes * (flops.attention_forward + flops.attention_backward)
-    return StepProducts(float(matmul), float(attention))
+    recurrence = passes * sum(count_recurrence_products(shape))
+    return StepProducts(float(matmul), float(attention), float(recurrence))
 
 
 def compare_products(
@@ -87,17 +91,22 @@ def compare_products(
     """Compares a step's planned products with the compiled ones, in FLOPs of a
     device."""
     planned = count_step_products(plan.shape)
+    recurrences = {}
+    if planned.recurrence_flops or cost.recurrence_flops:
+        recurrences["recurrences', outside of kernels"] = PlannedAndCompiled(
+            planned.recurrence_flops, float(cost.recurrence_flops)
+        )
     is_cpu = plan.machine is not None and plan.machine.topology.platform == "cpu"
     if is_cpu and not cost.attention_flops:
         # XLA:CPU rewrites attention's products, and forgets where they were traced.
         all_products = PlannedAndCompiled(planned.total_flops, float(cost.matmul_flops))
-        return {"matrix products, attention's among them": all_products}
+        return {"matrix products, attention's among them": all_products} | recurrences
     matmul = PlannedAndCompiled(planned.matmul_flops, float(cost.matmul_flops))
     attention = PlannedAndCompiled(planned.attention_flops, float(cost.attention_flops))
     return {
         "matrix products but attention's": matmul,
         "attention's, outside of kernels": attention,
-    }
+    } | recurrences
 
 
 def compare_collectives(

@@ -34,6 +34,10 @@ CALLS = {
     "custom-call": ("called_computations",),
 }
 
+# Parts of names of files, or folders of kernels, whose products are counted apart.
+_ATTENTION_FILES = ("attention",)
+_RECURRENCE_FILES = ("linear_recurrence", "selective_scan", "causal_conv")
+
 
 @dataclass(frozen=True)
 class CompiledCollective:
@@ -66,10 +70,12 @@ class CompiledCost:
     """A device's share of one run of the program."""
 
     matmul_flops: int
-    """FLOPs, 2·M·N·K, of every matrix product but attention's."""
+    """FLOPs, 2·M·N·K, of every matrix product but attention's and recurrences'."""
     attention_flops: int
-    """FLOPs of attention's matrix products; those within custom kernels are in
-    neither."""
+    """FLOPs of attention's matrix products; those within custom kernels are
+    nowhere."""
+    recurrence_flops: int
+    """FLOPs of matrix products of recurrences and convolutions along sequences."""
     collectives: tuple[CompiledCollective, ...]
     """Collectives, largest first."""
     unknown_loops: tuple[str, ...]
@@ -105,6 +111,7 @@ def read_compiled_cost(hlo_text: str, sizes: Mapping[str, int]) -> CompiledCost:
     return CompiledCost(
         matmul_flops=total.matmul_flops,
         attention_flops=total.attention_flops,
+        recurrence_flops=total.recurrence_flops,
         collectives=total.list_collectives(),
         unknown_loops=tuple(sorted(total.unknown_loops)),
     )
@@ -116,6 +123,7 @@ class _Tally:
 
     matmul_flops: int = 0
     attention_flops: int = 0
+    recurrence_flops: int = 0
     runs: Counter[CompiledCollective] = field(default_factory=Counter)
     """Runs of each collective."""
     unknown_loops: set[str] = field(default_factory=set)
@@ -125,6 +133,7 @@ class _Tally:
         """Adds so many runs of another computation."""
         self.matmul_flops += times * other.matmul_flops
         self.attention_flops += times * other.attention_flops
+        self.recurrence_flops += times * other.recurrence_flops
         for collective, runs in other.runs.items():
             self.runs[collective] += times * runs
         self.unknown_loops |= other.unknown_loops
@@ -139,7 +148,8 @@ class _Tally:
     def weight(self) -> tuple[int, int]:
         """Key that ranks branches by cost: FLOPs, then bytes on the wire."""
         sent = sum(collective.wire_bytes for collective in self.list_collectives())
-        return self.matmul_flops + self.attention_flops, sent
+        products = self.matmul_flops + self.attention_flops + self.recurrence_flops
+        return products, sent
 
 
 @dataclass
@@ -222,8 +232,11 @@ class _Reader:
         flops = matmul_flops(instruction, computation)
         if not flops:
             return
-        if _is_attention(self.module.source_files(instruction)):
+        files = self.module.source_files(instruction)
+        if _is_traced_through(files, _ATTENTION_FILES):
             total.attention_flops += flops
+        elif _is_traced_through(files, _RECURRENCE_FILES):
+            total.recurrence_flops += flops
         else:
             total.matmul_flops += flops
 
@@ -252,12 +265,13 @@ class _Reader:
         )
 
 
-def _is_attention(files: tuple[str, ...]) -> bool:
-    """Returns whether products traced through these files are attention's: a file of
-    kernels or of programs on shards that is about attention is among them. A layer's
-    projections are not."""
+def _is_traced_through(files: tuple[str, ...], subjects: tuple[str, ...]) -> bool:
+    """Returns whether products traced through these files are of a subject: a file of
+    kernels or of programs on shards, or a folder of kernels, that has its name is among
+    them. A layer's projections are not."""
     for path in files:
         for folder, name in pairwise(path.split("/")[-3:]):
-            if folder in ("pallas_kernels", "parallel") and "attention" in name:
+            is_program = folder in ("pallas_kernels", "parallel")
+            if is_program and any(subject in name for subject in subjects):
                 return True
     return False
