@@ -1,6 +1,7 @@
 """Promise: a model's own modules of ``mtp`` guess what they would guess of the whole
 text, whatever was rejected before, and change no output."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -35,16 +36,19 @@ def build_mtp(one_device_mesh, build_tiny):
     return partial(build_mtp_on, build_tiny, one_device_mesh)
 
 
-def build_mtp_on(build_tiny, mesh, num_modules: int, **settings) -> Tiny:
-    settings = {"mtp": {"num_modules": num_modules}, **settings}
-    return build_tiny("llama", mesh, **settings)
+def build_mtp_on(build_tiny, mesh, num_modules: int) -> Tiny:
+    return build_tiny("llama", mesh, mtp={"num_modules": num_modules})
 
 
-def make_engine(tiny: Tiny, num_drafts: int | None, **settings) -> Engine:
+def make_engine(
+    tiny: Tiny, num_drafts: int | None, settings: Mapping[str, object] | None = None
+) -> Engine:
+    """Builds an engine with ``num_drafts`` guesses, None: without speculation."""
     speculation = None
     if num_drafts is not None:
         speculation = {"kind": "mtp", "num_drafts": num_drafts}
-    config = EngineConfig(**{**SMALL, "speculation": speculation, **settings})
+    all_settings = {**SMALL, "speculation": speculation, **(settings or {})}
+    config = EngineConfig.model_validate(all_settings)
     return Engine(tiny.model, tiny.params, config)
 
 
@@ -125,7 +129,7 @@ def test_guesses_are_those_of_the_whole_text_whatever_was_rejected(
     model are rejected, so a cache that kept them would show."""
     with jax.set_mesh(one_device_mesh):
         tiny = build_mtp(1)
-        engine = make_engine(tiny, 3, prefix_cache=False)
+        engine = make_engine(tiny, 3, {"prefix_cache": False})
         for i, prompt in enumerate(PROMPTS):
             engine.add_request(GenerationRequest(str(i), tuple(prompt), GREEDY))
         num_compared = 0
@@ -159,7 +163,7 @@ def test_outputs_are_those_without_guesses(
     with jax.set_mesh(one_device_mesh):
         tiny = build_mtp(num_modules)
         plain = run(make_engine(tiny, None), sampling, num_sequences=2)
-        engine = make_engine(tiny, num_drafts, num_pages=24)
+        engine = make_engine(tiny, num_drafts, {"num_pages": 24})
         assert run(engine, sampling, num_sequences=2) == plain
         # Again, now with the prompts' pages in the prefix tree.
         assert run(engine, sampling, num_sequences=2) == plain
@@ -209,4 +213,4 @@ def test_a_model_without_modules_or_with_a_state_is_refused(
             make_engine(build_tiny("llama", one_device_mesh), 1)
         evicting = {"kind": "sinks", "budget": 8}
         with pytest.raises(MaxlmError, match="cannot take tokens back"):
-            make_engine(build_mtp(1), 1, cache=evicting)
+            make_engine(build_mtp(1), 1, {"cache": evicting})

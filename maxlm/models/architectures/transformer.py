@@ -367,8 +367,9 @@ class Transformer(Trunk):
         block = bind(self.mtp, take_stacked_layer(get_values(self.mtp), module))
         x = block.join_inputs(hidden, embedded)
         layers = list(caches[MTP])
-        x, layers[module], _ = block(x, inputs, layers[module])
-        return block.output_norm(x), caches | {MTP: tuple(layers)}
+        output = block(x, inputs, layers[module])
+        layers[module] = output.cache
+        return block.output_norm(output.x), caches | {MTP: tuple(layers)}
 
     def predict_ahead(
         self,
