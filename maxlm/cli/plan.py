@@ -145,6 +145,10 @@ def command(
     tpot_ms: Annotated[
         float | None, _make_amount_option("Longest time between tokens.", 1e-3)
     ] = None,
+    mtp_drafts: Annotated[
+        int | None,
+        Option(min=1, help="Tokens that model.mtp guesses a step; default: none."),
+    ] = None,
 ) -> None:
     """Show a run's memory, communication and time on a machine, or those of serving its
     model, before it starts.
@@ -161,6 +165,7 @@ def command(
             "weights": weights,
             "ttft_ms": ttft_ms,
             "tpot_ms": tpot_ms,
+            "mtp_drafts": mtp_drafts,
         }
     )
     reliability = _select_given(

@@ -45,11 +45,13 @@ from maxlm.inference.scheduler import Scheduler
 from maxlm.inference.sequences import RunningSequence, ScheduledStep
 from maxlm.inference.speculation import (
     DraftModel,
+    MtpDraftsConfig,
     PromptLookupConfig,
     check_speculation,
+    count_drafting_modules,
     look_up_prompt,
 )
-from maxlm.inference.step import (
+from maxlm.inference.step_arrays import (
     EngineSpec,
     StepInputs,
     StepOutputs,
@@ -148,12 +150,18 @@ class Engine:
         # rows.
         windows = list_paged_windows(model, config.cache)
         platform = self.mesh.devices.flat[0].platform
-        layout = _make_cache_layout(row_config, windows, self.num_shards, platform)
+        num_mtp_modules = count_drafting_modules(model, config.speculation)
+        layout = _make_cache_layout(
+            row_config, windows, self.num_shards, platform, num_mtp_modules
+        )
+        num_drafts = 0 if config.speculation is None else config.speculation.num_drafts
+        num_mtp_drafts = num_drafts if num_mtp_modules else 0
         self._spec = EngineSpec(
             layout,
             windows,
             max_row_length,
             self.vocab_size,
+            num_mtp_drafts=num_mtp_drafts,
             kernels=choose_decode_kernels(platform),
         )
         cache_specs = model.cache_specs(layout)
@@ -167,6 +175,8 @@ class Engine:
             decoder_start_id=model.config.start_id if has_encoder else None,
             has_row_state=has_row_state,
             num_virtual_tokens=num_virtual,
+            # Behind a step's last token the last module reads its own guesses.
+            num_lookahead_tokens=num_mtp_drafts - num_mtp_modules,
         )
 
         # Models on the devices: the one that is run, and the one that drafts for it.
@@ -205,10 +215,11 @@ class Engine:
             row_config,
             self.num_shards,
             model.config.vocab_size,
-            num_drafts=0 if speculation is None else speculation.num_drafts,
+            num_drafts=num_drafts,
             all_rows=has_row_caches(cache_specs) or has_encoder,
             adapters=self._adapters,
             chunk_vectors=chunk_vectors,
+            num_mtp_modules=num_mtp_modules,
         )
         self._grammars: GrammarCompiler | None = None
         self._outputs = OutputBuilder(tokenizer)
@@ -327,6 +338,9 @@ class Engine:
         if limit_seconds:
             steps_in_time = self.config.dispatch_seconds / self._step_seconds
             max_steps = max(1, round(steps_in_time))
+        if self._spec.num_mtp_drafts:
+            # Each step guesses what the next one verifies.
+            max_steps = 1
         # Drafts come first: the scheduler reserves pages for them.
         drafts = self._plan_drafts()
         plan = self.scheduler.schedule(max_steps)
@@ -483,8 +497,8 @@ class Engine:
 
     def _plan_drafts(self) -> dict[RunningSequence, list[int]]:
         """Sets ``num_drafts``, for which the scheduler reserves pages, of each sequence
-        that decodes. Returns the drafts: those that the prompt tells, or zeros as many
-        as the draft model may guess (:meth:`_draw_drafts`)."""
+        that decodes. Returns the drafts: those that the prompt or the last step tells,
+        or zeros as many as the draft model may guess (:meth:`_draw_drafts`)."""
         config = self.config.speculation
         drafts: dict[RunningSequence, list[int]] = {}
         if config is None:
@@ -496,6 +510,8 @@ class Engine:
                 continue
             if isinstance(config, PromptLookupConfig):
                 draft = look_up_prompt(sequence.tokens, config)[:num_drafts]
+            elif isinstance(config, MtpDraftsConfig):
+                draft = sequence.next_drafts[:num_drafts]
             else:
                 draft = [0] * num_drafts  # the draft model overwrites them
             if draft:
@@ -551,6 +567,8 @@ class Engine:
         """Takes a step's tokens; returns each sequence's output."""
         for chunk, tokens in self._inputs.read_prompts(result, plan):
             self._outputs.take_prompt(chunk, tokens)
+        for sequence, guesses in self._inputs.read_drafts(result, shape, plan):
+            sequence.next_drafts = guesses
         outputs: dict[RunningSequence, SequenceOutput] = {}
         for sequence, tokens in self._inputs.read_results(result, shape, plan).items():
             outputs[sequence] = self._outputs.take(sequence, tokens)
@@ -575,6 +593,7 @@ def _make_cache_layout(
     windows: tuple[int | None, ...],
     num_shards: int,
     platform: str,
+    num_mtp_modules: int,
 ) -> CacheLayout:
     """Returns the sizes of caches; those that depend on one model's heads are still
     their defaults."""
@@ -591,4 +610,5 @@ def _make_cache_layout(
         num_window_pages=num_window_pages,
         cache=config.cache,
         feature_multiple=choose_feature_multiple(platform),
+        num_mtp_modules=num_mtp_modules,
     )

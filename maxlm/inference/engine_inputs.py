@@ -15,7 +15,7 @@ from maxlm.inference.prompt_vectors import ChunkVectors
 from maxlm.inference.requests import TokenLogprob
 from maxlm.inference.sampling import RowSettings, stack_settings
 from maxlm.inference.sequences import PrefillChunk, RunningSequence, ScheduledStep
-from maxlm.inference.step import StepInputs, StepOutputs, StepSizes
+from maxlm.inference.step_arrays import StepInputs, StepOutputs, StepSizes
 
 
 class _PlacedChunk(NamedTuple):
@@ -56,6 +56,8 @@ class InputBuilder:
     """Those that requests may name."""
     chunk_vectors: ChunkVectors | None = None
     """What puts vectors in place of tokens on the devices; None: no prompt has any."""
+    num_mtp_modules: int = 0
+    """Modules of ``mtp`` that guess."""
     is_warm: bool = False
     """Whether no shape is chosen but those of `list_shapes`."""
 
@@ -88,8 +90,11 @@ class InputBuilder:
             widths.append(1 + self.num_drafts)
 
         shapes: list[StepSizes] = []
-        # The draft model runs a step for each draft, and one more.
+        # The draft model runs a step for each draft, and one more; modules of mtp guess
+        # behind each step.
         max_steps = max(self.config.decode_steps, 1 + self.num_drafts)
+        if self.num_mtp_modules:
+            max_steps = 1
         for num_rows in row_counts:
             for width in widths:
                 decoding_shape = StepSizes(
@@ -194,6 +199,11 @@ class InputBuilder:
             forced_tokens=np.full((D, num_results), -1, np.int32),
             needs_logprobs=np.bool_(needs_logprobs),
             adapter_masks=self._adapter_masks,
+            chunk_following=(
+                np.zeros((D, C, self.num_mtp_modules), np.int32)
+                if self.num_mtp_modules
+                else None
+            ),
         )
         inputs = self._add_vectors(inputs, plan)
         # Tokens to compute.
@@ -273,6 +283,21 @@ class InputBuilder:
                 if i < len(draft) and token.token_id != draft[i]:
                     break
         return tokens
+
+    def read_drafts(
+        self, result: StepOutputs, shape: StepSizes, plan: ScheduledStep
+    ) -> Iterator[tuple[RunningSequence, list[int]]]:
+        """Yields what modules of ``mtp`` guess behind the last token of each sequence
+        that tokens are drawn for."""
+        if result.drafts is None:
+            return
+        drafts = np.asarray(result.drafts)
+        for sequence, _ in plan.decode:
+            yield sequence, drafts[sequence.shard, sequence.row].tolist()
+        for chunk, shard, index, _ in _place_chunks(plan):
+            if chunk.samples:
+                place = shape.num_rows + index
+                yield chunk.sequence, drafts[shard, place].tolist()
 
     def read_prompts(
         self, result: StepOutputs, plan: ScheduledStep
@@ -395,6 +420,17 @@ def _write_chunk(inputs: StepInputs, placed: _PlacedChunk) -> None:
     # The chunk's tokens, and the one behind them where it is known.
     tokens = sequence.tokens[start : start + num_tokens + 1]
     inputs.chunk_tokens[shard, begin : begin + num_tokens] = tokens[:num_tokens]
+    if inputs.chunk_following is not None:
+        following = inputs.chunk_following[shard, begin : begin + num_tokens]
+        for module in range(following.shape[-1]):
+            first = start + module + 1
+            ahead = sequence.tokens[first : first + num_tokens]
+            following[: len(ahead), module] = ahead
+            # Behind the known tokens: those that are drawn and guessed.
+            num_beyond = num_tokens - len(ahead)
+            first_beyond = max(0, first - len(sequence.tokens))
+            beyond = np.arange(first_beyond, first_beyond + num_beyond)
+            following[len(ahead) :, module] = -1 - beyond
     if sequence.request.prompt_logprobs is None:
         return
     # Places in the chunk, from the first whose next token's log-probability is

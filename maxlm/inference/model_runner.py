@@ -16,14 +16,13 @@ from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.params import prepare_params
 from maxlm.inference.prompt_vectors import encode_items
 from maxlm.inference.sequences import PageCopy, RowCopy, RunningSequence
-from maxlm.inference.step import (
+from maxlm.inference.step import run_decoding_step, run_step
+from maxlm.inference.step_arrays import (
     EngineSpec,
     EngineState,
     StepInputs,
     StepOutputs,
     StepSizes,
-    run_decoding_step,
-    run_step,
 )
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import CrossAttentionCache

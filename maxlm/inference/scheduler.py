@@ -55,6 +55,9 @@ class Scheduler:
     num_virtual_tokens: int = 0
     """Dummy tokens (0) to put before every prompt; ``config.max_length`` has them in
     it."""
+    num_lookahead_tokens: int = 0
+    """Tokens behind those of a step that get pages where there are free ones, to guess
+    with."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -267,6 +270,8 @@ class Scheduler:
         if max_steps is not None:
             decode_steps = min(decode_steps, max_steps)
         self._add_decode_steps(step, decode_steps)
+        if self.num_lookahead_tokens:
+            self._reserve_lookahead(step)
         for shard in self._shards:
             for destination, source in shard.row_copies.items():
                 step.row_copies.append(RowCopy(shard.shard, source, destination))
@@ -463,6 +468,19 @@ class Scheduler:
             DecodeRow(sequence, min(num_steps, sequence.num_tokens_left))
             for sequence in rows
         ]
+
+    def _reserve_lookahead(self, step: ScheduledStep) -> None:
+        """Give sequences that a token is drawn for pages behind their last tokens, as
+        far as there are; they are taken back after the step."""
+        counts = {row.sequence: row.num_tokens for row in step.decode}
+        counts |= {
+            chunk.sequence: chunk.num_tokens for chunk in step.prefill if chunk.samples
+        }
+        for sequence, num_tokens in counts.items():
+            room = self.config.max_length - sequence.num_computed
+            num_tokens = min(num_tokens + self.num_lookahead_tokens, room)
+            shard = self._shards[sequence.shard]
+            shard.reserve(sequence, num_tokens, step.page_copies)
 
     def _wait(self, sequence: RunningSequence) -> None:
         sequence.state = "waiting"

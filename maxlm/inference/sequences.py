@@ -12,7 +12,8 @@ from maxlm.inference.requests import GenerationRequest
 @dataclass(eq=False, slots=True)
 class RunningSequence:
     """One continuation of a request's prompt. The scheduler alone changes it, but for
-    ``needs_host``, ``is_branching``, ``stop_ids`` and ``num_drafts``."""
+    ``needs_host``, ``is_branching``, ``stop_ids``, ``num_drafts`` and
+    ``next_drafts``."""
 
     request: GenerationRequest
     index: int
@@ -46,6 +47,9 @@ class RunningSequence:
     num_drafts: int = field(default=0, init=False)
     """Tokens to verify behind the next one, set before `schedule`; `finish_step` makes
     it 0."""
+    next_drafts: list[int] = field(default_factory=list, init=False)
+    """Tokens that modules of ``mtp`` guessed, in the last step, to follow its last
+    one."""
     state: Literal["waiting", "running", "finished"] = field(
         default="waiting", init=False
     )

@@ -22,6 +22,16 @@ from maxlm.models.caches.layout import CacheLayout, has_row_caches, list_paged_w
 from maxlm.models.params import Params
 
 
+class MtpDraftsConfig(Config):
+    """Let the model's own modules of ``mtp`` guess, from what stands behind its layers
+    (DeepSeek-V3, §5.4.3)."""
+
+    kind: Literal["mtp"] = "mtp"
+    num_drafts: int = Field(default=1, gt=0)
+    """Tokens guessed, a step; those beyond the modules' number are guessed by the last
+    module, each from the one before."""
+
+
 class PromptLookupConfig(Config):
     """Guess what followed the last tokens where they came before (Saxena 2023, prompt
     lookup)."""
@@ -45,7 +55,8 @@ class DraftModelConfig(Config):
 
 
 SpeculationConfig = Annotated[
-    PromptLookupConfig | DraftModelConfig, Field(discriminator="kind")
+    PromptLookupConfig | DraftModelConfig | MtpDraftsConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -54,6 +65,21 @@ class DraftModel(NamedTuple):
 
     model: Model
     params: Params
+
+
+def count_drafting_modules(
+    model: GenerativeModel, config: SpeculationConfig | None
+) -> int:
+    """Counts the modules of a model's ``mtp``, the first ones, that guess for it.
+    Raises MaxlmError: they should, and there are none."""
+    if not isinstance(config, MtpDraftsConfig):
+        return 0
+    mtp = model.config.mtp
+    if mtp is None:
+        message = "the model has no modules that predict further tokens (model.mtp)"
+        fix = "use prompt_lookup, or train with model.mtp"
+        raise MaxlmError(message, where="speculation.kind=mtp", fix=fix)
+    return min(mtp.num_modules, config.num_drafts)
 
 
 def look_up_prompt(tokens: Sequence[int], config: PromptLookupConfig) -> list[int]:

@@ -12,7 +12,6 @@ then one behind each chunk.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -23,9 +22,9 @@ from jax.sharding import PartitionSpec, reshard
 
 from maxlm.inference.adapter_slots import add_adapters
 from maxlm.inference.generative_model import GenerativeModel
+from maxlm.inference.mtp_drafts import guess_ahead
 from maxlm.inference.sampling import (
     TOP_LOGPROBS,
-    Array,
     RowSettings,
     TokenLogprobs,
     compute_logprobs,
@@ -33,244 +32,25 @@ from maxlm.inference.sampling import (
     make_keys,
     sample_tokens,
 )
-from maxlm.models.architectures.transformer import Caches, CrossAttentionCache
-from maxlm.models.caches import CacheLayout, RaggedBatch
+from maxlm.inference.step_arrays import (
+    EngineSpec,
+    EngineState,
+    StepInputs,
+    StepOutputs,
+    StepSizes,
+    find_chunk_indices,
+    make_ragged_batch,
+)
+from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.frontends import InputVectors
 from maxlm.models.layers.linear import set_product
 from maxlm.models.params import Params, bind
-from maxlm.parallel.decode_kernels import DecodeKernels, PagedKernel
 from maxlm.parallel.local import map_shards
 from maxlm.sharding import AxisRules
 
 PROMPT_BLOCK = 32
 """Tokens of a prompt whose logits are held at once, where their log-probabilities are
 requested."""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What all of an engine's programs are compiled for, whatever a step's sizes."""
-
-    layout: CacheLayout
-    """Of the caches."""
-    windows: tuple[int | None, ...]
-    """The windows of the page tables that steps are given, as
-    :func:`~maxlm.models.caches.layout.list_paged_windows` returns them."""
-    max_length: int
-    """Tokens of the longest sequence, virtual ones included."""
-    vocab_size: int
-    """Ids that the tokenizer has; no other is drawn."""
-    kernels: DecodeKernels | None = None
-    """What steps multiply and attend with where they support it; None: what a forward
-    pass in training does."""
-
-
-class StepSizes(NamedTuple):
-    """Sizes that a step is compiled for."""
-
-    num_rows: int
-    """b."""
-    row_tokens: int
-    """G."""
-    chunk_tokens: int
-    """C; 0: nothing is prefilled."""
-    num_chunks: int
-    """F."""
-    max_steps: int
-    """Tokens that rows may decode one after the other; 1 with chunks or drafts."""
-
-
-class EngineState(NamedTuple):
-    """Arrays that stay on the devices between steps; give them up to the step."""
-
-    caches: Caches
-    cross_cache: CrossAttentionCache | None
-
-
-class StepInputs(NamedTuple):
-    """Arrays that the host sends."""
-
-    tokens: Array
-    """int32 [D, b, G]."""
-    computed: Array
-    """int32 [D, b]: tokens of each row that its cache has; -1: no sequence decodes
-    there."""
-    counts: Array
-    """int32 [D, b]: how many of the G ``tokens`` of each row are real; with several
-    steps, how many of these the row takes part in."""
-    num_steps: Array
-    """int32 []."""
-    chunk_tokens: Array
-    """int32 [D, C], chunk after chunk."""
-    chunk_targets: Array
-    """int32 [D, C]: the token that follows each of them, where its log-probability is
-    requested; -1: it is not."""
-    chunk_rows: Array
-    """int32 [D, F]: the row of each chunk's sequence."""
-    chunk_starts: Array
-    """int32 [D, F]: tokens of each chunk's sequence before it."""
-    chunk_sizes: Array
-    """int32 [D, F]; 0: there is no such chunk."""
-    chunk_lengths: Array
-    """int32 [D, F]: tokens of each chunk's sequence that are known, those after the
-    chunk included; scaling of RoPE by a sequence's length reads it."""
-    page_tables: tuple[Array, ...]
-    """int32 [D, R, M], for each window."""
-    settings: RowSettings
-    """[D, R]."""
-    history: Array
-    """int32 [D, R, T]: each row's tokens, where a setting of sampling reads them;
-    otherwise zeros."""
-    prompt_lengths: Array
-    """int32 [D, R]."""
-    allowed: Array
-    """uint32 [D, b·G + F, ⌈V / 32⌉]: tokens that grammars allow, a bit each."""
-    has_grammar: Array
-    """bool []: whether ``allowed`` is to be looked at."""
-    forced_tokens: Array
-    """int32 [D, b·G + F]: results in place of drawn ones; -1: draw."""
-    needs_logprobs: Array
-    """bool []."""
-    adapter_masks: Array | None = None
-    """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no
-    slots."""
-    chunk_vectors: jax.Array | None = None
-    """[D, C, d_model] in the compute dtype: vectors in place of tokens of the chunks,
-    at their places; None: the engine takes none, or there are no chunks."""
-    chunk_vector_numbers: Array | None = None
-    """int32 [D, C]: for each token of the chunks 1 + its place where it has a vector,
-    else 0."""
-
-
-class StepOutputs(NamedTuple):
-    """Arrays that the host reads."""
-
-    tokens: Array
-    """int32 [steps, D, b·G + F]."""
-    logprobs: TokenLogprobs
-    """[steps, D, b·G + F, ...]."""
-    prompt_logprobs: TokenLogprobs
-    """[D, C, ...]."""
-
-
-def make_ragged_batch(
-    inputs: StepInputs,
-    sizes: StepSizes,
-    layout: CacheLayout,
-    windows: tuple[int | None, ...],
-    rules: AxisRules,
-    attention_kernel: PagedKernel | None = None,
-) -> RaggedBatch:
-    """Places a step's tokens in their sequences and pages."""
-
-    def place_tokens(*shard_inputs):
-        # Each shard sees its part of the arrays with a leading axis of size 1.
-        squeezed = jax.tree.map(lambda x: x[0], shard_inputs)
-        placed = _place_shard_tokens(sizes, layout, windows, *squeezed)
-        return jax.tree.map(lambda x: x[None].astype(jnp.int32), placed)
-
-    by_shard = rules.spec("batch")
-    placed = map_shards(place_tokens, by_shard, by_shard)(
-        inputs.computed,
-        inputs.counts,
-        inputs.chunk_rows,
-        inputs.chunk_starts,
-        inputs.chunk_sizes,
-        inputs.chunk_lengths,
-        inputs.page_tables,
-    )
-    return RaggedBatch(
-        *placed,
-        windows=windows,
-        uniform_rows=(sizes.num_rows, sizes.row_tokens),
-        attention_kernel=attention_kernel,
-    )
-
-
-def _place_shard_tokens(
-    sizes: StepSizes,
-    layout: CacheLayout,
-    windows: tuple[int | None, ...],
-    computed: jax.Array,
-    counts: jax.Array,
-    chunk_rows: jax.Array,
-    chunk_starts: jax.Array,
-    chunk_sizes: jax.Array,
-    chunk_lengths: jax.Array,
-    page_tables: tuple[jax.Array, ...],
-) -> tuple[jax.Array | tuple[jax.Array, ...], ...]:
-    """The arrays of a :class:`RaggedBatch`, in its order, of one shard."""
-    b, G, C, F, _ = sizes
-    page_size = layout.page_size
-
-    # Tokens of the decoding rows, G a row.
-    offsets = jnp.arange(G, dtype=jnp.int32)
-    is_real = (computed[:, None] >= 0) & (offsets < counts[:, None])
-    positions = jnp.where(is_real, computed[:, None] + offsets, 0)
-    is_real = is_real.reshape(-1)
-    positions = positions.reshape(-1)
-    # Of a decoding row, each token's sequence is known up to that token.
-    lengths = positions + 1
-    # Which of the b rows and F chunks each token belongs to.
-    owner = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
-
-    # Tokens of the chunks behind them, then padding up to C: it is at position 0 of a
-    # sequence of one token, and nothing reads its results.
-    chunk_ends = jnp.cumsum(chunk_sizes)
-    if C:
-        places = jnp.arange(C, dtype=jnp.int32)
-        chunk = _find_chunk_indices(chunk_ends, places)
-        in_chunk = chunk < F
-        chunk = jnp.minimum(chunk, F - 1)
-        # A chunk's first token is at the chunk's start in its sequence.
-        chunk_positions = chunk_starts[chunk] + places
-        first_places = chunk_ends - chunk_sizes
-        chunk_positions = chunk_positions - first_places[chunk]
-        is_real = jnp.concatenate([is_real, in_chunk])
-        positions = jnp.concatenate(
-            [positions, jnp.where(in_chunk, chunk_positions, 0)]
-        )
-        lengths = jnp.concatenate(
-            [lengths, jnp.where(in_chunk, chunk_lengths[chunk], 1)]
-        )
-        owner = jnp.concatenate([owner, b + chunk])
-
-    # Attention counts all G tokens of a row as its queries; keys behind a row's real
-    # tokens are masked by position.
-    row_kv_lengths = jnp.where(computed >= 0, computed + G, 0)
-    chunk_kv_lengths = jnp.where(chunk_sizes > 0, chunk_starts + chunk_sizes, 0)
-    kv_lengths = jnp.concatenate([row_kv_lengths, chunk_kv_lengths])
-    query_starts = jnp.concatenate(
-        [
-            jnp.arange(b, dtype=jnp.int32) * G,
-            b * G + chunk_ends - chunk_sizes,
-            b * G + chunk_sizes.sum()[None],
-        ]
-    )
-
-    tables = []
-    slots = []
-    # kv_lengths count G tokens of every row: they may reach past the longest sequence's
-    # last page.
-    num_extra_pages = -(-(G - 1) // page_size)
-    for window, table in zip(windows, page_tables, strict=True):
-        table = jnp.pad(table, ((0, 0), (0, num_extra_pages)))
-        table = jnp.concatenate([table[:b], table[chunk_rows]])
-        page = table[owner, positions // page_size]
-        slot = page * page_size + positions % page_size
-        # A slot past the last page: what is written there is dropped.
-        past_last_slot = layout.count_pages(window) * page_size
-        slots.append(jnp.where(is_real, slot, past_last_slot))
-        tables.append(table)
-    return (
-        positions,
-        lengths,
-        kv_lengths,
-        query_starts,
-        chunk_rows,
-        tuple(tables),
-        tuple(slots),
-    )
 
 
 def _run_step(
@@ -300,7 +80,7 @@ def _run_step(
     if adapters is not None:
         mask = _spread_adapter_masks(inputs, sizes, model.rules).astype(model.dtype)
         bound = bind(model, add_adapters(params, adapters, mask))
-    advance = partial(_run_once, bound, spec, sizes)
+    advance = partial(_run_once, bound, base, spec, sizes)
     if sizes.max_steps == 1:
         state, chunk_states, drawn = advance(inputs, state)
         drawn = jax.tree.map(lambda x: x[None], drawn)
@@ -311,7 +91,8 @@ def _run_step(
     prompt_logprobs = _compute_prompt_logprobs(
         base, spec.vocab_size, chunk_states, inputs
     )
-    outputs = StepOutputs(drawn.tokens, drawn.logprobs, prompt_logprobs)
+    drafts = None if drawn.drafts is None else drawn.drafts[-1]
+    outputs = StepOutputs(drawn.tokens, drawn.logprobs, prompt_logprobs, drafts)
     return state, jax.tree.map(lambda x: reshard(x, replicated), outputs)
 
 
@@ -345,7 +126,7 @@ def _spread_adapter_masks(
         rows = jnp.repeat(jnp.arange(b, dtype=jnp.int32), G)
         if C:
             chunk_ends = jnp.cumsum(chunk_sizes)
-            chunk = _find_chunk_indices(chunk_ends, jnp.arange(C))
+            chunk = find_chunk_indices(chunk_ends, jnp.arange(C))
             rows = jnp.concatenate([rows, chunk_rows[jnp.minimum(chunk, F - 1)]])
         return masks[rows][None]
 
@@ -355,17 +136,6 @@ def _spread_adapter_masks(
     )
 
 
-def _find_chunk_indices(chunk_ends: jax.Array, places: jax.Array) -> jax.Array:
-    """Finds the chunk of each place among the C tokens of chunks: int32; F for padding
-    behind the last chunk.
-
-    Args:
-        chunk_ends: the place where each chunk ends, int32 [F].
-    """
-    chunk = jnp.searchsorted(chunk_ends, places, side="right")
-    return chunk.astype(jnp.int32)
-
-
 class DrawnTokens(NamedTuple):
     """What one step draws."""
 
@@ -373,6 +143,8 @@ class DrawnTokens(NamedTuple):
     """int32 [D, b·G + F]."""
     logprobs: TokenLogprobs
     """[D, b·G + F, ...]."""
+    drafts: jax.Array | None = None
+    """int32 [D, b + F, drafts]: what modules of ``mtp`` guess to come next."""
 
 
 StepFunction = Callable[
@@ -384,12 +156,14 @@ drawn."""
 
 def _run_once(
     bound: GenerativeModel,
+    base: GenerativeModel,
     spec: EngineSpec,
     sizes: StepSizes,
     inputs: StepInputs,
     state: EngineState,
 ) -> tuple[EngineState, jax.Array, DrawnTokens]:
-    """A :data:`StepFunction` of a model with its parameters."""
+    """A :data:`StepFunction` of a model with its parameters; ``base`` is the same
+    without adapters."""
     b, G, C, _, _ = sizes
     rules = bound.rules
     num_shards = inputs.computed.shape[0]
@@ -431,6 +205,35 @@ def _run_once(
     chunk_lengths = inputs.chunk_starts + inputs.chunk_sizes
     lengths = jnp.concatenate([row_lengths, chunk_lengths], axis=1)
 
+    drawn_tokens, logprobs = _sample(rules, spec, inputs, logits, rows, lengths)
+    drafts = None
+    if spec.num_mtp_drafts:
+        assert isinstance(base, Decoder)
+        caches, drafts = guess_ahead(
+            base,
+            spec,
+            sizes,
+            inputs,
+            batch,
+            hidden,
+            drawn_tokens,
+            state.caches,
+            partial(_sample_drafts, rules, spec, inputs),
+        )
+        state = state._replace(caches=caches)
+    return state, chunk_states, DrawnTokens(drawn_tokens, logprobs, drafts)
+
+
+def _sample(
+    rules: AxisRules,
+    spec: EngineSpec,
+    inputs: StepInputs,
+    logits: jax.Array,
+    rows: jax.Array,
+    lengths: jax.Array,
+) -> tuple[jax.Array, TokenLogprobs]:
+    """Draws the tokens of a step's results; see :func:`_sample_shard`."""
+
     def sample(flags, *shard_arrays):
         squeezed = jax.tree.map(lambda x: x[0], shard_arrays)
         drawn = _sample_shard(spec.vocab_size, flags, *squeezed)
@@ -449,8 +252,36 @@ def _run_once(
         inputs.forced_tokens,
     )
     in_specs = (PartitionSpec(), *(by_shard,) * len(arrays))
-    drawn = map_shards(sample, in_specs, by_shard)(flags, *arrays)
-    return state, chunk_states, DrawnTokens(*drawn)
+    return map_shards(sample, in_specs, by_shard)(flags, *arrays)
+
+
+def _sample_drafts(
+    rules: AxisRules,
+    spec: EngineSpec,
+    inputs: StepInputs,
+    logits: jax.Array,
+    rows: jax.Array,
+    lengths: jax.Array,
+) -> jax.Array:
+    """Draws a guess for each sequence, int32 [D, b + F], with the random numbers that
+    the model will draw the token with; grammars, and tokens that the host does not know
+    yet, are not looked at."""
+    by_shard = rules.spec("batch")
+    num_shards, num_sequences = rows.shape
+    num_words = inputs.allowed.shape[-1]
+    never = jnp.zeros((), bool)
+    inputs = inputs._replace(
+        allowed=jnp.zeros(
+            (num_shards, num_sequences, num_words), jnp.uint32, out_sharding=by_shard
+        ),
+        forced_tokens=jnp.full(
+            (num_shards, num_sequences), -1, jnp.int32, out_sharding=by_shard
+        ),
+        has_grammar=never,
+        needs_logprobs=never,
+    )
+    tokens, _ = _sample(rules, spec, inputs, logits, rows, lengths)
+    return tokens
 
 
 def _get_vectors(inputs: StepInputs) -> InputVectors | None:

@@ -98,6 +98,10 @@ class ServingOptions:
     """Longest time to a prompt's first token."""
     tpot_ms: float | None = None
     """Longest time between a sequence's tokens."""
+    mtp_drafts: int = 0
+    """Tokens that modules of ``mtp`` guess, a step (the engine's
+    ``speculation.kind=mtp``): their caches are counted, their time and gain are
+    not."""
 
     @property
     def length(self) -> int:
@@ -109,13 +113,18 @@ def read_workload(
     config: RunConfig, machine: Machine, options: ServingOptions
 ) -> RunWorkload:
     """Reads the model of a run, but not its task. Raises MaxlmError: it is no decoder,
-    or requests are longer than its context."""
+    requests are longer than its context, or it has no modules of ``mtp`` to guess
+    with."""
     kind = config.model.transformer_type
     if kind != "decoder":
         message = f"serving is planned for decoders, not an {kind}"
         raise MaxlmError(
             message, where="model.architecture", fix="name a decoder's config"
         )
+    if options.mtp_drafts and config.model.mtp is None:
+        message = "the model has no modules that predict further tokens (model.mtp)"
+        fix = "leave it out, or set model.mtp"
+        raise MaxlmError(message, where="--mtp-drafts", fix=fix)
     limit = config.model.max_seq_len
     if options.length > limit:
         lengths = f"{options.prompt:,} + {options.new:,} tokens"
@@ -173,10 +182,17 @@ class ServedModel:
         self.work.config = run.model_copy(update={"sharding": sharding})
         self.split = MeshPartitioning(self.work.config, self.sizes)
 
+        mtp = placed.model.config.mtp
+        # More guesses than modules are made by the last one.
+        num_modules = 0 if mtp is None else min(mtp.num_modules, options.mtp_drafts)
         head_ways = prod(self.sizes[axis] for axis in placed.compute.heads)
-        self.layer_caches = count_layer_caches(placed.model, cache, platform, head_ways)
+        self.layer_caches = count_layer_caches(
+            placed.model, cache, platform, head_ways, num_modules
+        )
         """Caches of layers, and the number of layers that have each."""
-        self.unsplit_caches = count_layer_caches(placed.model, cache, platform)
+        self.unsplit_caches = count_layer_caches(
+            placed.model, cache, platform, num_mtp_modules=num_modules
+        )
         """Those of a replica of one device, where no head is twice."""
 
         chip = machine.chip

@@ -51,9 +51,11 @@ def count_layer_caches(
     cache: CacheFormat = "auto",
     platform: str = "cpu",
     head_ways: int = 1,
+    num_mtp_modules: int = 0,
 ) -> Counter[LayerCacheKind]:
     """Counts the layers that have each cache, by
-    :meth:`maxlm.models.blocks.Mixer.cache_spec`."""
+    :meth:`maxlm.models.blocks.Mixer.cache_spec`; ``num_mtp_modules`` of ``mtp`` are
+    among them."""
     config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
     page_size = find_default_page_size(config.kind) or PAGE_TOKENS
     layout = CacheLayout(
@@ -63,11 +65,15 @@ def count_layer_caches(
         page_size=page_size,
         cache=config,
         feature_multiple=choose_feature_multiple(platform),
+        num_mtp_modules=num_mtp_modules,
         head_ways=head_ways,
     )
     specs_by_stack = model.cache_specs(layout)
     counts: Counter[LayerCacheKind] = Counter()
-    for stack in model.config.layer_stacks:
+    stacks = list(model.config.layer_stacks)
+    if num_mtp_modules:
+        stacks += [stack for run in model.config.mtp_runs for stack in run.stacks]
+    for stack in stacks:
         # Layers take their kinds in turns.
         kinds = cycle(stack.kinds)
         for specs, kind in zip(specs_by_stack[stack.name], kinds, strict=False):

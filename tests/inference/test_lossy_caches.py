@@ -18,7 +18,7 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import allocate_state, copy_rows, state_specs
 from maxlm.inference.requests import GenerationRequest
-from maxlm.inference.step import StepSizes, make_ragged_batch
+from maxlm.inference.step_arrays import StepSizes, make_ragged_batch
 from maxlm.models.caches.config import AnyCacheConfig
 from maxlm.models.caches.kinds import kv_cache_spec
 from maxlm.models.caches.layout import CacheLayout, allocate_cache_array

@@ -66,11 +66,30 @@ def test_an_encoder_guesses_for_no_model(models):
         make_engine([models[0], SimpleNamespace(model=encoder, params={})], 2, 4)
 
 
+@pytest.fixture(scope="module")
+def built_with_mtp(one_device_mesh, build_tiny):
+    sizes = {"vocab_size": VOCAB, "init_std": 0.3}
+    return build_tiny("llama", one_device_mesh, mtp={"num_modules": 2}, **sizes)
+
+
 @pytest.mark.more
-def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
-    """Guessed by another model, temperature and nucleus on; probabilities from whole
-    passes."""
+@pytest.mark.parametrize("kind", ["draft_model", "mtp"])
+def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(
+    models, built_with_mtp, kind
+):
+    """Guessed by another model or the model's own modules, temperature and nucleus on;
+    probabilities from whole passes."""
+    target = models[0]
     engine = make_engine(models, 3, 250)
+    if kind == "mtp":
+        target = built_with_mtp
+        config = EngineConfig.model_validate(
+            {
+                **engine.config.model_dump(),
+                "speculation": {"kind": "mtp", "num_drafts": 3},
+            }
+        )
+        engine = Engine(target.model, target.params, config)
     counts = np.zeros((VOCAB, VOCAB))
     sampling = SamplingConfig(max_new_tokens=4, **BIAS)
     requests = [
@@ -83,9 +102,9 @@ def test_two_tokens_have_the_joint_distribution_of_exact_enumeration(models):
     for tokens in rows.values():
         counts[tokens[0], tokens[1]] += 1
     joint = np.zeros((VOCAB, VOCAB))
-    first = next_distribution(models[0], PROMPT)
+    first = next_distribution(target, PROMPT)
     for token in range(VOCAB):
-        joint[token] = first[token] * next_distribution(models[0], (*PROMPT, token))
+        joint[token] = first[token] * next_distribution(target, (*PROMPT, token))
     assert counts[joint == 0].sum() == 0
     possible = joint > 0
     assert (

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
+from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.model_runner import allocate_state
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.caches import CacheArraySpec, CacheLayout, RecurrentCache
@@ -37,7 +39,7 @@ from maxlm.plan.serving_cache import (
 )
 from maxlm.plan.timing import DECODE_EFFICIENCY
 from maxlm.run.config import RunConfig
-from tests.models.building import decoder
+from tests.models.building import decoder, random_params
 from tests.plan.architectures import run
 
 Size = tuple[int, int]
@@ -215,6 +217,34 @@ def test_caches_are_as_large_as_the_engines(name, one_device_mesh):
     assert allocated == 5 * row + 11 * page
 
 
+@pytest.mark.parametrize("num_drafts", [1, pytest.param(5, marks=pytest.mark.more)])
+def test_modules_that_guess_have_caches_as_large_as_the_engines(
+    num_drafts, one_device_mesh
+):
+    """One of two modules for one guess, both for five."""
+    config = run("mtp", "dp")
+    assert isinstance(config.model, DecoderConfig)
+    options = ServingOptions(9, 5, mtp_drafts=num_drafts)
+    machine = Machine.from_name("h100x1")
+    work = read_workload(config, machine, options)
+    planned = ServedModel(work, machine, options, 1, "auto").layer_caches
+    with jax.set_mesh(one_device_mesh):
+        model = decoder(config.model, one_device_mesh, jnp.bfloat16)
+        sizes = {"max_sequences": 3, "max_length": 75, "page_size": PAGE_TOKENS}
+        speculation = {"kind": "mtp", "num_drafts": num_drafts}
+        settings = {**sizes, "speculation": speculation}
+        params = random_params(config.model, one_device_mesh)
+        engine = Engine(model, params, EngineConfig.model_validate(settings))
+        layout = engine._spec.layout
+        arrays = allocate_state(model, layout, PAGE_TOKENS).caches
+    allocated = sum(array.nbytes for array in jax.tree.leaves(arrays))
+    page = count_sequence_bytes(planned, PAGE_TOKENS)
+    assert allocated == layout.num_pages * page
+    without = count_sequence_bytes(count_layer_caches(model), PAGE_TOKENS)
+    num_layers = config.model.num_layers
+    assert page / without == (num_layers + min(2, num_drafts)) / num_layers
+
+
 @pytest.mark.parametrize(("tensor", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
 def test_devices_keep_one_kv_head_each_where_there_are_fewer(tensor, heads):
     """Qwen3 30B: 48 layers with 4 heads of 128. No kernel is gathered."""
@@ -365,6 +395,7 @@ def test_what_cannot_be():
     for name, options, words in (
         ("bert_base", ServingOptions(), "decoders"),
         ("llama3_8b", ServingOptions(8000, 193), "exceed the context of 8,192"),
+        ("llama3_8b", ServingOptions(mtp_drafts=1), "no modules that predict"),
     ):
         with pytest.raises(MaxlmError, match=words):
             search_serving(load(name), one, options)

@@ -261,7 +261,12 @@ class Transformer(Trunk):
         """Returns each layer's ``Mixer.cache_spec``."""
         specs: Caches = {}
         stacks = self.stacks
-        for stack in self.config.layer_stacks:
+        layer_stacks = list(self.config.layer_stacks)
+        if layout.num_mtp_modules:
+            (run,) = self.config.mtp_runs
+            (stack,) = run.stacks
+            layer_stacks.append(stack._replace(num_layers=layout.num_mtp_modules))
+        for stack in layer_stacks:
             mixer = stacks[stack.name].mixer
             if mixer is None:
                 specs[stack.name] = (None,) * stack.num_layers
@@ -330,8 +335,41 @@ class Transformer(Trunk):
                 if kind_name in shared_kinds:
                     shared_caches[kind_name] = cache
                 new_caches.setdefault(name, []).append(cache)
-        caches = {name: tuple(layers) for name, layers in new_caches.items()}
+        # Those of mtp's modules stay: predict_ahead_with_cache advances them.
+        caches = caches | {name: tuple(layers) for name, layers in new_caches.items()}
         return self.apply_final_norm(x), caches
+
+    def predict_ahead_with_cache(
+        self,
+        module: int,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        batch: RaggedBatch,
+        caches: Caches,
+    ) -> tuple[jax.Array, Caches]:
+        """Runs one of the modules of ``mtp``, for inference.
+
+        Args:
+            module: its number, from 0.
+            hidden: [D, S, D], behind the final norm or the module before.
+            tokens: int [D, S]: the tokens ``module`` + 1 places ahead.
+            batch: of the tokens that ``hidden`` is of.
+            caches: of a layout in which the module has one.
+
+        Returns:
+            Hidden states [D, S, D] for the model's head, which tell the tokens one
+            place further ahead; and the caches with these tokens in the module's.
+        """
+        assert self.mtp is not None
+        (run,) = self.config.mtp_runs
+        (inputs,) = self.attention_inputs_by_kind(run, batch)
+        embedded = self.embed(tokens, batch.positions)
+        block = bind(self.mtp, take_stacked_layer(get_values(self.mtp), module))
+        x = block.join_inputs(hidden, embedded)
+        layers = list(caches[MTP])
+        output = block(x, inputs, layers[module])
+        layers[module] = output.cache
+        return block.output_norm(output.x), caches | {MTP: tuple(layers)}
 
     def predict_ahead(
         self,

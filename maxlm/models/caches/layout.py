@@ -58,6 +58,9 @@ class CacheLayout:
     feature_multiple: int = 1
     """Pages have room for a head's features up to a multiple of this: a TPU's kernel
     reads whole lanes, and XLA would copy all pages to make it so."""
+    num_mtp_modules: int = 0
+    """Modules of the model's ``mtp``, the first ones, that have caches, to guess tokens
+    with."""
     head_ways: int = 1
     """Devices that query heads are split over. Where kv heads are fewer, pages have one
     for each device, the one that its queries read."""
