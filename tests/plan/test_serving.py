@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
@@ -233,7 +234,10 @@ def test_modules_that_guess_have_caches_as_large_as_the_engines(
         sizes = {"max_sequences": 3, "max_length": 75, "page_size": PAGE_TOKENS}
         speculation = {"kind": "mtp", "num_drafts": num_drafts}
         settings = {**sizes, "speculation": speculation}
-        params = random_params(config.model, one_device_mesh)
+        params = jax.device_put(
+            random_params(config.model, one_device_mesh),
+            NamedSharding(one_device_mesh, PartitionSpec()),
+        )
         engine = Engine(model, params, EngineConfig.model_validate(settings))
         layout = engine._spec.layout
         arrays = allocate_state(model, layout, PAGE_TOKENS).caches
