@@ -29,6 +29,8 @@ MIXERS_BY_NAME = {
     "negative": DELTA | {"negative_eigenvalues": True, "norm_eps": 0.01},
     "kimi": {"kind": "kimi_delta_attention", "num_heads": 2, "head_dim": 5, "rank": 3}
     | {"conv_width": WIDTH},
+    "bounded": {"kind": "kimi_delta_attention", "num_heads": 2, "head_dim": 5}
+    | {"conv_width": WIDTH, "squeezed": False, "min_log_decay": -3.0},
 }
 
 
@@ -83,12 +85,16 @@ def mixer(x, p, segments, config, model_eps):
         decay = np.exp(-rates * steps)[..., None]
         gate = project("gate")
         gate = gate * sigmoid(gate)
-    else:
+    elif config["squeezed"]:
         logits = np.tensordot(project("decay_down"), p["decay_up"]["kernel"], 1)
         steps = np.log1p(np.exp(logits + p["dt_bias"]))
         decay = np.exp(-rates[:, None] * steps)
         gate = np.tensordot(project("gate_down"), p["gate_up"]["kernel"], 1)
         gate = sigmoid(gate)
+    else:
+        steps = rates[:, None] * (project("decay") + p["dt_bias"])
+        decay = np.exp(config["min_log_decay"] * sigmoid(steps))
+        gate = sigmoid(project("gate"))
     beta = sigmoid(project("beta"))
     if config.get("negative_eigenvalues"):
         beta = 2 * beta
@@ -132,6 +138,7 @@ def reference_hidden(config, params, tokens, segments):
         "kimi",
         pytest.param("delta", marks=pytest.mark.more),
         pytest.param("negative", marks=pytest.mark.more),
+        pytest.param("bounded", marks=pytest.mark.more),
     ],
 )
 def test_hidden_states_and_gradients_equal_the_reference(name, one_device_mesh):
@@ -258,6 +265,11 @@ def test_heads_that_do_not_divide_are_refused():
     message = "num_heads=6 is not a multiple of num_key_heads=4"
     with pytest.raises(MaxlmError, match=message):
         GatedDeltaNetConfig(num_heads=6, num_key_heads=4, key_dim=2, value_dim=2)
+
+
+def test_a_rank_that_nothing_has_is_refused():
+    with pytest.raises(MaxlmError, match="rank=3 with squeezed: false; leave one"):
+        KimiDeltaAttentionConfig(num_heads=2, head_dim=5, rank=3, squeezed=False)
 
 
 @pytest.mark.parametrize("name", MIXERS_BY_NAME)

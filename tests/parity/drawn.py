@@ -114,8 +114,9 @@ def _draw_gemma(values: Values, draw: random.Random) -> Values:
     if values.get("num_kv_shared_layers"):
         drawn["num_kv_shared_layers"] = draw.randint(1, layers - 2)
     if values["hidden_size_per_layer_input"]:
-        # Of fewer numbers a norm magnifies what is left where a gate is shut.
-        drawn["hidden_size_per_layer_input"] = draw.randint(6, 13)
+        # Where a token's gates, which few units have, are all shut, the norm behind them
+        # magnifies what fp32 leaves of gelu there.
+        drawn["hidden_size_per_layer_input"] = draw.randint(9, 23)
     if "vocab_size_per_layer_input" in values:
         # Gemma 4 has no rows for tokens beyond its table.
         fewest = 11 if "laurel_rank" in values else values["vocab_size"]

@@ -30,7 +30,10 @@ SOURCE = 19
 PARTS, SOURCE_PARTS = (13, 10), (8, 11)
 NEW = 12
 CACHED_STEPS = 8
-DELTA_RULES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear")
+DELTA_RULES = (
+    *("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear"),
+    *("bailing_hybrid", "bailing_hybrid_unbounded"),
+)
 """Cases in which rounding of fp32 is magnified: see tests/models/test_families.py."""
 TOP = 20
 """Log-probabilities that are compared at each step: as many as the engine returns."""

@@ -94,6 +94,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixer": {"kind": "kimi_delta_attention", "num_heads": 8, "head_dim": 6}
         | {"rank": 8}
     },
+    "kimi_delta_whole": _WITHOUT_POSITIONS
+    | {
+        "mixer": {"kind": "kimi_delta_attention", "num_heads": 8, "head_dim": 6}
+        | {"squeezed": False, "min_log_decay": -5.0}
+    },
     "lightning": _WITHOUT_POSITIONS
     | {"mixer": {"kind": "lightning", "num_heads": 12, "head_dim": 6}},
     "short_conv": _WITHOUT_POSITIONS | {"mixer": {"kind": "short_conv"}},

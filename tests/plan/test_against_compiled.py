@@ -69,6 +69,7 @@ REST = (
     ("tp+sp", GATED, 0.03),
     *(("tp+sp", name, 0.01) for name in ("mamba", "mamba2_groups", "short_conv")),
     ("tp+sp", "gated_delta_net", 0.01),
+    ("tp+sp", "kimi_delta_whole", 0.01),
     ("fsdp", "delta_hybrid", 0.03),
     ("cp all-gather", "mamba2", 0.01),
     ("cp all-gather", "kimi_delta_attention", 0.01),

@@ -35,6 +35,7 @@ CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
 KINDS = "kinds"
 GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
 HYBRID = "hybrid"
+NARROW = "narrow values"
 STREAMS = "hyper-connections"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
@@ -84,6 +85,15 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"output_gate": "element", "qk_norm": True, "qk_norm_form": "all_heads"}
         | {"chunk": 5, "temperature": {"scale": 0.5, "length": 3}, "value_norm": True},
         "mlp": {"d_ff": 48},
+    },
+    # Heads whose values are narrower than their keys, norms without weights, slopes of
+    # an activation that are learnt.
+    NARROW: _BASE
+    | {
+        "attention": _HEADS
+        | {"value_head_dim": 5, "qk_norm": True, "qk_norm_form": "weightless"},
+        "mlp": {"d_ff": 48, "gated": False, "activation": {"kind": "xielu"}},
+        "norm": {"kind": "layernorm", "weightless": True},
     },
     # Latent attention to what an indexer chooses.
     SPARSE: _BASE
@@ -216,6 +226,7 @@ TUNED: dict[str, tuple[str, dict[str, Any]]] = {
         "gqa_window",
         {"task": {"kind": "dpo", "examples_per_row": 6}, **_LORA},
     ),
+    "narrow values + lora": (NARROW, _LORA),
 }
 
 
@@ -302,13 +313,13 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT, STREAMS),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT, STREAMS, NARROW),
         fsdp=2,
         context=2,
         tensor=2,
     ),
     "cp ulysses × tp": _cell(
-        _context("ulysses"), (*ALL, GATED), data=2, context=2, tensor=2
+        _context("ulysses"), (*ALL, GATED, NARROW), data=2, context=2, tensor=2
     ),
     "ep × fsdp × tp": _cell(expert=2, fsdp=2, tensor=2),
     "ep × zero2": _cell({"sharding": ZERO2}, ("moe",), expert=2, fsdp=4),
@@ -330,7 +341,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × tp+sp × pp 1f1b": _cell(
         _pipe("1f1b", **SP),
-        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, SPARSE, STREAMS),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, SPARSE, STREAMS, NARROW),
         stage=2,
         fsdp=2,
         tensor=2,

@@ -30,6 +30,7 @@ COLUMNS = {
     cells.KINDS: "kinds by turns",
     cells.GATED: "gates, chunks",
     cells.SPARSE: "sparse",
+    cells.NARROW: "narrow values",
 }
 DEVICES = 64
 # Each block of YAML, and what a plan is to say of it.

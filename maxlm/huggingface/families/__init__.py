@@ -102,6 +102,7 @@ FAMILIES = Registry[ModelFamily](
         "qwen3_5_moe": f"{_FOLDER}.qwen_hybrid:QWEN3_5_MOE",
         "olmo_hybrid": f"{_FOLDER}.olmo_hybrid:OLMO_HYBRID",
         "kimi_linear": f"{_FOLDER}.kimi_linear:KIMI_LINEAR",
+        "bailing_hybrid": f"{_FOLDER}.bailing_hybrid:BAILING_HYBRID",
         "gpt_neox": f"{_FOLDER}.gpt_neox:GPT_NEOX",
         "opt": f"{_FOLDER}.opt:OPT",
         "gptj": f"{_FOLDER}.gptj:GPTJ",

@@ -342,21 +342,30 @@ def normalise_length(x: jax.Array) -> jax.Array:
 
 
 def compute_log_decay(
-    logits: jax.Array, A_log: jax.Array, dt_bias: jax.Array
+    logits: jax.Array,
+    A_log: jax.Array,
+    dt_bias: jax.Array,
+    *,
+    least: float | None = None,
 ) -> jax.Array:
-    """Returns −exp(A_log) · softplus(logits + dt_bias) in fp32, as of Mamba-2's steps.
+    """Returns −exp(A_log) · softplus(logits + dt_bias) in fp32, as of Mamba-2's steps;
+    with ``least`` it is ``least`` · sigmoid(exp(A_log) · (logits + dt_bias)).
 
     Args:
         logits: [B, S, N], or [B, S, N, K].
         A_log: fp32 [N].
         dt_bias: fp32 [N], or [N, K].
+        least: a bound below that is not reached, negative.
     """
 
     def compute(logits: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
         rates = jnp.exp(A_log)
         if logits.ndim == 4:
             rates = rates[:, None]
-        return -rates * jax.nn.softplus(logits.astype(A_log.dtype) + dt_bias)
+        steps = logits.astype(A_log.dtype) + dt_bias
+        if least is not None:
+            return least * jax.nn.sigmoid(rates * steps)
+        return -rates * jax.nn.softplus(steps)
 
     return save_inputs_only(compute)(logits, A_log, dt_bias)
 
