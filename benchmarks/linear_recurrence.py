@@ -1,6 +1,7 @@
 """Linear recurrences in chunks: errors, backward memory on a TPU, time on this CPU.
 
     python -m benchmarks.linear_recurrence [errors] [memory] [time] [cycles]
+        [--kinds KIND ...] [--lengths TOKENS ...]
 
 `errors` compares all kinds with their definition in float64 (outputs and states), with
 the sequential scan's gradients in float64, packed documents with separate ones, decoding with
@@ -11,16 +12,18 @@ value where that is above 1. `memory` compiles forward and backward for a v5p (e
 `time` runs chunks and the sequential scan alternately, with 4,096 tokens.
 `cycles` counts those of the TPU's kernels in the compiler's final schedule, beside
 XLA's own operations for the same, whose waits for memory are not counted either.
+A row is printed as soon as it is known. `--kinds` and `--lengths` choose what `memory`,
+`time` and `cycles` print, lengths only of `memory`.
 """
 
 import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,7 @@ from benchmarks.kernel_cycles.static.measure import measure_program
 from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
 from maxlm.plan.compiled.loops import count_trips
 from maxlm.plan.compiled.program import get_topology_devices, has_compiler
-from maxlm.plan.topology import parse_topology
+from maxlm.plan.topology import Topology, parse_topology
 from pallas_kernels.linear_recurrence import (
     apply_run,
     combine_runs,
@@ -60,6 +63,17 @@ LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 700)
 MB = 1e6
 
 
+class Choice(NamedTuple):
+    """Which measurements to make."""
+
+    kinds: Sequence[str]
+    """Of KINDS."""
+    lengths: Sequence[int]
+    """Tokens, of `memory`."""
+    rounds: int
+    """Of `time`."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {
@@ -70,23 +84,38 @@ def main() -> None:
     }
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--rounds", type=int, default=3, help="of time; default 3")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=list(KINDS),
+        default=list(KINDS),
+        help="of memory, time and cycles; default all",
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[4096, 8192, 16384],
+        help="tokens, of memory; default %(default)s",
+    )
     options = parser.parse_args()
+    choice = Choice(options.kinds, options.lengths, options.rounds)
     for name in options.parts or parts:
-        parts[name](options.rounds)
+        parts[name](choice)
         print()
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    for line in (header, ["---"] * len(header), *rows):
-        print(f"| {' | '.join(line)} |")
-    sys.stdout.flush()
+def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
+    """Prints each row as it comes."""
+    for line in chain([header, ["---"] * len(header)], rows):
+        print(f"| {' | '.join(line)} |", flush=True)
 
 
-def print_errors(rounds: int) -> None:
-    del rounds
-    rows = [
+def print_errors(choice: Choice) -> None:
+    del choice
+    rows = (
         [name, *(f"{error:.1e}" for error in errors)] for name, errors in list_errors()
-    ]
+    )
     print_table(["largest error over T = 1 … 700", *KINDS], rows)
     print()
     print_oracle_errors()
@@ -240,19 +269,25 @@ def make_operands(
     return RecurrenceOperands(wide, wide, wide, log_decay, by_head if delta else None)
 
 
-def print_memory(rounds: int) -> None:
+def print_memory(choice: Choice) -> None:
     """A v5p's temporary memory of forward and backward, 16 heads of 128, bf16."""
-    del rounds
     machine = parse_topology("v5p:2x2x1")
     if not has_compiler(machine.platform):
         print("memory: no TPU compiler here: pip install libtpu", file=sys.stderr)
         return
+    header = ["MB of a v5p, 16 heads of 128", *(f"{T:,}" for T in choice.lengths)]
+    header[1] = f"T = {header[1]}"
+    print_table(header, list_memory(machine, choice))
+
+
+def list_memory(machine: Topology, choice: Choice) -> Iterator[list[str]]:
+    """Yields a row a kind of chunks, and of the scan, which keeps a state a token, at
+    the first length alone."""
     sharding = SingleDeviceSharding(get_topology_devices(machine)[0])
-    rows = []
-    for kind in KINDS:
-        for function, lengths in (
-            (linear_recurrence, (4096, 8192, 16384)),
-            (linear_recurrence_reference, (4096,)),
+    for kind in choice.kinds:
+        for name, function, lengths in (
+            ("chunks", linear_recurrence, choice.lengths),
+            ("scan", linear_recurrence_reference, choice.lengths[:1]),
         ):
             cells = []
             for tokens in lengths:
@@ -263,10 +298,8 @@ def print_memory(rounds: int) -> None:
                 compiled = jax.jit(partial(take_gradients, function)).lower(operands)
                 memory = compiled.compile().memory_analysis()
                 cells.append(f"{memory.temp_size_in_bytes / MB:,.0f}")
-            name = "chunks" if function is linear_recurrence else "scan"
-            cells += [""] * (3 - len(cells))
-            rows.append([f"{kind}, {name}", *cells])
-    print_table(["MB of a v5p, 16 heads of 128", "T = 4,096", "8,192", "16,384"], rows)
+            missing = len(choice.lengths) - len(cells)
+            yield [f"{kind}, {name}", *cells, *[""] * missing]
 
 
 def take_gradients(function: Callable[..., Any], operands: RecurrenceOperands):
@@ -277,13 +310,20 @@ def take_gradients(function: Callable[..., Any], operands: RecurrenceOperands):
     return jax.grad(loss)(operands)
 
 
-def print_times(rounds: int) -> None:
+def print_times(choice: Choice) -> None:
     """Medians of 4,096 tokens, 2 heads of 128, fp32."""
-    rows = []
-    for kind in KINDS:
+    header = ["4,096 tokens, 2 heads of 128", "chunks, ms", "scan, ms", "ratio"]
+    header += ["with gradients: chunks", "scan", "ratio"]
+    print_table(header, list_times(choice))
+
+
+def list_times(choice: Choice) -> Iterator[list[str]]:
+    for kind in choice.kinds:
         cells = []
         for with_gradients in (False, True):
-            chunks, scan = measure_times(kind, rounds, with_gradients=with_gradients)
+            chunks, scan = measure_times(
+                kind, choice.rounds, with_gradients=with_gradients
+            )
             chunks_median = statistics.median(chunks)
             scan_median = statistics.median(scan)
             cells += [
@@ -291,9 +331,7 @@ def print_times(rounds: int) -> None:
                 f"{1e3 * scan_median:.0f}",
                 f"{scan_median / chunks_median:.1f}",
             ]
-        rows.append([kind, *cells])
-    header = ["4,096 tokens, 2 heads of 128", "chunks, ms", "scan, ms", "ratio"]
-    print_table([*header, "with gradients: chunks", "scan", "ratio"], rows)
+        yield [kind, *cells]
 
 
 def measure_times(
@@ -323,23 +361,27 @@ def run_plain(function: Callable[..., Any], operands: RecurrenceOperands):
     return function(*operands)
 
 
-def print_cycles(rounds: int) -> None:
+def print_cycles(choice: Choice) -> None:
     """Microseconds of 4,096 tokens, 8 key heads and 16 value heads of 128, bf16."""
-    del rounds
     if not has_compiler("tpu"):
         print("cycles: no TPU compiler here: pip install libtpu", file=sys.stderr)
         return
-    rows = []
-    for kind in RECURRENCE_KINDS:
+    header = ["4,096 tokens, 16 heads of 128", "kernel, µs", "XLA, µs", "ratio"]
+    header += ["both passes: kernels", "XLA", "ratio"]
+    print_table(header, list_cycles(choice))
+
+
+def list_cycles(choice: Choice) -> Iterator[list[str]]:
+    names = {flags: name for name, flags in RECURRENCE_KINDS.items()}
+    for kind in choice.kinds:
+        name = names[KINDS[kind]]
         for chip in ("v5p", "v6e"):
             cells = []
             for is_backward in (False, True):
-                kernel = count_microseconds(kind, chip, is_backward, "tpu")
-                xla = count_microseconds(kind, chip, is_backward, "xla")
+                kernel = count_microseconds(name, chip, is_backward, "tpu")
+                xla = count_microseconds(name, chip, is_backward, "xla")
                 cells += [f"{kernel:,.0f}", f"{xla:,.0f}", f"{xla / kernel:.2f}"]
-            rows.append([f"{kind.replace('_', ' ')}, {chip}", *cells])
-    header = ["4,096 tokens, 16 heads of 128", "kernel, µs", "XLA, µs", "ratio"]
-    print_table([*header, "both passes: kernels", "XLA", "ratio"], rows)
+            yield [f"{kind}, {chip}", *cells]
 
 
 def count_microseconds(kind: str, chip: str, is_backward: bool, backend: str) -> float:

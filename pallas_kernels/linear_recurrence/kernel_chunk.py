@@ -6,7 +6,7 @@ their own.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.linear_recurrence.chunks import mask_level
 from pallas_kernels.linear_recurrence.products import (
+    Matrix,
     ProductPrecision,
     invert_unit_lower,
     make_iotas,
@@ -39,20 +40,24 @@ class ChunkOperands(NamedTuple):
     """fp32 [1, L]; None: no delta rule."""
 
 
-class ChunkProducts(NamedTuple):
+MatrixT = TypeVar("MatrixT", bound=Matrix, covariant=True)
+"""Matrices that meet a state: arrays, or terms that a kernel has read from memory."""
+
+
+class ChunkProducts(NamedTuple, Generic[MatrixT]):
     """Matrices that a chunk computes without the state before it."""
 
-    weights: jax.Array | None
+    weights: MatrixT | None
     """[L, L], of what tokens write in outputs."""
-    queries: jax.Array | None
+    queries: MatrixT | None
     """[L, K] as they meet the state; what they read is multiplied by ``from_start``."""
     from_start: jax.Array | None
     """[L, 1]; None by channel, where ``queries`` are multiplied."""
     new: jax.Array
     """[L, V], what tokens write where the state before is zero."""
-    read: jax.Array | None
+    read: MatrixT | None
     """[L, K], what of the state the delta rule takes from it; None without."""
-    keys: jax.Array
+    keys: MatrixT
     """[L, K], to the chunk's end by channel."""
     to_end: jax.Array | None
     """[L, 1]; None by channel, where ``keys`` are multiplied."""
@@ -85,7 +90,7 @@ def run_chunks(
 
 
 def advance_over_chunk(
-    products: ChunkProducts,
+    products: ChunkProducts[Matrix],
     state: jax.Array,
     scale: float,
     precision: ProductPrecision,
@@ -111,7 +116,7 @@ def advance_over_chunk(
 
 def multiply_chunk(
     chunk: ChunkOperands, level_sums: jax.Array | None, precision: ProductPrecision
-) -> ChunkProducts:
+) -> ChunkProducts[jax.Array]:
     """Computes what a chunk needs of itself."""
     # By channel there is a row a token: 16 or more.
     if chunk.log_decay.shape[0] == 1:
@@ -198,7 +203,7 @@ def _sum_masked(mask: jax.Array, log_decay: jax.Array) -> jax.Array:
 
 def _multiply_by_head(
     chunk: ChunkOperands, precision: ProductPrecision
-) -> ChunkProducts:
+) -> ChunkProducts[jax.Array]:
     L = chunk.k.shape[0]
     row, column = make_iotas(L)
     k = chunk.k.astype(jnp.float32)
@@ -228,7 +233,7 @@ def _multiply_by_head(
 
 def _multiply_by_channel(
     chunk: ChunkOperands, factors: _ChannelFactors, precision: ProductPrecision
-) -> ChunkProducts:
+) -> ChunkProducts[jax.Array]:
     L = chunk.k.shape[0]
     row, column = make_iotas(L)
     k = chunk.k.astype(jnp.float32)

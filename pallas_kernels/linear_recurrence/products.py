@@ -3,8 +3,7 @@ deserve, with gradients of the same precision."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import partial
-from typing import TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +83,23 @@ def _dot(precision: ProductPrecision, left: Matrix, right: Matrix, dims) -> jax.
     return product
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def multiply(
-    precision: ProductPrecision, left: jax.Array, right: jax.Array
-) -> jax.Array:
+class _Differentiable(Protocol):
+    """A function whose gradients are rules; they are of arrays, not of terms."""
+
+    def __call__(self, precision: ProductPrecision, *matrices: Matrix) -> jax.Array: ...
+
+    def defvjp(
+        self, fwd: Callable[..., Any], bwd: Callable[..., tuple[jax.Array, ...]]
+    ) -> object: ...
+
+
+def _define_gradients(function: Callable[..., jax.Array]) -> _Differentiable:
+    """Gives a function of a precision and matrices rules, which follow below."""
+    return jax.custom_vjp(function, nondiff_argnums=(0,))
+
+
+@_define_gradients
+def multiply(precision: ProductPrecision, left: Matrix, right: Matrix) -> jax.Array:
     """left · right."""
     return _dot(precision, left, right, _ROWS_BY_COLUMNS)
 
@@ -99,16 +111,9 @@ def _multiply_backward(precision, saved, d_product):
     return d_left.astype(left.dtype), d_right.astype(right.dtype)
 
 
+@_define_gradients
 def multiply_rows(
-    precision: ProductPrecision, left: jax.Array, right: jax.Array
-) -> jax.Array:
-    """left · rightᵀ; its type is lost where its gradient is defined."""
-    return cast(jax.Array, _rows_product(precision, left, right))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows_product(
-    precision: ProductPrecision, left: jax.Array, right: jax.Array
+    precision: ProductPrecision, left: Matrix, right: Matrix
 ) -> jax.Array:
     """left · rightᵀ."""
     return _dot(precision, left, right, _ROWS_BY_ROWS)
@@ -121,16 +126,9 @@ def _rows_backward(precision, saved, d_product):
     return d_left.astype(left.dtype), d_right.astype(right.dtype)
 
 
+@_define_gradients
 def multiply_transposed(
-    precision: ProductPrecision, left: jax.Array, right: jax.Array
-) -> jax.Array:
-    """leftᵀ · right; its type is lost where its gradient is defined."""
-    return cast(jax.Array, _transposed_product(precision, left, right))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed_product(
-    precision: ProductPrecision, left: jax.Array, right: jax.Array
+    precision: ProductPrecision, left: Matrix, right: Matrix
 ) -> jax.Array:
     """leftᵀ · right."""
     return _dot(precision, left, right, _COLUMNS_BY_COLUMNS)
@@ -179,7 +177,7 @@ def _sum_exactly_backward(saved, d_sums):
     return d_left, jnp.zeros_like(right)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_define_gradients
 def invert_unit_lower(precision: ProductPrecision, below: jax.Array) -> jax.Array:
     """Inverts I + A, A strictly lower [L, L], by block diagonals that double: see
     :func:`~pallas_kernels.linear_recurrence.chunks.invert_unit_lower`."""
@@ -224,8 +222,8 @@ def _forward_rule(dims):
 
 
 multiply.defvjp(_forward_rule(_ROWS_BY_COLUMNS), _multiply_backward)
-_rows_product.defvjp(_forward_rule(_ROWS_BY_ROWS), _rows_backward)
-_transposed_product.defvjp(_forward_rule(_COLUMNS_BY_COLUMNS), _transposed_backward)
+multiply_rows.defvjp(_forward_rule(_ROWS_BY_ROWS), _rows_backward)
+multiply_transposed.defvjp(_forward_rule(_COLUMNS_BY_COLUMNS), _transposed_backward)
 sum_exactly.defvjp(
     lambda left, right: (_sum_terms(left, right, _ROWS_BY_COLUMNS), (left, right)),
     _sum_exactly_backward,

@@ -18,7 +18,7 @@ operands are those of ``jax.vjp``.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.kernel_types import Index, Interpret, Ref
+from pallas_kernels.kernel_types import Index, Ref
 from pallas_kernels.linear_recurrence.kernel_chunk import (
     ChunkOperands,
     ChunkProducts,
@@ -34,7 +34,6 @@ from pallas_kernels.linear_recurrence.kernel_chunk import (
     multiply_chunk,
 )
 from pallas_kernels.linear_recurrence.params import (
-    ChunkPlan,
     RecurrenceCall,
     RecurrenceOperands,
     get_precision,
@@ -43,21 +42,33 @@ from pallas_kernels.linear_recurrence.params import (
     plan_chunks,
 )
 from pallas_kernels.linear_recurrence.products import (
+    Matrix,
     ProductPrecision,
-    Terms,
     multiply_plain,
     multiply_rows_plain,
     multiply_transposed_plain,
     split_terms,
     without_gradients,
 )
+from pallas_kernels.linear_recurrence.triton_memory import (
+    LEAST_SIZE,
+    MemoryT,
+    OperandMemory,
+    ProductMemory,
+    Sizes,
+    get_rows,
+    load_rows,
+    load_state,
+    make_spec,
+    pad_width,
+    read_chunk,
+    read_products,
+    store_rows,
+    store_state,
+)
 
-# The least size of a product's dimension.
-_LEAST = 16
 _LARGEST_CHUNK = 64
 _LARGEST_WIDTH = 256
-# Columns of a program's state: with 128 key channels a quarter of the registers.
-_STATE_COLUMNS = 32
 # Columns of a state at a time that a chunk's gradients are summed over.
 _GRADIENT_COLUMNS = 32
 
@@ -75,43 +86,9 @@ def supports(operands: RecurrenceOperands, call: RecurrenceCall) -> bool:
     return (
         is_known
         and get_state_dtype(operands) == jnp.float32
-        and _LEAST <= plan.chunk <= _LARGEST_CHUNK
+        and LEAST_SIZE <= plan.chunk <= _LARGEST_CHUNK
         and max(K, V) <= _LARGEST_WIDTH
     )
-
-
-class _Sizes(NamedTuple):
-    """Static sizes and settings of a call."""
-
-    B: int
-    H: int
-    N: int
-    K: int
-    V: int
-    plan: ChunkPlan
-    decays_by_channel: bool
-    precision: ProductPrecision
-    scale: float
-    interpret: Interpret
-
-    @property
-    def num_chunks(self) -> int:
-        return self.plan.num_blocks * self.plan.chunks_per_block
-
-    @property
-    def columns(self) -> int:
-        """Columns of a state that a program has."""
-        return min(_STATE_COLUMNS, _pad_width(self.V))
-
-    @property
-    def head_grid(self) -> tuple[int, int, int]:
-        """A program for some columns of a head's state."""
-        return pl.cdiv(self.V, self.columns), self.N, self.B
-
-    @property
-    def chunk_grid(self) -> tuple[int, int, int]:
-        """A program a chunk of a head."""
-        return self.num_chunks, self.N, self.B
 
 
 def forward(
@@ -170,34 +147,27 @@ def backward(
     return jax.tree.map(finish, gradients, operands), d_state
 
 
-def _get_sizes(operands: RecurrenceOperands, call: RecurrenceCall) -> _Sizes:
+def _get_sizes(operands: RecurrenceOperands, call: RecurrenceCall) -> Sizes:
     B, T, H, K = operands.k.shape
     N, V = operands.v.shape[2:]
     is_narrow = get_precision(operands) == lax.Precision.HIGH
     precision = ProductPrecision.BF16X3 if is_narrow else ProductPrecision.BF16X6
     plan = plan_chunks(T, call.chunk_size)
     by_channel = operands.decays_by_channel
-    return _Sizes(
-        B, H, N, K, V, plan, by_channel, precision, call.scale, call.interpret
-    )
+    return Sizes(B, H, N, K, V, plan, by_channel, precision, call.scale, call.interpret)
 
 
 # Kernels, in the order of their use.
 
 
-def _compute_products(operands: RecurrenceOperands, sizes: _Sizes) -> ChunkProducts:
-    """Computes what chunks need of themselves, a program a chunk.
-
-    Returns:
-        Arrays [B, tokens, N, width], of widths that are powers of two, and
-        ``from_start`` and ``to_end`` [B, tokens, N]; ``over_chunk`` has chunks for
-        tokens. Matrices that meet a state are terms of bf16 in all places, so that they
-        go from memory to the tensor cores as they are. None: the operands themselves.
-    """
+def _compute_products(
+    operands: RecurrenceOperands, sizes: Sizes
+) -> ProductMemory[jax.Array]:
+    """Computes what chunks need of themselves, a program a chunk."""
     has_weights = operands.q is not None
     has_delta = operands.beta is not None
     by_channel = sizes.decays_by_channel
-    padded_k = _pad_width(sizes.K)
+    padded_k = pad_width(sizes.K)
     num_terms = sizes.precision.value
 
     def shape(*width: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -205,43 +175,58 @@ def _compute_products(operands: RecurrenceOperands, sizes: _Sizes) -> ChunkProdu
             (sizes.B, sizes.plan.tokens, sizes.N, *width), dtype
         )
 
-    def shape_terms(width: int, is_needed: bool):
+    def shape_terms(
+        width: int, is_needed: bool
+    ) -> tuple[jax.ShapeDtypeStruct, ...] | None:
         if not is_needed:
             return None
         return (shape(width, dtype=jnp.bfloat16),) * num_terms
 
     over_chunk = shape(*([padded_k] if by_channel else []))
     over_chunk_shape = (sizes.B, sizes.num_chunks, *over_chunk.shape[2:])
-    shapes = ChunkProducts(
+    shapes = ProductMemory(
         weights=shape_terms(sizes.plan.chunk, has_weights),
         queries=shape_terms(padded_k, has_weights and by_channel),
         from_start=None if by_channel else shape(),
-        new=shape(_pad_width(sizes.V)) if has_delta else None,
+        new=shape(pad_width(sizes.V)) if has_delta else None,
         read=shape_terms(padded_k, has_delta),
         keys=shape_terms(padded_k, by_channel),
         to_end=None if by_channel else shape(),
         over_chunk=jax.ShapeDtypeStruct(over_chunk_shape, jnp.float32),
     )
 
-    def kernel(refs: RecurrenceOperands, result_refs: ChunkProducts) -> None:
+    def kernel(refs: OperandMemory[Ref], result_refs: ProductMemory[Ref]) -> None:
         number = pl.program_id(0)
+        rows = get_rows(number, sizes)
 
-        def compute(chunk: ChunkOperands) -> ChunkProducts:
+        def compute(chunk: ChunkOperands) -> ChunkProducts[jax.Array]:
             return multiply_chunk(chunk, None, sizes.precision)
 
-        products = without_gradients(compute, _read_chunk(refs, number, sizes))
-        rows = _get_rows(number, sizes)
-        for ref, values in zip(result_refs[:-1], products[:-1], strict=True):
+        def store_terms(
+            term_refs: tuple[Ref, ...] | None, values: jax.Array | None
+        ) -> None:
+            if term_refs is None:
+                return
+            assert values is not None
+            terms = split_terms(sizes.precision, values)
+            for ref, term in zip(term_refs, terms, strict=True):
+                ref[rows, :] = term
+
+        def store_column(ref: Ref | None, values: jax.Array | None) -> None:
             if ref is None:
-                continue
-            if isinstance(ref, tuple):
-                terms = split_terms(sizes.precision, values)
-                for term_ref, term in zip(ref, terms, strict=True):
-                    term_ref[rows, :] = term
-            elif values.shape[1] == 1:
-                ref[rows] = values.reshape(sizes.plan.chunk)
-            else:
-                ref[rows, :] = values
+                return
+            assert values is not None
+            ref[rows] = values.reshape(sizes.plan.chunk)
+
+        products = without_gradients(compute, read_chunk(refs, number, sizes))
+        store_terms(result_refs.weights, products.weights)
+        store_terms(result_refs.queries, products.queries)
+        store_column(result_refs.from_start, products.from_start)
+        if result_refs.new is not None:
+            result_refs.new[rows, :] = products.new
+        store_terms(result_refs.read, products.read)
+        store_terms(result_refs.keys, products.keys)
+        store_column(result_refs.to_end, products.to_end)
         if by_channel:
             result_refs.over_chunk[number, :] = products.over_chunk.reshape(padded_k)
         else:
@@ -249,7 +234,7 @@ def _compute_products(operands: RecurrenceOperands, sizes: _Sizes) -> ChunkProdu
 
     (products,) = _call(
         kernel,
-        (operands,),
+        (OperandMemory(*operands),),
         (shapes,),
         sizes,
         sizes.chunk_grid,
@@ -262,9 +247,9 @@ def _compute_products(operands: RecurrenceOperands, sizes: _Sizes) -> ChunkProdu
 
 def _run_states(
     operands: RecurrenceOperands,
-    products: ChunkProducts,
+    products: ProductMemory[jax.Array],
     first_states: jax.Array,
-    sizes: _Sizes,
+    sizes: Sizes,
     *,
     save_every: int,
     is_again: bool,
@@ -289,35 +274,42 @@ def _run_states(
     num_runs = len(first_states)
     num_saves = sizes.num_chunks // num_runs // save_every
 
-    def kernel(refs, product_refs, first_ref, result_ref, final_ref, saved_ref) -> None:
+    def kernel(
+        refs: OperandMemory[Ref],
+        product_refs: ProductMemory[Ref],
+        first_ref: Ref,
+        result_ref: Ref | None,
+        final_ref: Ref,
+        saved_ref: Ref,
+    ) -> None:
         column = pl.program_id(0) * sizes.columns
         run = lax.div(pl.program_id(2), sizes.B)
 
         def save_and_run(save: Index, state: jax.Array) -> jax.Array:
             number = run * num_saves + save
-            _store_state(saved_ref, number, state, column, sizes)
+            store_state(saved_ref, number, state, column, sizes)
 
             def advance(step: Index, state: jax.Array) -> jax.Array:
                 chunk_number = number * save_every + step
-                chunk = _read_products(refs, product_refs, chunk_number, column, sizes)
+                chunk = read_products(refs, product_refs, chunk_number, column, sizes)
 
-                def run_chunk(chunk: ChunkProducts, state: jax.Array):
+                def run_chunk(chunk: ChunkProducts[Matrix], state: jax.Array):
                     return advance_over_chunk(
                         chunk, state, sizes.scale, sizes.precision
                     )
 
                 output, written, state = without_gradients(run_chunk, chunk, state)
                 if result_ref is not None:
-                    rows = _get_rows(chunk_number, sizes)
                     result = written if is_again else output
-                    _store_rows(result_ref, rows, column, result, sizes.V)
+                    assert result is not None
+                    store_rows(result_ref, chunk_number, column, result, sizes.V, sizes)
                 return state
 
             return lax.fori_loop(0, save_every, advance, state)
 
-        state = _load_state(first_ref, run, column, sizes.columns, sizes)
+        state = load_state(first_ref, run, column, sizes.columns, sizes)
         state = lax.fori_loop(0, num_saves, save_and_run, state)
-        _store_state(final_ref, run, state, column, sizes)
+        store_state(final_ref, run, state, column, sizes)
 
     result = None
     if is_again and operands.beta is not None:
@@ -330,7 +322,7 @@ def _run_states(
     num_columns, num_heads, num_rows = sizes.head_grid
     return _call(
         kernel,
-        (operands, products, first_states),
+        (OperandMemory(*operands), products, first_states),
         (result, final_states, saved),
         sizes,
         (num_columns, num_heads, num_rows * num_runs),
@@ -342,10 +334,10 @@ def _run_states(
 
 def _run_states_back(
     operands: RecurrenceOperands,
-    products: ChunkProducts,
+    products: ProductMemory[jax.Array],
     d_output: jax.Array | None,
     d_final_state: jax.Array,
-    sizes: _Sizes,
+    sizes: Sizes,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hands gradients of states from chunk to chunk, the last one first.
 
@@ -356,24 +348,32 @@ def _run_states_back(
     precision = sizes.precision
 
     def kernel(
-        refs, product_refs, d_output_ref, d_final_ref, d_first_ref, saved_ref, d_ref
+        refs: OperandMemory[Ref],
+        product_refs: ProductMemory[Ref],
+        d_output_ref: Ref | None,
+        d_final_ref: Ref,
+        d_first_ref: Ref,
+        saved_ref: Ref,
+        d_ref: Ref,
     ) -> None:
         column = pl.program_id(0) * sizes.columns
 
         def go_back(step: Index, d_state: jax.Array) -> jax.Array:
             number = sizes.num_chunks - 1 - step
-            rows = _get_rows(number, sizes)
-            _store_state(saved_ref, number, d_state, column, sizes)
-            chunk = _read_products(refs, product_refs, number, column, sizes)
+            store_state(saved_ref, number, d_state, column, sizes)
+            chunk = read_products(refs, product_refs, number, column, sizes)
             # Gradients of advance_over_chunk.
             d_written = multiply_plain(precision, chunk.keys, d_state)
             if chunk.to_end is not None:
                 d_written = d_written * chunk.to_end
             d_before = chunk.over_chunk * d_state
             if d_output_ref is not None:
-                d_chunk = sizes.scale * _load_rows(
-                    d_output_ref, rows, column, sizes.columns, sizes.V
-                ).astype(jnp.float32)
+                assert chunk.weights is not None
+                assert chunk.queries is not None
+                d_chunk = load_rows(
+                    d_output_ref, number, column, sizes.columns, sizes.V, sizes
+                )
+                d_chunk = sizes.scale * d_chunk.astype(jnp.float32)
                 d_written += multiply_transposed_plain(
                     precision, chunk.weights, d_chunk
                 )
@@ -382,13 +382,13 @@ def _run_states_back(
                 d_before += multiply_transposed_plain(precision, chunk.queries, d_chunk)
             if chunk.read is not None:
                 d_before -= multiply_transposed_plain(precision, chunk.read, d_written)
-            _store_rows(d_ref, rows, column, d_written, sizes.V)
+            store_rows(d_ref, number, column, d_written, sizes.V, sizes)
             return d_before
 
         # An array: JAX's interpreter takes no Python int beside a mask.
-        d_state = _load_state(d_final_ref, jnp.int32(0), column, sizes.columns, sizes)
+        d_state = load_state(d_final_ref, jnp.int32(0), column, sizes.columns, sizes)
         d_state = lax.fori_loop(0, sizes.num_chunks, go_back, d_state)
-        _store_state(d_first_ref, jnp.int32(0), d_state, column, sizes)
+        store_state(d_first_ref, jnp.int32(0), d_state, column, sizes)
 
     state_shape = d_final_state.shape
     d_states = jax.ShapeDtypeStruct((sizes.num_chunks, *state_shape), jnp.float32)
@@ -396,7 +396,7 @@ def _run_states_back(
     d_written = jax.ShapeDtypeStruct(operands.v.shape, jnp.float32)
     d_first_states, d_states, d_written = _call(
         kernel,
-        (operands, products, d_output, d_final_state[None]),
+        (OperandMemory(*operands), products, d_output, d_final_state[None]),
         (d_first, d_states, d_written),
         sizes,
         sizes.head_grid,
@@ -407,18 +407,18 @@ def _run_states_back(
     return d_first_states[0], d_states, d_written
 
 
-class _ChunkGradients(NamedTuple):
+class _ChunkGradients(NamedTuple, Generic[MemoryT]):
     """Arrays of the backward pass that chunks' gradients come from."""
 
-    states: jax.Array
+    states: MemoryT
     """[chunks, B, N, K, V], before chunks."""
-    written: jax.Array
+    written: MemoryT
     """[B, tokens, N, V]."""
-    d_output: jax.Array | None
+    d_output: MemoryT | None
     """[B, tokens, N, V]."""
-    d_states: jax.Array
+    d_states: MemoryT
     """[chunks, B, N, K, V], of the states behind chunks."""
-    d_written: jax.Array
+    d_written: MemoryT
     """fp32 [B, tokens, N, V]."""
 
 
@@ -439,43 +439,43 @@ class _ColumnSums(NamedTuple):
 
 def _compute_gradients(
     operands: RecurrenceOperands,
-    products: ChunkProducts,
-    arrays: _ChunkGradients,
-    sizes: _Sizes,
+    products: ProductMemory[jax.Array],
+    arrays: _ChunkGradients[jax.Array],
+    sizes: Sizes,
 ) -> RecurrenceOperands:
     """Returns gradients of the operands, a program a chunk; of q and k a value head's
     each, [B, tokens, N, K]."""
     L = sizes.plan.chunk
-    padded_k = _pad_width(sizes.K)
-    padded_v = _pad_width(sizes.V)
+    padded_k = pad_width(sizes.K)
+    padded_v = pad_width(sizes.V)
     num_columns = min(_GRADIENT_COLUMNS, padded_v)
     precision = sizes.precision
     has_output = arrays.d_output is not None
     has_delta = operands.beta is not None
 
-    def sum_columns(refs: _ChunkGradients, number: Index) -> _ColumnSums:
-        rows = _get_rows(number, sizes)
-
+    def sum_columns(refs: _ChunkGradients[Ref], number: Index) -> _ColumnSums:
         def add(step: Index, sums: _ColumnSums) -> _ColumnSums:
             column = step * num_columns
 
             def load(ref: Ref) -> jax.Array:
-                values = _load_rows(ref, rows, column, num_columns, sizes.V)
+                values = load_rows(ref, number, column, num_columns, sizes.V, sizes)
                 return values.astype(jnp.float32)
 
-            state = _load_state(refs.states, number, column, num_columns, sizes)
-            d_state = _load_state(refs.d_states, number, column, num_columns, sizes)
+            state = load_state(refs.states, number, column, num_columns, sizes)
+            d_state = load_state(refs.d_states, number, column, num_columns, sizes)
             written = load(refs.written)
             weights = None
             queries = None
             read = None
-            if has_output:
+            if refs.d_output is not None:
+                assert sums.weights is not None
+                assert sums.queries is not None
                 d_output = sizes.scale * load(refs.d_output)
                 weights = sums.weights + multiply_rows_plain(
                     precision, d_output, written
                 )
                 queries = sums.queries + multiply_rows_plain(precision, d_output, state)
-            if has_delta:
+            if sums.read is not None:
                 d_written = load(refs.d_written)
                 read = sums.read - multiply_rows_plain(precision, d_written, state)
             keys = sums.keys + multiply_rows_plain(precision, written, d_state)
@@ -494,12 +494,17 @@ def _compute_gradients(
         )
         return lax.fori_loop(0, padded_v // num_columns, add, zeros)
 
-    def kernel(refs, factor_refs, array_refs, d_refs) -> None:
+    def kernel(
+        refs: OperandMemory[Ref],
+        factor_refs: ProductMemory[Ref],
+        array_refs: _ChunkGradients[Ref],
+        d_refs: OperandMemory[Ref],
+    ) -> None:
         number = pl.program_id(0)
-        rows = _get_rows(number, sizes)
+        rows = get_rows(number, sizes)
         sums = sum_columns(array_refs, number)
-        chunk = _read_chunk(refs, number, sizes)
-        d_new = _load_rows(array_refs.d_written, rows, 0, padded_v, sizes.V)
+        chunk = read_chunk(refs, number, sizes)
+        d_new = load_rows(array_refs.d_written, number, 0, padded_v, sizes.V, sizes)
         d_products = ChunkProducts(
             weights=sums.weights,
             queries=sums.queries,
@@ -511,6 +516,8 @@ def _compute_gradients(
             over_chunk=sums.over_chunk,
         )
         if not sizes.decays_by_channel:
+            assert factor_refs.to_end is not None
+            assert factor_refs.from_start is not None
             to_end = factor_refs.to_end[rows][:, None]
             d_to_end = jnp.sum(chunk.k.astype(jnp.float32) * sums.keys, 1)
             d_products = d_products._replace(
@@ -519,7 +526,8 @@ def _compute_gradients(
                 to_end=d_to_end[:, None],
                 over_chunk=jnp.sum(sums.over_chunk, axis=0, keepdims=True),
             )
-            if has_output:
+            if sums.queries is not None:
+                assert chunk.q is not None
                 from_start = factor_refs.from_start[rows][:, None]
                 d_from_start = jnp.sum(chunk.q.astype(jnp.float32) * sums.queries, 1)
                 d_products = d_products._replace(
@@ -527,7 +535,7 @@ def _compute_gradients(
                     from_start=d_from_start[:, None],
                 )
 
-        def compute(chunk: ChunkOperands) -> ChunkProducts:
+        def compute(chunk: ChunkOperands) -> ChunkProducts[jax.Array]:
             return multiply_chunk(chunk, None, precision)
 
         _, pull = jax.vjp(compute, chunk)
@@ -539,11 +547,9 @@ def _compute_gradients(
             if gradient.shape[0] == 1:
                 d_ref[rows] = gradient.reshape(L)
             else:
-                _store_rows(d_ref, rows, 0, gradient, width)
+                store_rows(d_ref, number, 0, gradient, width, sizes)
 
-    def shape(x: jax.Array | None) -> jax.ShapeDtypeStruct | None:
-        if x is None:
-            return None
+    def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
         dtype = x.dtype if sizes.H == sizes.N else jnp.float32
         by_value_head = (*x.shape[:2], sizes.N, *x.shape[3:])
         return jax.ShapeDtypeStruct(by_value_head, dtype)
@@ -553,15 +559,15 @@ def _compute_gradients(
     )
     (gradients,) = _call(
         kernel,
-        (operands, factors, arrays),
-        (RecurrenceOperands(*[shape(x) for x in operands]),),
+        (OperandMemory(*operands), factors, arrays),
+        (jax.tree.map(shape, OperandMemory(*operands)),),
         sizes,
         sizes.chunk_grid,
         name="linear_recurrence_gradients",
         num_warps=8,
         num_stages=1,
     )
-    return gradients
+    return RecurrenceOperands(*gradients)
 
 
 Arrays = tuple[Any, ...]
@@ -572,7 +578,7 @@ def _call(
     kernel: Callable[..., None],
     arrays: Arrays,
     results: Any,
-    sizes: _Sizes,
+    sizes: Sizes,
     grid: tuple[int, int, int],
     *,
     name: str,
@@ -585,163 +591,11 @@ def _call(
         kernel,
         out_shape=results,
         grid=grid,
-        in_specs=jax.tree.map(partial(_make_spec, sizes), arrays),
-        out_specs=jax.tree.map(partial(_make_spec, sizes), results),
+        in_specs=jax.tree.map(partial(make_spec, sizes), arrays),
+        out_specs=jax.tree.map(partial(make_spec, sizes), results),
         compiler_params=plgpu.CompilerParams(
             num_warps=num_warps, num_stages=num_stages
         ),
         interpret=sizes.interpret,
         name=name,
     )(*arrays)
-
-
-def _make_spec(sizes: _Sizes, x: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Returns the window of [B, rows, heads], [B, rows, heads, width] or states [S, B,
-    N, K, V]: all of a head, filled up to powers of two."""
-
-    def index(i, n, row_of_run):
-        row = lax.rem(row_of_run, sizes.B)
-        if x.ndim == 5:
-            return 0, row, n, 0, 0
-        head = lax.div(n, sizes.N // x.shape[2])
-        return (row, 0, head, 0)[: x.ndim]
-
-    widths = [_pad_width(width) for width in x.shape[3:]]
-    if x.ndim == 5:
-        return pl.BlockSpec((x.shape[0], None, None, *widths), index)
-    return pl.BlockSpec((None, x.shape[1], None, *widths), index)
-
-
-def _pad_width(width: int) -> int:
-    """Returns the size of a dimension in registers: a power of two."""
-    return max(_LEAST, 1 << (width - 1).bit_length())
-
-
-def _get_rows(number: Index, sizes: _Sizes) -> pl.Slice:
-    """Returns a chunk's tokens."""
-    return pl.ds(number * sizes.plan.chunk, sizes.plan.chunk)
-
-
-def _make_mask(
-    shape: tuple[int, int], column: Index, size: tuple[int, int]
-) -> jax.Array | None:
-    """Returns what of a part lies in a matrix of ``size``; None: all. The part has all
-    rows, and columns from ``column``, a multiple of as many."""
-    mask = None
-    if size[0] < shape[0]:
-        is_row = jnp.arange(shape[0]) < size[0]
-        mask = jnp.broadcast_to(is_row[:, None], shape)
-    if size[1] % shape[1] > 0:
-        is_column = column + jnp.arange(shape[1]) < size[1]
-        columns = jnp.broadcast_to(is_column[None], shape)
-        mask = columns if mask is None else mask & columns
-    return mask
-
-
-def _load(ref: Ref, mask: jax.Array | None) -> jax.Array:
-    if mask is None:
-        return ref[...]
-    return plgpu.load(ref, mask=mask, other=0.0)
-
-
-def _load_rows(
-    ref: Ref, rows: pl.Slice, column: Index, num_columns: int, width: int
-) -> jax.Array:
-    """Reads [tokens, num_columns] of [T, width]; zeros past it."""
-    mask = _make_mask((rows.size, num_columns), column, (rows.size, width))
-    return _load(ref.at[rows, pl.ds(column, num_columns)], mask)
-
-
-def _store_rows(
-    ref: Ref, rows: pl.Slice, column: Index, values: jax.Array, width: int
-) -> None:
-    """Writes [tokens, columns] of [T, width]."""
-    num_columns = values.shape[1]
-    mask = _make_mask(values.shape, column, (rows.size, width))
-    part = ref.at[rows, pl.ds(column, num_columns)]
-    plgpu.store(part, values.astype(ref.dtype), mask=mask)
-
-
-def _load_state(
-    ref: Ref, number: Index, column: Index, num_columns: int, sizes: _Sizes
-) -> jax.Array:
-    """Reads columns of a state, [K, num_columns], filled up with zeros."""
-    padded_k = _pad_width(sizes.K)
-    mask = _make_mask((padded_k, num_columns), column, (sizes.K, sizes.V))
-    part = ref.at[number, pl.ds(0, padded_k), pl.ds(column, num_columns)]
-    return _load(part, mask)
-
-
-def _store_state(
-    ref: Ref, number: Index, state: jax.Array, column: Index, sizes: _Sizes
-) -> None:
-    """Writes columns of a state."""
-    padded_k, num_columns = state.shape
-    mask = _make_mask(state.shape, column, (sizes.K, sizes.V))
-    part = ref.at[number, pl.ds(0, padded_k), pl.ds(column, num_columns)]
-    plgpu.store(part, state, mask=mask)
-
-
-def _read_chunk(refs: RecurrenceOperands, number: Index, sizes: _Sizes):
-    """Reads all of a chunk's operands."""
-    rows = _get_rows(number, sizes)
-
-    def read(ref: Ref, width: int) -> jax.Array:
-        return _load_rows(ref, rows, 0, _pad_width(width), width)
-
-    if sizes.decays_by_channel:
-        log_decay = read(refs.log_decay, sizes.K)
-    else:
-        log_decay = refs.log_decay[rows][None]
-    return ChunkOperands(
-        None if refs.q is None else read(refs.q, sizes.K),
-        read(refs.k, sizes.K),
-        read(refs.v, sizes.V),
-        log_decay,
-        None if refs.beta is None else refs.beta[rows].astype(jnp.float32)[None],
-    )
-
-
-def _read_products(
-    refs: RecurrenceOperands,
-    product_refs: ChunkProducts,
-    number: Index,
-    column: Index,
-    sizes: _Sizes,
-) -> ChunkProducts:
-    """Reads what hands some columns of a state over a chunk."""
-    rows = _get_rows(number, sizes)
-
-    def read_terms(term_refs: tuple[Ref, ...] | None) -> Terms | None:
-        if term_refs is None:
-            return None
-        return tuple(ref[rows, :] for ref in term_refs)
-
-    def read_matrix(term_refs: tuple[Ref, ...] | None, ref: Ref | None):
-        """Reads queries or keys, which by head are operands."""
-        if term_refs is not None or ref is None:
-            return read_terms(term_refs)
-        return _load_rows(ref, rows, 0, _pad_width(sizes.K), sizes.K)
-
-    def read_column(ref: Ref | None) -> jax.Array | None:
-        return None if ref is None else ref[rows][:, None]
-
-    if product_refs.new is not None:
-        new = product_refs.new[rows, pl.ds(column, sizes.columns)]
-    else:
-        new = _load_rows(refs.v, rows, column, sizes.columns, sizes.V)
-        new = new.astype(jnp.float32)
-    if sizes.decays_by_channel:
-        over_chunk = product_refs.over_chunk[number, :][:, None]
-    else:
-        over_chunk = product_refs.over_chunk[number]
-    return ChunkProducts(
-        weights=read_terms(product_refs.weights),
-        queries=read_matrix(product_refs.queries, refs.q),
-        from_start=read_column(product_refs.from_start),
-        new=new,
-        read=read_terms(product_refs.read),
-        keys=read_matrix(product_refs.keys, refs.k),
-        to_end=read_column(product_refs.to_end),
-        over_chunk=over_chunk,
-    )

@@ -96,7 +96,7 @@ def test_states_alone_are_those_of_xla_in_several_parts():
     v = jnp.concatenate([case.operands.v] * 3, axis=3)
     state = jnp.concatenate([case.initial_state] * 3, axis=3)
     operands = case.operands._replace(q=None, v=v)
-    operands = params.mark_tokens(operands, case.starts, None)
+    operands = params.mark_tokens(operands, jnp.asarray(case.starts), None)
     call = RecurrenceCall(1.0, CHUNK, "triton", interpret=True)
     results = []
     for module in (triton, xla):
