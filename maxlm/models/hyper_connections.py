@@ -454,4 +454,6 @@ def require_fitting_block(config: BlockConfig) -> None:
             raise MaxlmError(message, where="model.kinds", fix="leave it out")
 
 
-HYPER_CONNECTIONS = RegisteredBlock(HyperConnectionsConfig, HyperBlock, HyperStreams)
+HYPER_CONNECTIONS = RegisteredBlock(
+    HyperConnectionsConfig, HyperBlock, HyperStreams, mesh_axes=("context", "stage")
+)
