@@ -1,7 +1,9 @@
 """Linear recurrences of every kind, drawn at random, and their definition in float64."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -122,3 +124,18 @@ def near(result: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
     np.testing.assert_allclose(
         np.asarray(result, np.float64), expected, rtol=0, atol=tolerance * size
     )
+
+
+def run_with_gradients(
+    recurrence: Callable[..., Any], case: RecurrenceCase, cotangents: Any
+) -> tuple[Any, Any]:
+    """Returns a recurrence's output and final state, and the gradients of operands and
+    initial state."""
+
+    def recur(operands: RecurrenceOperands, state: jax.Array) -> Any:
+        return recurrence(
+            *operands, initial_state=state, scale=SCALE, starts=case.starts
+        )
+
+    results, pull = jax.vjp(recur, case.operands, case.initial_state)
+    return results, pull(cotangents)

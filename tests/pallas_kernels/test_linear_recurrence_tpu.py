@@ -24,6 +24,7 @@ from tests.pallas_kernels.recurrence_cases import (
     draw_case,
     draw_cotangents,
     near,
+    run_with_gradients,
 )
 
 CHUNK = 16
@@ -43,18 +44,13 @@ def _short_blocks(monkeypatch):
 
 @partial(jax.jit, static_argnums=2)
 def run(case: RecurrenceCase, cotangents, is_kernel: bool):
-    """Output, final state, and gradients of operands and initial state."""
-    options = {"scale": SCALE, "starts": case.starts}
+    """Output, final state, and gradients, by the kernels or by the definition."""
     function = linear_recurrence_reference
     if is_kernel:
-        function = linear_recurrence
-        options |= {"chunk_size": CHUNK, "backend": "tpu", "interpret": POISONED}
-
-    def recur(operands, state):
-        return function(*operands, initial_state=state, **options)
-
-    results, pull = jax.vjp(recur, case.operands, case.initial_state)
-    return results, pull(cotangents)
+        function = partial(
+            linear_recurrence, chunk_size=CHUNK, backend="tpu", interpret=POISONED
+        )
+    return run_with_gradients(function, case, cotangents)
 
 
 @pytest.mark.parametrize(

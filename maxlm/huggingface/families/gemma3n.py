@@ -224,16 +224,21 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     return values
 
 
+GEMMA_TEXT = {
+    "head_dim": fields.map_size("attention.head_dim", 256),
+    "attention_bias": fields.map_flag("attention.bias", False),
+    "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
+    "rms_norm_eps": fields.map_number("norm.eps", 1e-6),
+}
+"""Settings that Gemma 3n and Gemma 4 write alike."""
+
 GEMMA3N = ModelFamily(
     "gemma3n",
     "Gemma3nForCausalLM",
     {
         **llama.COMMON,
         **llama.map_kv_heads(2),
-        "head_dim": fields.map_size("attention.head_dim", 256),
-        "attention_bias": fields.map_flag("attention.bias", False),
-        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
-        "rms_norm_eps": fields.map_number("norm.eps", 1e-6),
+        **GEMMA_TEXT,
         "final_logit_softcapping": fields.map_number("logit_cap", 30.0, nullable=True),
         "altup_num_inputs": fields.map_size("block.num_streams", 4, least=2),
         "altup_active_idx": fields.map_size("block.active", 0, least=0),

@@ -277,10 +277,7 @@ GEMMA4 = ModelFamily(
     {
         **llama.COMMON,
         **llama.map_kv_heads(4),
-        "head_dim": fields.map_size("attention.head_dim", 256),
-        "attention_bias": fields.map_flag("attention.bias", False),
-        "tie_word_embeddings": fields.require_value(True, ours="tie_embeddings"),
-        "rms_norm_eps": fields.map_number("norm.eps", 1e-6),
+        **gemma3n.GEMMA_TEXT,
         "final_logit_softcapping": fields.map_number("logit_cap", None, nullable=True),
         "use_bidirectional_attention": fields.require_value(None, False, "vision"),
     },
