@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from maxlm.huggingface.families import FAMILIES
 from maxlm.huggingface.families.unsupported import KNOWN_UNSUPPORTED
 from maxlm.models.architectures.config import TransformerConfig
-from maxlm.models.architectures.pattern import LayerKind, LayerStack
+from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.architectures.runs import LayerStack
 from maxlm.models.blocks import find_attention, get_kind
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.mlp import Activation, ClampedSwiglu, MlpConfig, Xielu

@@ -22,7 +22,7 @@ from pydantic import Field
 from maxlm.adapters.targets import replace_targets
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter
-from maxlm.models.architectures.config import STACKS
+from maxlm.models.architectures.runs import STACKS
 from maxlm.models.params import (
     AdaptedParam,
     ParamReader,

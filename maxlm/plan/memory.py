@@ -195,7 +195,7 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
     # their forward passes have kept. The layers of a run take turns in its stacks.
     runs: dict[str, list[StackCosts]] = {}
     for stack in stacks:
-        runs.setdefault(stack.run_name, []).append(stack)
+        runs.setdefault(stack.first_stack_of_run, []).append(stack)
     kept_by_run = []
     for run in runs.values():
         saved_bytes = _count_stage_inputs(shape)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.models.architectures.config import strip_stack_name
+from maxlm.models.architectures.runs import strip_stack_name
 from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import SAFE_FILL_RATIO, RunPlan

@@ -9,13 +9,14 @@ from math import prod
 from typing import NamedTuple
 
 from maxlm.models.architectures import Model
-from maxlm.models.architectures.config import (
-    TransformerConfig,
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.mtp import MTP
+from maxlm.models.architectures.runs import (
+    LayerRun,
+    LayerStack,
     TrunkSpec,
     strip_stack_name,
 )
-from maxlm.models.architectures.mtp import MTP
-from maxlm.models.architectures.pattern import LayerRun, LayerStack
 from maxlm.models.blocks import Placement
 from maxlm.models.costs import AttentionCosts, Branch, ExpertRouting, FeatureKind
 from maxlm.models.params import (
@@ -199,8 +200,8 @@ class StackCosts:
         trained_names: Set[str],
     ):
         self.name = f"{trunk.prefix}{part.name}"
-        self.run_name = f"{trunk.prefix}{run.name}"
-        """The scan that runs its layers, by turns with those of other stacks."""
+        self.first_stack_of_run = f"{trunk.prefix}{run.stacks[0].name}"
+        """Which scan runs its layers, by turns with those of other stacks."""
         self.num_layers = part.num_layers
         self.period = len(part.kinds)
         """Layers that one turn of the scan takes from the stack."""

@@ -1,6 +1,7 @@
 """Layers unlike each other by turns: what a config makes of its kinds and pattern, and
 the same numbers as the layers applied one by one."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import MAX_LAYERS
+from maxlm.models.architectures.settings import MAX_LAYERS
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
@@ -113,6 +114,35 @@ def test_the_part_of_a_list_of_layers_that_repeats_is_scanned():
     ]
 
 
+PARTS = make_config(
+    ["narrow"] * 2
+    + ["expert"] * 2
+    + ["wide", "bare"] * 4
+    + ["narrow"] * 3
+    + ["expert"],
+    16,
+)
+
+
+def test_parts_of_a_list_that_share_no_stack_are_a_scan_each():
+    assert describe(PARTS) == [
+        ("first_layers", 2, {"first_layers.narrow": 2}),
+        ("first_layers", 2, {"first_layers.expert": 2}),
+        ("layers", 4, {"layers.wide": 4, "layers.bare": 4}),
+        ("last_layers", 3, {"last_layers.narrow": 3}),
+        ("last_layers", 1, {"last_layers.expert": 1}),
+    ]
+    # Where they share one, or none repeats, all are one run: names are the same.
+    for last in (["narrow", "narrow", "expert", "narrow"], ["narrow", "expert"]):
+        listed = [*["wide", "bare"] * 6, *last]
+        runs = describe(make_config(listed, len(listed)))
+        assert [(name, periods) for name, periods, _ in runs] == [
+            ("layers", 6),
+            ("last_layers", 1),
+        ]
+        assert runs[1][2].keys() == {"last_layers.narrow", "last_layers.expert"}
+
+
 def test_dense_layers_stand_within_the_pattern():
     """The pattern goes on behind them (Kimi Linear: 3:1, the first one dense)."""
     pattern = ["narrow", "narrow", "wide"]
@@ -156,18 +186,36 @@ def embed_and_walk(model, params, tokens, positions, segment_ids):
     return bound.apply_final_norm(x)
 
 
-@pytest.fixture(scope="module")
-def built():
+@contextmanager
+def build(config):
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        model = MIXED.build(rules=AxisRules(), dtype=jnp.float32)
+        model = config.build(rules=AxisRules(), dtype=jnp.float32)
         params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
         yield model, params
 
 
+@pytest.fixture(scope="module")
+def built():
+    with build(MIXED) as model_and_params:
+        yield model_and_params
+
+
 @pytest.mark.heavy
 def test_a_scan_by_turns_is_the_layers_one_by_one(built):
-    model, params = built
+    check_equals_walk(*built)
+
+
+@pytest.mark.more
+@pytest.mark.heavy
+def test_several_scans_are_the_layers_one_by_one():
+    with build(PARTS) as (model, params):
+        check_equals_walk(model, params)
+        check_generation_equals_forward_pass(model, params, (1, 17, 6))
+
+
+def check_equals_walk(model, params):
+    """Checks hidden states and gradients."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, POSITIONS.shape))
 
     def loss(params, run):

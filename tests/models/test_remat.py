@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.models.architectures.config import LayerKind
+from maxlm.models.architectures.pattern import LayerKind
 from tests.models import building
 from tests.models.building import GPT2, LLAMA_GQA, SEGMENTS
 

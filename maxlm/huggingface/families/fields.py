@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from maxlm.config import Config, MaxlmError
 from maxlm.huggingface.families.reader import MAX_SIZE, REQUIRED, ConfigReader
-from maxlm.models.architectures.config import MAX_LAYERS, TransformerConfig
+from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.architectures.settings import MAX_LAYERS
 
 MixerT = TypeVar("MixerT", bound=Config)
 LOCAL, GLOBAL = "sliding_attention", "full_attention"

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import TransformerConfig, TrunkSpec
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.runs import TrunkSpec
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.aux import Aux
 from maxlm.models.layers.linear import Embedding, Linear

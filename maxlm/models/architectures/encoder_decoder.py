@@ -9,7 +9,9 @@ from jax.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import LayerCount, TransformerConfig, TrunkSpec
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.runs import TrunkSpec
+from maxlm.models.architectures.settings import LayerCount
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux

@@ -17,7 +17,8 @@ from jax.sharding import reshard
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.architectures.pattern import LayerKind, LayerRun, LayerStack
+from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.architectures.runs import LayerRun, LayerStack
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, BlockConfig
 from maxlm.models.build_context import BuildContext

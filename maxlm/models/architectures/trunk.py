@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from maxlm.models.architectures.config import TransformerConfig
-from maxlm.models.architectures.pattern import LayerKind, LayerRun
+from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.architectures.runs import LayerRun
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import BLOCKS, Block, Streams, build_block, get_kind
 from maxlm.models.build_context import BuildContext
@@ -111,26 +112,27 @@ class RunResult(NamedTuple):
     keys: SharedKeys
 
 
-def _get_name_in_run(run: LayerRun, stack_name: str) -> str:
+def _get_name_in_run(run_name: str, stack_name: str) -> str:
     """Returns ``full`` of the stack ``layers.full``."""
-    return stack_name.removeprefix(f"{run.name}.")
+    return stack_name.removeprefix(f"{run_name}.")
 
 
-def _join_stacks(run: LayerRun, stacks: dict[str, Block]) -> Block | nnx.Dict:
-    """Returns a run's stacks as one module: the only one as it is."""
-    if len(stacks) == 1:
-        return stacks[run.name]
+def _join_stacks(run_name: str, stacks: dict[str, Block]) -> Block | nnx.Dict:
+    """Returns the stacks of the runs of a name as one module: the only one as it is."""
+    if run_name in stacks:
+        return stacks[run_name]
     return nnx.Dict(
-        {_get_name_in_run(run, name): block for name, block in stacks.items()}
+        {_get_name_in_run(run_name, name): block for name, block in stacks.items()}
     )
 
 
 def _split_stacks(run: LayerRun, params: Params) -> dict[str, Params]:
-    """Returns a run's parameters by stack."""
-    if len(run.stacks) == 1:
-        return {run.name: params}
+    """Returns a run's parameters by stack, from those of all runs of its name."""
     return {
-        stack.name: params[_get_name_in_run(run, stack.name)] for stack in run.stacks
+        stack.name: params
+        if stack.name == run.name
+        else params[_get_name_in_run(run.name, stack.name)]
+        for stack in run.stacks
     }
 
 
@@ -181,10 +183,11 @@ class Trunk(nnx.Module):
             else None
         )
         self.relative = self._declare_relative_biases()
+        stacks_by_run_name: dict[str, dict[str, Block]] = {}
         for run in config.layer_runs:
             # A pipelined model has this run alone.
             num_groups = self.num_layer_groups if run.name == "layers" else 1
-            stacked: dict[str, Block] = {}
+            stacked = stacks_by_run_name.setdefault(run.name, {})
             for stack in run.stacks:
                 stack_context = replace(
                     context, layer_numbers=config.list_layer_numbers(stack.name)
@@ -193,7 +196,8 @@ class Trunk(nnx.Module):
                     stack.block, stack_context, cross_attention=cross_attention
                 )
                 stacked[stack.name] = stack_layers(block, stack.num_layers, num_groups)
-            setattr(self, run.name, _join_stacks(run, stacked))
+        for run_name, stacked in stacks_by_run_name.items():
+            setattr(self, run_name, _join_stacks(run_name, stacked))
         self.final_norm = (
             Norm(config.norm, config.d_model, context) if config.final_norm else None
         )
@@ -240,17 +244,18 @@ class Trunk(nnx.Module):
             stacks |= self._get_run_stacks(run)
         return stacks
 
-    def _get_run_module(self, name: str) -> Any:
-        """Returns a run's stack, or the module that holds all of its stacks."""
-        return getattr(self, name)
+    def _get_run_module(self, run_name: str) -> Any:
+        """Returns the module that holds all stacks of the runs of a name, or is the
+        only one."""
+        return getattr(self, run_name)
 
     def _get_run_stacks(self, run: LayerRun) -> dict[str, Block]:
         """Returns the stacks of a run by name."""
         module = self._get_run_module(run.name)
-        if len(run.stacks) == 1:
-            return {run.name: module}
         return {
-            stack.name: module[_get_name_in_run(run, stack.name)]
+            stack.name: module
+            if stack.name == run.name
+            else module[_get_name_in_run(run.name, stack.name)]
             for stack in run.stacks
         }
 
@@ -344,8 +349,8 @@ class Trunk(nnx.Module):
         keys: SharedKeys,
     ) -> RunResult:
         """Runs the layers of a run one after the other, in a scan where their
-        parameters are stacked. ``params``: the run's, or those of whole periods of it;
-        ``keys``: what layers before it have made."""
+        parameters are stacked. ``params``: those of all runs of its name, or of whole
+        periods; ``keys``: what layers before it have made."""
 
         def run_layer(
             kind_index: int, block: Block, x: jax.Array, arrays: LayerArrays
