@@ -213,7 +213,8 @@ def test_only_layers_that_read_keys_keep_them(one_device_mesh):
 CANNOT_BE = {
     "window": (
         {"near_shared": {"window": 5, "keys_of": "near"}},
-        "keys_of=near with another window; give it those of near",
+        "kinds.near_shared.keys_of: near has another window than this kind; give both "
+        "the same window",
     ),
     "heads": (
         {
@@ -223,16 +224,21 @@ CANNOT_BE = {
                 "attention": ATTENTION | {"num_kv_heads": 1},
             }
         },
-        "keys_of=near with other kv heads than it reads; give it those of near",
+        "near has other kv heads than this kind reads; give both the same num_kv_heads, "
+        "head_dim and chunk",
     ),
     "positions": (
         {"near_shared": KINDS["far_shared"] | {"keys_of": "near", "window": 4}},
-        "keys_of=near with other positions; give it those of near",
+        "near has other positions than this kind; give both the same positions",
     ),
     "order": (
-        {"near_shared": KINDS["near_shared"] | {"keys_of": "later"}},
-        "keys_of=later, of which no layer stands before; name a kind of layers that "
-        "stand before it and make keys",
+        {"near_shared": KINDS["near_shared"] | {"keys_of": "near_shared"}},
+        "no layer of kind near_shared stands before; name a kind of layers that stand "
+        "before it and make keys",
+    ),
+    "no kind": (
+        {"near_shared": KINDS["near_shared"] | {"keys_of": "neer"}},
+        "kinds.near_shared.keys_of: neer is not among kinds; did you mean near?",
     ),
 }
 

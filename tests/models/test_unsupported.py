@@ -1,6 +1,8 @@
 """A config.json of a model type that is not supported is told what it needs, in one
 line."""
 
+from pathlib import Path
+
 import pytest
 
 from maxlm.config import MaxlmError
@@ -69,9 +71,19 @@ def test_a_misspelt_class_is_told_the_right_one(architecture, name):
     )
 
 
-def test_any_other_type_is_told_all_that_are_supported():
-    message = refusal(model_type="xyzzy", architectures=["XyzzyForCausalLM"])
-    start = "config.json: the architecture XyzzyForCausalLM is not supported; supported"
-    assert message.startswith(f"{start} are GPT2LMHeadModel, LlamaForCausalLM, ")
+def test_a_near_model_type_is_told_where_no_class_is_near():
+    assert refusal(model_type="qwen3_nexd", architectures=["XyzzyForCausalLM"]) == (
+        "config.json: the architecture XyzzyForCausalLM is not supported; "
+        "did you mean Qwen3NextForCausalLM?"
+    )
+
+
+def test_any_other_type_is_told_where_the_supported_are_listed():
+    assert refusal(model_type="xyzzy", architectures=["XyzzyForCausalLM"]) == (
+        "config.json: the architecture XyzzyForCausalLM is not supported; "
+        "docs/families.md lists those that are, docs/convert.md says how to add one"
+    )
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    listed = page.read_text()
     for _, family in FAMILIES.items():
-        assert family.hf_architecture in message
+        assert f"`{family.hf_architecture}`" in listed

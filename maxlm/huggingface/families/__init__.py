@@ -150,14 +150,20 @@ def _make_refusal(
         name = FAMILIES.get(nearest).hf_architecture
         fix = f"convert a model of a supported family, the nearest is {name}"
         return MaxlmError(message, where=source, fix=fix)
-    by_stem = {
-        get_class_stem(family.hf_architecture).lower(): family.hf_architecture
-        for _, family in FAMILIES.items()
-    }
+    by_stem: dict[str, str] = {}
+    by_model_type: dict[str, str] = {}
+    for _, family in FAMILIES.items():
+        by_stem[get_class_stem(family.hf_architecture).lower()] = family.hf_architecture
+        by_model_type[family.model_type] = family.hf_architecture
     # LLaMAForCausalLM is in early files.
     near = get_close_matches(get_class_stem(named).lower(), by_stem, n=1)
+    near_type = get_close_matches(str(model_type), by_model_type, n=1)
     if near:
         fix = f"did you mean {by_stem[near[0]]}?"
+    elif near_type:
+        fix = f"did you mean {by_model_type[near_type[0]]}?"
     else:
-        fix = f"supported are {', '.join(by_stem.values())}"
+        fix = (
+            "docs/families.md lists those that are, docs/convert.md says how to add one"
+        )
     return MaxlmError(message, where=source, fix=fix)

@@ -1,7 +1,7 @@
 """Checks that the settings of a transformer go together."""
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.architectures.pattern import LayerKind, suggest_kind
 from maxlm.models.architectures.settings import TransformerSettings
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.positions import PositionsConfig
@@ -100,43 +100,48 @@ def check_shared_keys(config: TransformerSettings) -> None:
     made_by: dict[str, LayerKind] = {}
     for run in config.layer_runs:
         for name, kind in zip(run.kind_names, run.kinds, strict=True):
+            where = f"kinds.{name}.keys_of" if name else "pattern"
             if kind.keys_of is None:
                 attention = config.get_attention(kind)
                 if attention is not None and attention.shares_keys:
                     message = "shares_keys of a layer that does not say whose"
                     fix = "name their kind in its keys_of"
-                    raise MaxlmError(message, where="kinds", fix=fix)
+                    raise MaxlmError(message, where=where, fix=fix)
                 made_by[name] = kind
                 continue
+            if kind.keys_of not in config.kinds:
+                message = f"{kind.keys_of} is not among kinds"
+                fix = suggest_kind(kind.keys_of, config.kinds)
+                raise MaxlmError(message, where=where, fix=fix)
             source = made_by.get(kind.keys_of)
             if source is None:
+                message = f"no layer of kind {kind.keys_of} stands before"
                 fix = "name a kind of layers that stand before it and make keys"
-                message = f"keys_of={kind.keys_of}, of which no layer stands before"
-                raise MaxlmError(message, where="kinds", fix=fix)
-            _check_source_of_keys(config, kind, source)
+                raise MaxlmError(message, where=where, fix=fix)
+            _check_source_of_keys(config, kind, source, where)
 
 
 def _check_source_of_keys(
-    config: TransformerSettings, kind: LayerKind, source: LayerKind
+    config: TransformerSettings, kind: LayerKind, source: LayerKind, where: str
 ) -> None:
     """Raises MaxlmError: a kind reads keys that are not made as its own would be."""
     reader = config.get_attention(kind)
     maker = config.get_attention(source)
-    fix = f"give it those of {kind.keys_of}"
-    where = "kinds"
+    name = kind.keys_of
     if reader is None or maker is None or maker.latent is not None:
-        message = f"keys_of={kind.keys_of}, which makes no keys of heads"
+        message = f"{name} makes no keys of heads"
         raise MaxlmError(message, where=where, fix="name a kind with attention")
     sizes = (reader.num_kv_heads, reader.head_dim, reader.chunk)
     if sizes != (maker.num_kv_heads, maker.head_dim, maker.chunk):
-        message = f"keys_of={kind.keys_of} with other kv heads than it reads"
+        message = f"{name} has other kv heads than this kind reads"
+        fix = "give both the same num_kv_heads, head_dim and chunk"
         raise MaxlmError(message, where=where, fix=fix)
     if kind.window != source.window:
-        message = f"keys_of={kind.keys_of} with another window"
-        raise MaxlmError(message, where=where, fix=fix)
+        message = f"{name} has another window than this kind"
+        raise MaxlmError(message, where=where, fix="give both the same window")
     if config.get_positions(kind) != config.get_positions(source):
-        message = f"keys_of={kind.keys_of} with other positions"
-        raise MaxlmError(message, where=where, fix=fix)
+        message = f"{name} has other positions than this kind"
+        raise MaxlmError(message, where=where, fix="give both the same positions")
 
 
 def check_streams(config: TransformerSettings) -> None:
