@@ -171,6 +171,8 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "gemma3_27b": ("27.02B",),
     "gemma3n_e2b": (),
     "gemma3n_e4b": (),
+    "gemma4_e2b": (),
+    "gemma4_e4b": (),
     "gemma4_26b_a4b": ("25.2B", "3.8B"),
     "gemma4_31b": ("30.7B",),
     "falcon_7b": ("7B",),
