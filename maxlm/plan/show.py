@@ -267,6 +267,10 @@ def _render_communication(plan: RunPlan) -> Group:
     """Renders collectives: those of all kernels together, and both passes."""
     paths = [strip_stack_name(row.path) for row in plan.layout.rows]
     kernel_names = {path.partition(".kernel")[0] for path in paths} | {"head"}
+    # Layers of several kinds have stacks of further names.
+    for stack in plan.shape.work.stacks:
+        for group in stack.matmul_groups:
+            kernel_names |= {kernel.name for kernel in group.kernels}
     rows_by_key: dict[_TrafficKey, _Traffic] = {}
     for collective in plan.collectives:
         # "mlp.up" or "mlp.up: gradient" of a kernel: a row for all kernels.

@@ -136,6 +136,14 @@ def test_tables(capsys, monkeypatch, tmp_path):
     assert [line for line in TABLES.splitlines() if line not in out] == []
 
 
+def test_kernels_of_several_kinds_of_layers_share_a_row(capsys):
+    assert main(["plan", "demo_hybrid", "--mesh", "fsdp=4"]) == 0
+    out = capsys.readouterr().out
+    rows = out[out.index("Communication of each device") :]
+    contents = {line.split()[0] for line in rows.splitlines() if "all-gather" in line}
+    assert contents == {"kernels"}
+
+
 @pytest.mark.heavy
 def test_words_of_tables_are_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
