@@ -279,6 +279,10 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
         return "some read keys of others (model.kinds.*.keys_of)"
     if model.layer_runs[0].name != "layers":
         return "model.pattern does not repeat from the first layer on"
+    main_run = model.layer_runs[0]
+    # A pattern that is cut is told by how many layers it is too long.
+    if len(model.layer_runs) > 1 and len(main_run.kinds) != len(model.pattern):
+        return "model.pattern does not repeat up to the last layer"
     if model.positions.kind == "relative":
         return "all of these share the table of model.positions.kind=relative"
     return None

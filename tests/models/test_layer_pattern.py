@@ -13,6 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.architectures.settings import MAX_LAYERS
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
+from maxlm.run.model_placement import describe_pipeline_obstacle
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA, POSITIONS, SEGMENTS
 from tests.models.generation import check_generation_equals_forward_pass
@@ -141,6 +142,20 @@ def test_parts_of_a_list_that_share_no_stack_are_a_scan_each():
             ("last_layers", 1),
         ]
         assert runs[1][2].keys() == {"last_layers.narrow", "last_layers.expert"}
+
+
+def test_pipelines_refuse_layers_beside_those_that_repeat():
+    """They would run the others alone."""
+    listed = [*["wide", "bare"] * 6, "narrow", "narrow", "wide", "wide"]
+    assert describe_pipeline_obstacle(make_config(listed, 16)) == (
+        "model.pattern does not repeat up to the last layer"
+    )
+    assert describe_pipeline_obstacle(make_config(listed[2:], 14)) is not None
+    assert describe_pipeline_obstacle(make_config(listed[::-1], 16)) == (
+        "model.pattern does not repeat from the first layer on"
+    )
+    assert describe_pipeline_obstacle(make_config(listed[:12], 12)) is None
+    assert describe_pipeline_obstacle(make_config(listed[:2], 12)) is None
 
 
 def test_dense_layers_stand_within_the_pattern():
