@@ -29,8 +29,11 @@ def _draw_delta_rule(architecture: str, draw: random.Random) -> dict[str, int]:
     }
 
 
-def draw_settings(architecture: str, settings: Values, draw: random.Random) -> Values:
-    """Draws other sizes for the arguments of a config of transformers."""
+def draw_settings(
+    architecture: str, settings: Values, draw: random.Random, *, is_narrow: bool = False
+) -> Values:
+    """Draws other sizes for the arguments of a config of transformers. ``is_narrow``:
+    with layers' inputs of few numbers."""
     heads = draw.randint(1, 7)
     head_dim = 4 * draw.randint(1, 3)
     free = {"head_dim", "d_kv", "qk_rope_head_dim"} & settings.keys()
@@ -88,7 +91,7 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
         # Its map back to the stream is square.
         values["hidden_size"] = heads * head_dim
     if architecture.startswith(("Gemma3n", "Gemma4")):
-        values |= _draw_gemma(values, draw)
+        values |= _draw_gemma(values, draw, is_narrow=is_narrow)
     can_be_untied = ("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm", "Cohere", "Ernie")
     if architecture.startswith(can_be_untied):
         values["tie_word_embeddings"] = draw.random() < 0.5
@@ -97,7 +100,7 @@ def draw_settings(architecture: str, settings: Values, draw: random.Random) -> V
     return values
 
 
-def _draw_gemma(values: Values, draw: random.Random) -> Values:
+def _draw_gemma(values: Values, draw: random.Random, *, is_narrow: bool) -> Values:
     """Draws what Gemma 3n and 4 have a layer: keys of others, inputs, sparsity."""
     layers = values["num_hidden_layers"]
     kinds = ["sliding_attention", "full_attention"]
@@ -115,8 +118,9 @@ def _draw_gemma(values: Values, draw: random.Random) -> Values:
         drawn["num_kv_shared_layers"] = draw.randint(1, layers - 2)
     if values["hidden_size_per_layer_input"]:
         # Where a token's gates, which few units have, are all shut, the norm behind them
-        # magnifies what fp32 leaves of gelu there.
-        drawn["hidden_size_per_layer_input"] = draw.randint(9, 23)
+        # magnifies what fp32 leaves of gelu there: of 1 + tanh next to 0.
+        narrowest, widest = (1, 8) if is_narrow else (9, 23)
+        drawn["hidden_size_per_layer_input"] = draw.randint(narrowest, widest)
     if "vocab_size_per_layer_input" in values:
         # Gemma 4 has no rows for tokens beyond its table.
         fewest = 11 if "laurel_rank" in values else values["vocab_size"]

@@ -28,11 +28,14 @@ STATE_SPACE_MAPS = (
 
 def get_case(name: str) -> tuple[str, dict[str, Any]]:
     """A class of transformers and the arguments of its config: a case's, or of
-    ``CASE@N`` the same with the Nth sizes drawn for it."""
+    ``CASE@N`` the same with the Nth sizes drawn for it; of ``CASE@narrowN``, with
+    layers' inputs of few numbers."""
     case, _, seed = name.partition("@")
     architecture, settings = CASES[case]
     if seed:
-        settings = draw_settings(architecture, settings, random.Random(seed))
+        is_narrow = seed.startswith("narrow")
+        draw = random.Random(seed)
+        settings = draw_settings(architecture, settings, draw, is_narrow=is_narrow)
     return architecture, settings
 
 
