@@ -66,7 +66,8 @@ def test_logits(name):
 def check_float64(name: str, fp32_error: float) -> None:
     """Checks that both agree in float64, to 1e-12 or what rounding leaves: it is 2⁻²⁹
     (2e-9) of fp32's, and is magnified as fp32's is; five times that allows for two
-    orders of sums. MiniMax's tables of decays are fp32 in its file."""
+    orders of sums (bailing_hybrid_unbounded@3: 1.2e-12 where fp32 has 1.9e-4 on both
+    sides). MiniMax's tables of decays are fp32 in its file."""
     bound = 2e-6 if name.startswith("minimax") else max(1e-12, 1e-8 * fp32_error)
     assert measure.double(name) < bound
 
