@@ -367,8 +367,8 @@ def _count_layer_input_bytes(shape: StepShape) -> Number:
 
 def _count_shared_keys_bytes(shape: StepShape) -> Number:
     """Counts keys and values that later layers read, with their gradients: of the last
-    layer of each kind, which the scan carries, and of each layer that reads them, which
-    keeps its own."""
+    layer of each kind, which the scan carries, and of each layer that reads those of
+    its scan, which keeps its own. (Those that an earlier scan made stay as they are.)"""
     model = shape.work.config.model
     split = shape.split
     elements = 0.0
@@ -376,7 +376,7 @@ def _count_shared_keys_bytes(shape: StepShape) -> Number:
         for place in run.iterate_places():
             kind = run.kinds[place.kind_index]
             attention = model.get_attention(kind)
-            if kind.keys_of is None or attention is None:
+            if kind.keys_of not in run.kind_names or attention is None:
                 continue
             elements += 2 * attention.num_kv_heads * attention.head_dim
     for name in model.shared_kinds:

@@ -188,26 +188,37 @@ def test_a_mesh_changes_nothing(mesh, axes):
     assert_same(*results)
 
 
-def test_only_layers_that_read_keys_keep_them(one_device_mesh):
-    """Of arrays with an axis of two periods, a scan for the backward pass stacks keys
-    and values of the two readers of a period; of those that make them, none."""
+LISTED = make_config(
+    ["near", "far"] * 4 + ["near_shared", "far_shared"] * 3, num_layers=14
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "periods", "num_arrays"), [(PERIODS, 2, 4), (LISTED, 3, 0)]
+)
+def test_only_layers_that_read_keys_of_their_scan_keep_them(
+    one_device_mesh, config, periods, num_arrays
+):
+    """Of arrays with an axis of periods, a scan for the backward pass stacks keys and
+    values of the two readers of a period; of those that make them, none, and none that
+    another scan has made."""
     mesh = one_device_mesh
     with jax.set_mesh(mesh):
-        model = make_model(PERIODS, mesh)
-        params = placed_params(PERIODS, mesh)
+        model = make_model(config, mesh)
+        params = placed_params(config, mesh)
 
         def compute_loss(params, *arrays):
             hidden, _ = bind(model, params)(*arrays)
             return jnp.sum(hidden)
 
         jaxpr = jax.make_jaxpr(jax.grad(compute_loss))(params, *make_rows(mesh))
-    keys_shape = (2, 2, LENGTH, 2, 6)
+    keys_shape = (periods, 2, LENGTH, 2, 6)
     scans = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
     counts = [
         sum(variable.aval.shape == keys_shape for variable in scan.outvars)
         for scan in scans
     ]
-    assert max(counts) == 4
+    assert max(counts) == num_arrays
 
 
 CANNOT_BE = {
