@@ -19,7 +19,8 @@ def check_settings(config: TransformerSettings) -> None:
 
 
 def check_parts(config: TransformerSettings) -> None:
-    """Raises MaxlmError: no one mixer and feed-forward of each layer are said."""
+    """Raises MaxlmError: two settings give the mixer or the feed-forward of a layer, or
+    a pattern and attention its window."""
     if config.attention is not None and config.mixer is not None:
         raise MaxlmError("both attention and mixer", fix="give one of them")
     if config.ffn and (config.mlp or config.moe):
@@ -51,7 +52,7 @@ def check_parts(config: TransformerSettings) -> None:
 
 
 def check_frontend(config: TransformerSettings) -> None:
-    """Raises MaxlmError: inputs beside tokens have no place in this model."""
+    """Raises MaxlmError: a frontend where a model cannot have one."""
     frontend = config.frontend
     if frontend is None:
         return
@@ -73,7 +74,8 @@ def check_frontend(config: TransformerSettings) -> None:
 
 
 def check_kinds(config: TransformerSettings) -> None:
-    """Raises MaxlmError: kinds of layers and the pattern do not name each other."""
+    """Raises MaxlmError: a kind that the pattern does not name, or unlike kinds without
+    names."""
     unused = config.kinds.keys() - set(config.pattern)
     if unused:
         raise MaxlmError(
@@ -145,7 +147,7 @@ def _check_source_of_keys(
 
 
 def check_streams(config: TransformerSettings) -> None:
-    """Raises MaxlmError: streams or inputs of layers where there can be none."""
+    """Raises MaxlmError: ``layer_inputs`` or ``block`` in an encoder or beside ``mtp``."""
     needs = {"layer_inputs": config.layer_inputs, "block": config.block}
     for name, setting in needs.items():
         if setting is None:
@@ -161,7 +163,7 @@ def check_streams(config: TransformerSettings) -> None:
 
 
 def check_positions(config: TransformerSettings) -> None:
-    """Raises MaxlmError: positions that attention, or the pattern, cannot have."""
+    """Raises MaxlmError: positions that attention or the pattern cannot have."""
     for kind in config.layer_kinds:
         _check_positions_of_kind(
             config, config.get_positions(kind), config.get_attention(kind)
