@@ -372,6 +372,17 @@ def _list_attention_collectives(
             passes.backward,
             "backward",
         )
+    if heads.index_dim:
+        # Its loss compares its scores with the mean of all heads' weights, which a
+        # tile's backward pass makes again.
+        scores = shape.micro_batch_tokens * attention.token_ratio * attention.key_len
+        yield from _in_both_passes(
+            "indexer: mean weights of heads",
+            "all-reduce",
+            rules.heads,
+            scores * FP32,
+            passes,
+        )
     if rules.heads and not rules.mesh_axes(heads.kv_axis):
         # Every device has all kv heads, and the sum over its query heads.
         # What blocks add up is in fp32; attention of a whole sequence gives its own

@@ -113,15 +113,15 @@ def test_both_passes_compile_for_gpus(card, kind, shape):
 @pytest.mark.parametrize("kind", ["kimi delta", "state space"])
 def test_memory_grows_with_the_number_of_chunks_alone(kind, backend):
     """A token takes as many bytes at any length, and far fewer than a state."""
+    # Some megabytes come and go: XLA keeps a few arrays in VMEM, and lays others into
+    # the room of arrays that are no longer read or beside it, as their sizes fall. So
+    # rows are long enough for a token's bytes to show.
     bytes_by_token = []
-    for tokens in (4096, 8192, 16384):
+    for tokens in (16384, 65536):
         compiled = compile_passes("v5p", kind, "bf16", backend, tokens)
         temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
         bytes_by_token.append(temporary_bytes / tokens)
-    # What is alive with the kernel is heads-first operands, gradients, and a state every
-    # 512 tokens. Between two lengths a few percent come and go, as XLA lays a small
-    # array into the room of one that is no longer read or beside it (8,831, 8,271 and
-    # 8,757 bytes for state spaces, 8,740 at 65,536 tokens): so no growth is compared.
-    assert max(bytes_by_token[1:]) <= 1.1 * bytes_by_token[0]
+    short, long = bytes_by_token
+    assert long <= 1.1 * short
     state_bytes = 4 * 128 * 128 * 4
-    assert bytes_by_token[-1] < state_bytes / 8
+    assert long < state_bytes / 8

@@ -36,6 +36,7 @@ from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import rotate
+from maxlm.parallel.local import get_layout, make_spec, map_shards
 
 _TILE = 128
 """Queries whose scores with all keys are in memory at once."""
@@ -321,6 +322,16 @@ def choose_best(scores: jax.Array, is_seen: jax.Array, top_k: int) -> jax.Array:
     return is_chosen & is_seen
 
 
+def _choose_on_shards(
+    scores: jax.Array, is_seen: jax.Array, top_k: int
+) -> jax.Array:
+    """Runs :func:`choose_best` of each device's rows: XLA for CPUs would gather all
+    devices' scores for a top-k."""
+    spec = make_spec(get_layout(scores))
+    choose = map_shards(partial(choose_best, top_k=top_k), (spec, spec), spec)
+    return choose(lax.stop_gradient(scores), is_seen)
+
+
 def _attend_tile(
     queries: _Scored, keys: _Keys, *, scale: float, top_k: int | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -336,7 +347,7 @@ def _attend_tile(
     index_scores = score_index(queries.index_q, queries.index_weight, keys.index_k)
     is_chosen = is_seen
     if top_k is not None:
-        is_chosen = choose_best(index_scores, is_seen, top_k)
+        is_chosen = _choose_on_shards(index_scores, is_seen, top_k)
 
     # Weights [B, N, Q, T], zeros for padding.
     wide = index_scores.dtype
