@@ -247,10 +247,13 @@ def _list_matmul_collectives(
     sequence_axes = () if is_in_stream_layout else shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
     is_parallel = group.is_parallel_to_attention or group.is_beside_attention
-    shares_input = group.shares_norm or group.is_beside_attention
+    shares_input = (
+        group.shares_norm or group.is_beside_attention or group.is_input_detached
+    )
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.
-    if is_latent:
+    has_input_gradient = not group.is_input_detached
+    if is_latent and has_input_gradient:
         axes = tuple(sorted(output_axes))
         yield from send("its gradient", "all-reduce", axes, 0, backward)
     if group.input_features == "memory":
@@ -259,7 +262,7 @@ def _list_matmul_collectives(
         yield from send("input", "all-gather", sequence_axes, once, 0)
     if group.input_features == "residual" and not shares_input:
         yield from send("input", "all-gather", sequence_axes, forward, backward)
-    if group.input_features in ("residual", "memory"):
+    if group.input_features in ("residual", "memory") and has_input_gradient:
         other_axes = _without(sorted(output_axes), sequence_axes)
         yield from send("its gradient", "reduce-scatter", sequence_axes, 0, backward)
         yield from send("its gradient", "all-reduce", other_axes, 0, backward)

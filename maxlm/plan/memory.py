@@ -810,6 +810,16 @@ def _list_attention_arrays(
             _ATTENTION_STREAM_ARRAYS * _count_stream_bytes(shape, stack)
         ),
     }
+    index_width = sum(
+        split.local_non_residual_width(group)
+        for group in stack.matmul_groups
+        if group.branch == "mixer" and group.output_features == "whole"
+    )
+    if heads.index_dim:
+        # With gradients, beside what is normed and turned of them.
+        arrays["an indexer's queries, keys and weights"] = (
+            3 * tokens * index_width * itemsize
+        )
     latent_width = sum(
         group.latent_width for group in stack.matmul_groups if group.branch != "ffn"
     )

@@ -227,7 +227,9 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
             num_shards = split.num_shards(split.compute, axes)
             forward = 2 * kernel.size * active_share * tokens / num_shards
             is_recomputed = work.is_kernel_recomputed(group, kernel, shape.remat)
-            backward_products = 1 + int(kernel.is_trained) + int(is_recomputed)
+            has_input_gradient = not group.is_input_detached
+            backward_products = int(has_input_gradient) + int(kernel.is_trained)
+            backward_products += int(is_recomputed)
             yield _PassFlops(forward, forward * backward_products)
             if remakes_hidden:
                 yield _PassFlops(0.0, forward)
@@ -272,12 +274,12 @@ def _count_attention_flops(shape: StepShape) -> _PassFlops:
         forward += 2 * scores * (key_dim + value_dim)
         # Scores, and gradients of weights, queries, keys and values.
         backward += 2 * scores * (3 * key_dim + 2 * value_dim)
-        # An indexer's scores, which each device that shares heads computes alike, and
-        # gradients of its queries and keys.
+        # An indexer's scores, which each device that shares heads computes alike, in
+        # the backward pass again, and gradients of its queries and keys.
         head_ways = shape.split.num_devices(shape.split.compute.heads)
         pairs = scores * head_ways / attention.heads.num_heads
         forward += 2 * pairs * attention.heads.index_dim
-        backward += 4 * pairs * attention.heads.index_dim
+        backward += 6 * pairs * attention.heads.index_dim
     return _PassFlops(forward, backward)
 
 
@@ -414,8 +416,8 @@ def _estimate_extra_seconds(
 def get_computed_score_ratio(attention: AttentionShape) -> float:
     """Returns the share of all pairs that is computed: under a causal mask tiles of
     queries skip the keys after them, and those before their window or as far away as a
-    chunk is long."""
-    if not attention.causal:
+    chunk is long. Of attention with an indexer all are."""
+    if not attention.causal or attention.heads.index_dim:
         return 1.0
     length = attention.query_len
     # A sixteenth of the sequence, rounded up, and 128 queries at least.

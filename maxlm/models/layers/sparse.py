@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
@@ -209,6 +210,8 @@ class SparseAttention(LatentAttention):
         queries = _Scored(q, index.query, index.weight, place, segments)
         keys = _Keys(k, v, index.key, segments)
         y, loss = self._attend_in_tiles(queries, keys, inputs.scale)
+        # A name that remat policies keep (models/remat.py).
+        y = checkpoint_name(y, "attention")
         aux = Aux(self.sparse.loss_weight * loss, {"index_kl": loss})
         return MixerOutput(self.finish(y, projections.gate), aux=aux)
 
@@ -291,10 +294,16 @@ class SparseAttention(LatentAttention):
         training computes them."""
         main = super().costs()
         groups = list(main.matrices)
-        groups.append(MatrixGroup(("index_query.kernel",), "latent"))
-        groups.append(MatrixGroup(("index_key.kernel", "index_weight.kernel")))
+        groups.append(
+            MatrixGroup(("index_query.kernel",), "latent", is_input_detached=True)
+        )
+        groups.append(
+            MatrixGroup(
+                ("index_key.kernel", "index_weight.kernel"), is_input_detached=True
+            )
+        )
         assert main.attention is not None
-        index_dim = self.sparse.index_heads * self.sparse.index_dim
+        index_dim = self.sparse.index_heads * (self.sparse.index_dim + 1)
         return LayerCosts(tuple(groups), replace(main.attention, index_dim=index_dim))
 
 
@@ -322,9 +331,7 @@ def choose_best(scores: jax.Array, is_seen: jax.Array, top_k: int) -> jax.Array:
     return is_chosen & is_seen
 
 
-def _choose_on_shards(
-    scores: jax.Array, is_seen: jax.Array, top_k: int
-) -> jax.Array:
+def _choose_on_shards(scores: jax.Array, is_seen: jax.Array, top_k: int) -> jax.Array:
     """Runs :func:`choose_best` of each device's rows: XLA for CPUs would gather all
     devices' scores for a top-k."""
     spec = make_spec(get_layout(scores))
