@@ -130,8 +130,11 @@ class LayerCosts:
     """Elements a token, in fp32 and split likewise, of arrays that are alive beside all
     these while the module is differentiated."""
     block_elements: float = 0.0
-    """The same of arrays that are there for ``block_tokens`` of each row at a time."""
+    """The same of arrays that are there for ``block_tokens`` of each row at a time, where
+    no TPU's kernel has them on the chip."""
     block_tokens: int = 0
+    kernel_elements: float = 0.0
+    """The same as ``working_elements``, of a TPU's kernel."""
 
 
 class BranchCosts(NamedTuple):

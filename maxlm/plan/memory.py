@@ -757,8 +757,11 @@ def _count_chunk_elements(shape: StepShape, stack: StackCosts) -> Number:
     for branch in stack.branches:
         costs = branch.costs
         num_shards = split.num_shards(split.compute, costs.flops_axes)
-        block_share = np.minimum(1.0, costs.block_tokens / run_tokens)
-        stated = costs.working_elements + block_share * costs.block_elements
+        if shape.fused_recurrence:
+            stated = costs.working_elements + costs.kernel_elements
+        else:
+            block_share = np.minimum(1.0, costs.block_tokens / run_tokens)
+            stated = costs.working_elements + block_share * costs.block_elements
         elements += stated / num_shards
     return elements
 
