@@ -17,7 +17,9 @@ from cases import add_cases, chosen, in_child
 
 SP = ("sharding.compute.residual=[context,tensor]",)
 WHOLE = ("sharding.storage.embed=null", "sharding.gradients.embed=null")
-# name → run, machine, rows of a batch, mesh, remat, other settings
+# Few layers, for quick compiles: a stack of them needs as much beside what it keeps.
+FEW = ("model.num_layers=4", "model.vocab_size=8192")
+# name → run or model, machine, rows of a batch, mesh, remat, other settings
 CASES = {
     "gpt2 none": ("gpt2", "v5e-16", 256, "fsdp=16", "none", ()),
     "gpt2-xl full": ("gpt2_xl", "v5e-64", 512, "fsdp=64", "full", ()),
@@ -52,6 +54,18 @@ CASES = {
         *("llama3_8b", "v5p-64", 64, "fsdp=32", "full"),
         (*WHOLE, "sharding.optimizer.embed=fsdp"),
     ),
+    "mamba2 full": (
+        *("models/mamba2_2_7b", "v5p:2x2x1", 16, "fsdp=4", "full"),
+        ("data.seq_len=2048", *FEW),
+    ),
+    "hybrid cp 2": (
+        *("models/hybrid_135m", "v5p:2x2x1", 16, "fsdp=2,context=2", "full"),
+        ("data.seq_len=4096", "model.num_layers=8", "model.vocab_size=8192"),
+    ),
+    "falcon mamba cp 2": (
+        *("models/falcon_mamba_7b", "v5p:2x2x1", 8, "fsdp=2,context=2", "full"),
+        ("data.seq_len=4096", *FEW),
+    ),
 }
 
 
@@ -65,7 +79,8 @@ def measure(name: str) -> None:
     run, on, rows, mesh, remat, more = CASES[name]
     settings = [f"data.batch_size={rows}", f"model.remat={remat}", "mesh.fsdp=1"]
     settings += [f"mesh.{part}" for part in mesh.split(",")]
-    config = load_config(RunConfig, f"runs/{run}", [*settings, *more]).value
+    path = run if "/" in run else f"runs/{run}"
+    config = load_config(RunConfig, path, [*settings, *more]).value
     plan = plan_run(config, Machine.from_name(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.collectives)

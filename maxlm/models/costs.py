@@ -14,9 +14,10 @@ from flax import nnx
 
 from maxlm.models.params import flatten_names, param_specs, select_base_params
 
-FeatureKind = Literal["residual", "memory", "latent", "heads", "mlp"]
+FeatureKind = Literal["residual", "memory", "latent", "heads", "mlp", "whole"]
 """Sides of matrices: the residual stream, an encoder's output, a narrow vector of
-latent attention, heads, or the hidden layer of an MLP."""
+latent attention, heads, the hidden layer of an MLP, or a vector that no device
+splits."""
 Branch = Literal["mixer", "cross_attention", "ffn"]
 
 
@@ -37,6 +38,8 @@ class MatrixGroup:
     is_beside_attention: bool = False
     """Whether they are of a mixer that reads what the layer's attention reads, and is
     added to it."""
+    is_input_detached: bool = False
+    """Whether their input has no gradient of theirs; another group reads it too."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class AttentionCosts:
     makes_keys: bool = True
     """Whether the layer makes keys and values, and does not read another's."""
     index_dim: int = 0
-    """Numbers of an indexer's query, all its heads together, that each score of its
-    takes; above 0, XLA computes attention in training, not a kernel."""
+    """Numbers of an indexer's query, all its heads together with their weights, that
+    each score of its takes; above 0, XLA computes attention to all tokens in training,
+    not a kernel."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,11 @@ class LayerCosts:
     """Elements a token, in fp32 and split likewise, of arrays that are alive beside all
     these while the module is differentiated."""
     block_elements: float = 0.0
-    """The same of arrays that are there for ``block_tokens`` of each row at a time."""
+    """The same of arrays that are there for ``block_tokens`` of each row at a time, where
+    no TPU's kernel has them on the chip."""
     block_tokens: int = 0
+    kernel_elements: float = 0.0
+    """The same as ``working_elements``, of a TPU's kernel."""
 
 
 class BranchCosts(NamedTuple):

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, F channels, N numbers of state a channel. On shards
 K runs of a row.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -110,7 +111,11 @@ def sharded_selective_scan(
             # One scan from zeros says what a run does to any state, since a state's
             # effect is linear in it: the product of the decays, and what is added.
             # Then all runs are scanned at once, each from the state before it.
-            summary = summarize_scan(x, dt, A, B, dt_bias=dt_bias, starts=starts)
+            # Its backward pass would keep as many states as that of the runs themselves.
+            summarize = jax.checkpoint(
+                partial(summarize_scan, starts=starts), prevent_cse=False
+            )
+            summary = summarize(x, dt, A, B, dt_bias=dt_bias)
             state = runs.pass_on(summary, _find_states_before)
         y, _ = selective_scan(
             x,

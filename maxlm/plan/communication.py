@@ -247,10 +247,13 @@ def _list_matmul_collectives(
     sequence_axes = () if is_in_stream_layout else shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
     is_parallel = group.is_parallel_to_attention or group.is_beside_attention
-    shares_input = group.shares_norm or group.is_beside_attention
+    shares_input = (
+        group.shares_norm or group.is_beside_attention or group.is_input_detached
+    )
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.
-    if is_latent:
+    has_input_gradient = not group.is_input_detached
+    if is_latent and has_input_gradient:
         axes = tuple(sorted(output_axes))
         yield from send("its gradient", "all-reduce", axes, 0, backward)
     if group.input_features == "memory":
@@ -259,7 +262,7 @@ def _list_matmul_collectives(
         yield from send("input", "all-gather", sequence_axes, once, 0)
     if group.input_features == "residual" and not shares_input:
         yield from send("input", "all-gather", sequence_axes, forward, backward)
-    if group.input_features in ("residual", "memory"):
+    if group.input_features in ("residual", "memory") and has_input_gradient:
         other_axes = _without(sorted(output_axes), sequence_axes)
         yield from send("its gradient", "reduce-scatter", sequence_axes, 0, backward)
         yield from send("its gradient", "all-reduce", other_axes, 0, backward)
@@ -371,6 +374,17 @@ def _list_attention_collectives(
             tokens * heads.shared_key_dim * work.dtype_bytes,
             passes.backward,
             "backward",
+        )
+    if heads.index_dim:
+        # Its loss compares its scores with the mean of all heads' weights, which a
+        # tile's backward pass makes again.
+        scores = shape.micro_batch_tokens * attention.token_ratio * attention.key_len
+        yield from _in_both_passes(
+            "indexer: mean weights of heads",
+            "all-reduce",
+            rules.heads,
+            scores * FP32,
+            passes,
         )
     if rules.heads and not rules.mesh_axes(heads.kv_axis):
         # Every device has all kv heads, and the sum over its query heads.

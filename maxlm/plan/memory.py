@@ -441,7 +441,9 @@ def _list_other_mixer_groups(stack: StackCosts) -> list[MatmulGroup]:
 
 
 def _count_state_bytes(shape: StepShape, stack: StackCosts) -> Number:
-    """Counts the states that one layer's recurrence keeps of a micro-batch."""
+    """Counts the states that one layer's recurrence keeps of a micro-batch: its own, and
+    of a sequence split over devices what every run does to a state, and the state before
+    it."""
     split = shape.split
     num_runs, run_tokens = _count_runs(shape, stack)
     size = 0.0
@@ -451,7 +453,21 @@ def _count_state_bytes(shape: StepShape, stack: StackCosts) -> Number:
             num_states = num_runs * np.ceil(run_tokens / costs.state_tokens)
             num_shards = split.num_shards(split.compute, costs.flops_axes)
             size += num_states * costs.state_elements * FP32 / num_shards
-    return size
+    return size + _count_exchanged_bytes(shape, stack)
+
+
+def _count_exchanged_bytes(shape: StepShape, stack: StackCosts) -> Number:
+    """Counts what devices that share sequences exchange of all runs of a micro-batch's
+    rows, gathered."""
+    split = shape.split
+    sequence_ways = split.num_devices(split.compute.seq)
+    num_runs, _ = _count_runs(shape, stack)
+    elements = 0.0
+    for branch in stack.branches:
+        num_shards = split.num_shards(split.compute, branch.costs.flops_axes)
+        elements += branch.costs.exchanged_elements / num_shards
+    gathered = sequence_ways * num_runs * elements * FP32
+    return np.where(np.greater(sequence_ways, 1), gathered, 0.0)
 
 
 def _count_runs(shape: StepShape, stack: StackCosts) -> tuple[Number, Number]:
@@ -725,6 +741,8 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
         "products and other arrays, made again": tokens * remade * itemsize,
         "their gradients": tokens * gradients * itemsize,
         "states": remade_states,
+        # Maps of states and states, gathered, and the gradients of both.
+        "states of all runs": 2 * _count_exchanged_bytes(shape, stack),
         "chunks of the mixer": tokens * _count_chunk_elements(shape, stack) * FP32,
         _STREAM_AND_NORMS: _MIXER_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
@@ -739,8 +757,11 @@ def _count_chunk_elements(shape: StepShape, stack: StackCosts) -> Number:
     for branch in stack.branches:
         costs = branch.costs
         num_shards = split.num_shards(split.compute, costs.flops_axes)
-        block_share = np.minimum(1.0, costs.block_tokens / run_tokens)
-        stated = costs.working_elements + block_share * costs.block_elements
+        if shape.fused_recurrence:
+            stated = costs.working_elements + costs.kernel_elements
+        else:
+            block_share = np.minimum(1.0, costs.block_tokens / run_tokens)
+            stated = costs.working_elements + block_share * costs.block_elements
         elements += stated / num_shards
     return elements
 
@@ -792,6 +813,16 @@ def _list_attention_arrays(
             _ATTENTION_STREAM_ARRAYS * _count_stream_bytes(shape, stack)
         ),
     }
+    index_width = sum(
+        split.local_non_residual_width(group)
+        for group in stack.matmul_groups
+        if group.branch == "mixer" and group.output_features == "whole"
+    )
+    if heads.index_dim:
+        # With gradients, beside what is normed and turned of them.
+        arrays["an indexer's queries, keys and weights"] = (
+            3 * tokens * index_width * itemsize
+        )
     latent_width = sum(
         group.latent_width for group in stack.matmul_groups if group.branch != "ffn"
     )

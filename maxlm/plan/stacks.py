@@ -54,6 +54,8 @@ class Kernel:
         # A dimension of experts comes before the inputs, and is not counted as one.
         first_output = self.num_input_dims + ("expert" in self.axes)
         axes = set(self.axes[first_output:])
+        if axes == {None}:
+            return "whole"
         if "latent" in axes:
             return "latent"
         if axes & {"heads", "kv_heads", "head_dim"}:
@@ -98,6 +100,8 @@ class MatmulGroup:
     """Whether no other branch follows its own in the layer."""
     is_beside_attention: bool = False
     """Whether it reads what the layer's attention does, in the same branch."""
+    is_input_detached: bool = False
+    """See :class:`~maxlm.models.costs.MatrixGroup`."""
 
     @property
     def is_parallel_to_attention(self) -> bool:
@@ -340,6 +344,7 @@ class StackCosts:
                     placement=self.placement,
                     is_last_branch=branch.branch == "ffn" or not has_ffn,
                     is_beside_attention=matrices.is_beside_attention,
+                    is_input_detached=matrices.is_input_detached,
                 )
                 groups.append(group)
         if missing:

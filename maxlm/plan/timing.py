@@ -227,7 +227,9 @@ def _list_matmul_flops(shape: StepShape) -> Iterator[_PassFlops]:
             num_shards = split.num_shards(split.compute, axes)
             forward = 2 * kernel.size * active_share * tokens / num_shards
             is_recomputed = work.is_kernel_recomputed(group, kernel, shape.remat)
-            backward_products = 1 + int(kernel.is_trained) + int(is_recomputed)
+            has_input_gradient = not group.is_input_detached
+            backward_products = int(has_input_gradient) + int(kernel.is_trained)
+            backward_products += int(is_recomputed)
             yield _PassFlops(forward, forward * backward_products)
             if remakes_hidden:
                 yield _PassFlops(0.0, forward)
@@ -272,12 +274,12 @@ def _count_attention_flops(shape: StepShape) -> _PassFlops:
         forward += 2 * scores * (key_dim + value_dim)
         # Scores, and gradients of weights, queries, keys and values.
         backward += 2 * scores * (3 * key_dim + 2 * value_dim)
-        # An indexer's scores, which each device that shares heads computes alike, and
-        # gradients of its queries and keys.
+        # An indexer's scores, which each device that shares heads computes alike, in
+        # the backward pass again, and gradients of its queries and keys.
         head_ways = shape.split.num_devices(shape.split.compute.heads)
         pairs = scores * head_ways / attention.heads.num_heads
         forward += 2 * pairs * attention.heads.index_dim
-        backward += 4 * pairs * attention.heads.index_dim
+        backward += 6 * pairs * attention.heads.index_dim
     return _PassFlops(forward, backward)
 
 
@@ -382,25 +384,40 @@ def count_recurrence_products(shape: StepShape) -> StatedFlops:
     return StatedFlops(forward, forward * (2 + chunks_again))
 
 
+class _ExtraSeconds(NamedTuple):
+    """Seconds of what layers compute beside products and attention, in the two passes
+    of one micro-batch."""
+
+    forward: Number
+    backward: Number
+
+
 def _estimate_extra_seconds(
-    shape: StepShape, chip: Chip, efficiency: Efficiency
-) -> Number:
-    """Estimates the seconds of what layers compute beside products and attention in a
-    forward pass: on the vector units, but for products in fp32, which a TPU's kernels
-    compute as three in bf16 (``pallas_kernels/linear_recurrence``)."""
-    products = _count_stated_flops(shape, "product_flops")
-    others = count_extra_forward_flops(shape) - products
-    product_rate = chip.vector_flops
-    if chip.family == "tpu":
-        product_rate = chip.peak_flops["bf16"] * efficiency.matmul / 3
-    return products / product_rate + others / chip.vector_flops
+    shape: StepShape, chip: Chip, matmul_rate: Number
+) -> _ExtraSeconds:
+    """Estimates the seconds of what layers compute beside products and attention: on
+    the vector units, but for matrix products in fp32, which a TPU's and a GPU's kernels
+    compute as three in bf16 (``pallas_kernels/linear_recurrence``).
+
+    Args:
+        matmul_rate: FLOP/s of matrix products in bf16; on a CPU in fp32.
+    """
+    products = count_recurrence_products(shape)
+    others = count_extra_forward_flops(shape) - products.forward
+    products_a_product = 1 if chip.family == "cpu" else 3
+    product_rate = matmul_rate / products_a_product
+    other_seconds = others / chip.vector_flops
+    return _ExtraSeconds(
+        products.forward / product_rate + other_seconds,
+        products.backward / product_rate + (2 + shape.layer_recomputes) * other_seconds,
+    )
 
 
 def get_computed_score_ratio(attention: AttentionShape) -> float:
     """Returns the share of all pairs that is computed: under a causal mask tiles of
     queries skip the keys after them, and those before their window or as far away as a
-    chunk is long."""
-    if not attention.causal:
+    chunk is long. Of attention with an indexer all are."""
+    if not attention.causal or attention.heads.index_dim:
         return 1.0
     length = attention.query_len
     # A sixteenth of the sequence, rounded up, and 128 queries at least.
@@ -689,21 +706,21 @@ def _estimate_layer_seconds(
     softmax_backward += shape.score_recomputes * softmax
     # The other scores go through memory.
     score_bytes, score_bytes_backward = count_attention_score_bytes(shape)
-    extra = _estimate_extra_seconds(shape, chip, efficiency)
+    extra = _estimate_extra_seconds(shape, chip, attention_rate)
 
     forward = _PassSeconds(
         products=flops.forward / matmul_rate,
         attention=flops.attention_forward / attention_rate
         + softmax
         + score_bytes / bandwidth,
-        traffic=moved.forward / bandwidth + extra,
+        traffic=moved.forward / bandwidth + extra.forward,
     )
     backward = _PassSeconds(
         products=flops.backward / matmul_rate,
         attention=flops.attention_backward / attention_rate
         + softmax_backward
         + score_bytes_backward / bandwidth,
-        traffic=moved.backward / bandwidth + (2 + shape.layer_recomputes) * extra,
+        traffic=moved.backward / bandwidth + extra.backward,
     )
     return forward, backward
 

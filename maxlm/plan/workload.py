@@ -438,6 +438,9 @@ class StepShape:
         self.fused_attention = platform in ("tpu", "gpu")
         """Whether a kernel keeps attention's scores on the chip
         (``pallas_kernels/attention``), but of attention with learnt biases."""
+        self.fused_recurrence = platform == "tpu"
+        """Whether a kernel keeps a recurrence's chunks on the chip
+        (``pallas_kernels/linear_recurrence``); a GPU's has them in memory."""
         self.unordered_frozen_layers = platform == "gpu"
         """Whether the compiler has all branches of a layer with frozen kernels at once
         (XLA:GPU): it is gradients of kernels that put them in order

@@ -112,14 +112,16 @@ def test_both_passes_compile_for_gpus(card, kind, shape):
 @pytest.mark.parametrize("backend", ["tpu", "xla"])
 @pytest.mark.parametrize("kind", ["kimi delta", "state space"])
 def test_memory_grows_with_the_number_of_chunks_alone(kind, backend):
-    """Twice the tokens, twice what grows; and less of it than one array of a state a
-    token has, at any length."""
-    sizes = []
-    for tokens in (4096, 8192, 16384):
+    """A token takes as many bytes at any length, and far fewer than a state."""
+    # Some megabytes come and go: XLA keeps a few arrays in VMEM, and lays others into
+    # the room of arrays that are no longer read or beside it, as their sizes fall. So
+    # rows are long enough for a token's bytes to show.
+    bytes_by_token = []
+    for tokens in (16384, 65536):
         compiled = compile_passes("v5p", kind, "bf16", backend, tokens)
-        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-    first = sizes[1] - sizes[0]
-    second = sizes[2] - sizes[1]
-    assert second <= 2.2 * first
-    state_a_token = 4 * 128 * 128 * 4
-    assert second / 8192 < state_a_token / 8
+        temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        bytes_by_token.append(temporary_bytes / tokens)
+    short, long = bytes_by_token
+    assert long <= 1.1 * short
+    state_bytes = 4 * 128 * 128 * 4
+    assert long < state_bytes / 8

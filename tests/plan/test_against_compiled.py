@@ -50,6 +50,7 @@ MORE = (
     ("tp+sp", "parallel_heads", 0.01),
     ("cp all-gather", "mamba", 0.01),
     ("cp all-gather", "gated_delta_net", 0.01),
+    ("tp+sp", "sparse", 0.03),
 )
 REST = (
     ("zero1", "gqa_window", 0.01),

@@ -1,6 +1,9 @@
 """A plan counts what layers of every kind do: by hand; as the compiled step does it,
 see test_against_compiled.py."""
 
+from dataclasses import replace
+from math import inf
+
 import jax.numpy as jnp
 import pytest
 
@@ -8,12 +11,14 @@ from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.plan.layout import compute_run_layout
 from maxlm.plan.memory import list_layer_working_sets
-from maxlm.plan.predict import Machine
+from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.search import search_layouts
 from maxlm.plan.timing import (
+    EFFICIENCY,
     count_attention_score_bytes,
     count_attention_scores,
     count_device_flops,
+    count_recurrence_products,
 )
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import RunWorkload, StepShape
@@ -98,6 +103,31 @@ def work(config: RunConfig) -> RunWorkload:
 
 def device_flops(work: RunWorkload):
     return count_device_flops(StepShape(work, ALONE, 1, "full"))
+
+
+@pytest.mark.parametrize(("name", "products"), [("cpux8", 1), ("h100x8", 3)])
+def test_products_of_a_recurrence_are_no_vector_work(name, products):
+    """All that lightning attention states are products, of which a kernel makes three
+    in bf16."""
+    config = run("lightning", "dp")
+    machine = Machine.from_name(name)
+
+    def plan_traffic(vector_flops: float, peak_flops: float) -> float:
+        chip = replace(
+            machine.chip,
+            vector_flops=vector_flops,
+            peak_flops=dict.fromkeys(machine.chip.peak_flops, peak_flops),
+            page_allocation_bandwidth=inf,
+        )
+        plan = plan_run(config, replace(machine, chip=chip))
+        return float(plan.time.traffic)
+
+    assert plan_traffic(1.0, 1e12) == plan_traffic(1e12, 1e12)
+    shape = plan_run(config, machine).shape
+    flops = products * sum(count_recurrence_products(shape))
+    rate = EFFICIENCY[machine.chip.family].matmul * 1e6
+    slow = plan_traffic(1.0, 1e6) - plan_traffic(1.0, 1e30)
+    assert slow == pytest.approx(flops / rate)
 
 
 def test_layers_over_the_last_pattern_count_like_others():

@@ -37,6 +37,7 @@ from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mamba import uniform
 from maxlm.models.layers.mixer_output import MixerOutput
+from maxlm.models.layers.recurrence_costs import count_kernel_elements
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.causal_conv import convolve_features, sharded_causal_conv
@@ -331,6 +332,14 @@ class DeltaRule(nnx.Module):
             intermediate_elements=intermediate,
             block_elements=2 * block,
             block_tokens=BLOCK_TOKENS,
+            kernel_elements=count_kernel_elements(
+                num_heads,
+                sizes.num_key_heads,
+                key_dim,
+                value_dim,
+                self.dtype,
+                decays_by_channel=decays_by_channel,
+            ),
         )
 
 

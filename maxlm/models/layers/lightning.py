@@ -29,6 +29,7 @@ from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
+from maxlm.models.layers.recurrence_costs import count_kernel_elements
 from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.linear_recurrence import sharded_linear_recurrence
@@ -187,6 +188,13 @@ class Lightning(nnx.Module):
             block_elements=2
             * (config.num_heads * (2 * CHUNK + 4 * config.head_dim) + states / CHUNK),
             block_tokens=BLOCK_TOKENS,
+            kernel_elements=count_kernel_elements(
+                config.num_heads,
+                config.num_heads,
+                config.head_dim,
+                config.head_dim,
+                self.dtype,
+            ),
         )
 
 

@@ -33,6 +33,7 @@ from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mamba import spread_step_sizes, uniform
 from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import NormConfig
+from maxlm.models.layers.recurrence_costs import count_kernel_elements
 from maxlm.models.params import Initializer, declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.parallel.causal_conv import convolve_features, sharded_causal_conv
@@ -543,6 +544,13 @@ class Mamba2(nnx.Module):
             block_elements=2
             * (num_heads * 2 * CHUNK + 4 * channels + 2 * group_width + states / CHUNK),
             block_tokens=BLOCK_TOKENS,
+            kernel_elements=count_kernel_elements(
+                num_heads,
+                config.num_groups,
+                config.state_size,
+                config.head_dim,
+                self.dtype,
+            ),
         )
 
 

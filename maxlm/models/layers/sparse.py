@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
@@ -36,6 +37,7 @@ from maxlm.models.layers.linear import Linear, project
 from maxlm.models.layers.mixer_output import MixerOutput
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import rotate
+from maxlm.parallel.local import get_layout, make_spec, map_shards
 
 _TILE = 128
 """Queries whose scores with all keys are in memory at once."""
@@ -208,6 +210,8 @@ class SparseAttention(LatentAttention):
         queries = _Scored(q, index.query, index.weight, place, segments)
         keys = _Keys(k, v, index.key, segments)
         y, loss = self._attend_in_tiles(queries, keys, inputs.scale)
+        # A name that remat policies keep (models/remat.py).
+        y = checkpoint_name(y, "attention")
         aux = Aux(self.sparse.loss_weight * loss, {"index_kl": loss})
         return MixerOutput(self.finish(y, projections.gate), aux=aux)
 
@@ -290,10 +294,16 @@ class SparseAttention(LatentAttention):
         training computes them."""
         main = super().costs()
         groups = list(main.matrices)
-        groups.append(MatrixGroup(("index_query.kernel",), "latent"))
-        groups.append(MatrixGroup(("index_key.kernel", "index_weight.kernel")))
+        groups.append(
+            MatrixGroup(("index_query.kernel",), "latent", is_input_detached=True)
+        )
+        groups.append(
+            MatrixGroup(
+                ("index_key.kernel", "index_weight.kernel"), is_input_detached=True
+            )
+        )
         assert main.attention is not None
-        index_dim = self.sparse.index_heads * self.sparse.index_dim
+        index_dim = self.sparse.index_heads * (self.sparse.index_dim + 1)
         return LayerCosts(tuple(groups), replace(main.attention, index_dim=index_dim))
 
 
@@ -321,6 +331,14 @@ def choose_best(scores: jax.Array, is_seen: jax.Array, top_k: int) -> jax.Array:
     return is_chosen & is_seen
 
 
+def _choose_on_shards(scores: jax.Array, is_seen: jax.Array, top_k: int) -> jax.Array:
+    """Runs :func:`choose_best` of each device's rows: XLA for CPUs would gather all
+    devices' scores for a top-k."""
+    spec = make_spec(get_layout(scores))
+    choose = map_shards(partial(choose_best, top_k=top_k), (spec, spec), spec)
+    return choose(lax.stop_gradient(scores), is_seen)
+
+
 def _attend_tile(
     queries: _Scored, keys: _Keys, *, scale: float, top_k: int | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -336,7 +354,7 @@ def _attend_tile(
     index_scores = score_index(queries.index_q, queries.index_weight, keys.index_k)
     is_chosen = is_seen
     if top_k is not None:
-        is_chosen = choose_best(index_scores, is_seen, top_k)
+        is_chosen = _choose_on_shards(index_scores, is_seen, top_k)
 
     # Weights [B, N, Q, T], zeros for padding.
     wide = index_scores.dtype
