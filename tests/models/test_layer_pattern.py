@@ -13,8 +13,15 @@ from maxlm.models.architectures.config import MAX_LAYERS
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
-from tests.models.building import LLAMA_GQA, POSITIONS, SEGMENTS
+from tests.models.building import (
+    LLAMA_GQA,
+    POSITIONS,
+    QUICK,
+    SEGMENTS,
+    random_params,
+)
 from tests.models.generation import check_generation_equals_forward_pass
+from tests.models.layer_walk import apply_layers_one_by_one
 
 SIZES = {"vocab_size": 31, "d_model": 14, "max_seq_len": 64, "init_std": 0.3}
 WIDE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -136,55 +143,40 @@ def test_a_long_list_of_layers_is_read_at_once():
     assert [run.num_layers for run in runs] == [1, MAX_LAYERS - 2, 1]
 
 
-def embed_and_walk(model, params, tokens, positions, segment_ids):
-    """The forward pass, layer by layer in the order of the pattern."""
-    bound = bind(model, params)
-    x = bound.embed(tokens, positions)
-    for run in model.config.layer_runs:
-        contexts = bound._list_contexts(run, (positions, segment_ids))
-        for place in run.iterate_places():
-            tree = params
-            for name in place.stack.name.split("."):
-                tree = tree[name]
-            index = place.index
-            layer_params = jax.tree.map(lambda a, index=index: a[index], tree)
-            block = bind(model.stacks[place.stack.name], layer_params)
-            kind = run.kinds[place.kind_index]
-            context = contexts[place.kind_index]
-            inputs = bound._make_attention_inputs(kind, context, None)
-            x = block(x, inputs).x
-    return bound.apply_final_norm(x)
-
-
 @pytest.fixture(scope="module")
-def built():
-    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(mesh):
+def built(one_device_mesh):
+    with jax.set_mesh(one_device_mesh):
         model = MIXED.build(rules=AxisRules(), dtype=jnp.float32)
-        params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
+        values = random_params(MIXED, one_device_mesh)
+        params = jax.tree.map(lambda a: jnp.float32(0.6 * a), values)
         yield model, params
 
 
 @pytest.mark.heavy
-def test_a_scan_by_turns_is_the_layers_one_by_one(built):
+@pytest.mark.parametrize(
+    "with_gradients", [False, pytest.param(True, marks=pytest.mark.more)]
+)
+def test_a_scan_by_turns_is_the_layers_one_by_one(built, with_gradients):
     model, params = built
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, POSITIONS.shape))
-
-    def loss(params, run):
-        hidden = run(params)
-        return jnp.sum(jnp.sin(3 * hidden)), hidden
 
     def scan(params):
         return bind(model, params)(tokens, POSITIONS, SEGMENTS)[0]
 
     def walk(params):
-        return embed_and_walk(model, params, tokens, POSITIONS, SEGMENTS)
+        return apply_layers_one_by_one(model, params, tokens, POSITIONS, SEGMENTS)
 
-    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    d_scan, by_scan = grad(params, scan)
-    d_walk, by_walk = grad(params, walk)
     compare = partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
-    compare(by_scan, by_walk)
+    if not with_gradients:
+        hidden = jax.jit(scan, compiler_options=QUICK)(params)
+        compare(hidden, walk(params))
+        return
+
+    def loss(params, run):
+        return jnp.sum(jnp.sin(3 * run(params)))
+
+    d_scan = jax.jit(jax.grad(partial(loss, run=scan)), compiler_options=QUICK)(params)
+    d_walk = jax.grad(partial(loss, run=walk))(params)
     largest = max(float(jnp.abs(d).max()) for d in jax.tree.leaves(d_walk))
     jax.tree.map(lambda a, b: compare(a / largest, b / largest), d_scan, d_walk)
     without = [name for name, d in flatten_names(d_scan).items() if not jnp.any(d)]
