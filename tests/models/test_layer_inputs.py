@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
-from maxlm.models.params import Params, bind, flatten_names, get_values
+from maxlm.models.params import Params, bind, flatten_names
 from maxlm.parallel.config import ParallelConfig
 from maxlm.run.model_placement import describe_pipeline_obstacle
 from maxlm.sharding import ShardingConfig

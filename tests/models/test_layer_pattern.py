@@ -11,7 +11,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.config import MAX_LAYERS
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.params import bind, flatten_names, init_params, param_specs
+from maxlm.models.params import bind, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.building import (
     LLAMA_GQA,
