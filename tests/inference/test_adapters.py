@@ -108,7 +108,7 @@ def check(tiny: Tiny, outputs: list, adapter: str | None, seed: int = 0) -> None
     np.testing.assert_allclose([logprob for _, logprob in outputs], want, atol=2e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
     engine = make_engine(tiny)
     for name in ADAPTERS:

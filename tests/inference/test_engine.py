@@ -171,8 +171,8 @@ def test_windows_keep_their_last_pages_alone(one_device_mesh, build_tiny, window
     assert engine.stats().num_pages < 3 * 48 / 4
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("chunk", [8, pytest.param(3, marks=pytest.mark.more)])
+@pytest.mark.more
+@pytest.mark.parametrize("chunk", [8, 3])
 def test_gated_attention_in_chunks_keeps_its_chunk_s_pages_alone(
     one_device_mesh, build_tiny, chunk
 ):
@@ -254,7 +254,7 @@ def test_log_probabilities_are_the_model_s_own(llama):
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "settings",
-    [pytest.param({}, marks=pytest.mark.more), {"prefill_tokens": 5, "num_pages": 14}],
+    [pytest.param({}, marks=pytest.mark.more), {"prefill_tokens": 3, "num_pages": 14}],
 )
 def test_continuations_are_scored_behind_what_they_share(llama, settings):
     """Each token of several continuations has the log-probability of a whole pass,
