@@ -147,7 +147,11 @@ def command(
     ] = None,
     mtp_drafts: Annotated[
         int | None,
-        Option(min=1, help="Tokens that model.mtp guesses a step; default: none."),
+        Option(
+            min=1,
+            help="With --serve: tokens that the modules of model.mtp guess in each "
+            "step (speculation.kind=mtp); their caches are counted; default: none.",
+        ),
     ] = None,
 ) -> None:
     """Show a run's memory, communication and time on a machine, or those of serving its

@@ -256,7 +256,7 @@ def copy_rows(
     by_shard = model.rules.spec("batch")
     sources = reshard(sources, by_shard)
 
-    def copy(rows: jax.Array, spec: CacheArraySpec) -> jax.Array:
+    def copy_rows(rows: jax.Array, spec: CacheArraySpec) -> jax.Array:
         if spec.unit == "page":
             return rows
         by_row = model.rules.spec(*spec.axes)
@@ -266,7 +266,7 @@ def copy_rows(
 
         return map_shards(select_rows, (by_row, by_shard), by_row)(rows, sources)
 
-    return jax.tree.map(copy, state, state_specs(model, layout, input_length))
+    return jax.tree.map(copy_rows, state, state_specs(model, layout, input_length))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -298,19 +298,23 @@ def encode_row(
     keys_values = bind(model, params).project_cross_keys(encoder_inputs)
     encoded = CrossAttentionCache(keys_values, segments)
 
-    def write(cache: jax.Array, new: jax.Array, spec: CacheArraySpec) -> jax.Array:
-        num_padding = cache.shape[2] - new.shape[1]
-        new = jnp.pad(new, ((0, 0), (0, num_padding), *((0, 0),) * (new.ndim - 2)))
-        new = new.astype(cache.dtype)[:, None]
+    def write_row(cache: jax.Array, new: jax.Array, spec: CacheArraySpec) -> jax.Array:
+        """Writes new [D, T, ...], padded to the cache's length, over a row of each
+        shard of cache [D, R, length, ...]."""
+        widths = [(0, 0)] * new.ndim
+        widths[1] = (0, cache.shape[2] - new.shape[1])
+        padded = jnp.pad(new, widths).astype(cache.dtype)
+        # One row of each shard: [D, 1, length, ...].
+        by_cache_row = padded[:, None]
 
         def write_shard(cache, rows, new):
             return cache.at[0, rows[0]].set(new[0, 0], mode="drop")
 
         by_row = model.rules.spec(*spec.axes)
         in_specs = (by_row, by_shard, by_row)
-        return map_shards(write_shard, in_specs, by_row)(cache, rows, new)
+        return map_shards(write_shard, in_specs, by_row)(cache, rows, by_cache_row)
 
     specs = model.cross_cache_specs(layout, input_length)
     assert state.cross_cache is not None
-    cross_cache = jax.tree.map(write, state.cross_cache, encoded, specs)
+    cross_cache = jax.tree.map(write_row, state.cross_cache, encoded, specs)
     return state._replace(cross_cache=cross_cache)

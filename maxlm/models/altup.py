@@ -6,7 +6,6 @@ code has them.
 Shapes: B batch, S sequence, D model, N streams, P width of a layer's input.
 """
 
-from collections.abc import Callable
 from typing import Literal, Self
 
 import jax
@@ -254,7 +253,8 @@ class AltUpBlock(Block):
             y = self.altup.scale_output(x[..., active, :])
             y = self.layer_input(y, layer_input)
             # All streams but the first.
-            x = jnp.concatenate([x[..., :1, :], x[..., 1:, :] + y[:, :, None]], axis=-2)
+            others = x[..., 1:, :] + y[:, :, None]
+            x = jnp.concatenate([x[..., :1, :], others], axis=-2)
         return output._replace(x=self._scale_output(x))
 
     def _run_active(
@@ -305,26 +305,23 @@ class AltUpStreams(nnx.Module):
         """Maps embeddings [B, S, D] → [B, S, N, D]."""
         maps: list[Linear] = list(self.expansions.values())
         streams = project(x, *maps, seq_axis="residual")
-        rescale = self._make_rescale(x)
-        return jnp.stack([x, *(rescale(stream, x) for stream in streams)], axis=-2)
+        rescaled = [self._rescale(stream, x) for stream in streams]
+        return jnp.stack([x, *rescaled], axis=-2)
 
     def contract(self, x: jax.Array) -> jax.Array:
         """Maps streams [B, S, N, D] to their mean [B, S, D]."""
         maps: list[Linear] = list(self.contractions.values())
         first = x[..., 0, :]
-        rescale = self._make_rescale(first)
         total = first.astype(self.wide_dtype)
         for number, linear in enumerate(maps, 1):
             stream = linear(x[..., number, :], seq_axis="residual")
-            total = total + rescale(stream, first).astype(self.wide_dtype)
+            rescaled = self._rescale(stream, first)
+            total = total + rescaled.astype(self.wide_dtype)
         return (total / (1 + len(maps))).astype(x.dtype)
 
-    def _make_rescale(
-        self, like: jax.Array
-    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Returns the function that scales a stream to the root mean square of another,
-        of the layout of ``like``."""
-        spec = make_spec(get_layout(like))
+    def _rescale(self, stream: jax.Array, target: jax.Array) -> jax.Array:
+        """Scales a stream [B, S, D] to the root mean square of ``target``, and lays it
+        out as that is."""
 
         def compute_mean_square(x: jax.Array) -> jax.Array:
             return jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -335,7 +332,8 @@ class AltUpStreams(nnx.Module):
             size = jnp.sqrt(compute_mean_square(target.astype(self.wide_dtype)))
             return (wide * size * lax.rsqrt(mean_square)).astype(x.dtype)
 
-        return lambda x, target: save_inputs_only(rescale)(reshard(x, spec), target)
+        stream = reshard(stream, make_spec(get_layout(target)))
+        return save_inputs_only(rescale)(stream, target)
 
 
 ALTUP = RegisteredBlock(AltUpConfig, AltUpBlock, AltUpStreams)

@@ -140,10 +140,13 @@ def normalise_mixing(logits: jax.Array, iterations: int, eps: float) -> jax.Arra
         return matrix / (jnp.sum(matrix, axis=axis, keepdims=True) + eps)
 
     def iterate(matrix: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return divide(divide(matrix, -1), -2), None
+        rows_normalised = divide(matrix, axis=-1)
+        return divide(rows_normalised, axis=-2), None
 
-    first = divide(jax.nn.softmax(logits, axis=-1) + eps, -2)
-    return lax.scan(iterate, first, length=iterations - 1)[0]
+    by_softmax = jax.nn.softmax(logits, axis=-1) + eps
+    first = divide(by_softmax, axis=-2)
+    matrix, _ = lax.scan(iterate, first, length=iterations - 1)
+    return matrix
 
 
 class StreamConnection(nnx.Module):
@@ -385,7 +388,8 @@ class HyperStreams(nnx.Module):
             x: jax.Array, kernel: jax.Array, base: jax.Array, scale: jax.Array
         ) -> jax.Array:
             logits = scale * map_streams(x, kernel, self.norm_eps) + base
-            return read_streams(x, jax.nn.sigmoid(logits) + self.config.eps)
+            weights = jax.nn.sigmoid(logits) + self.config.eps
+            return read_streams(x, weights)
 
         return save_inputs_only(join)(x, kernel, base, scale)
 

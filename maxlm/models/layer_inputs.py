@@ -56,21 +56,28 @@ class LayerInputs(nnx.Module):
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """Maps tokens int [B, S] and their embeddings [B, S, D] → [L, B, S, P]."""
-        spec = self.rules.spec("batch", "seq", None, None)
         shape = (*tokens.shape, self.num_layers, self.config.width)
-        rows = self.embedding(jnp.where(tokens < self.num_rows, tokens, 0))
+        by_layer = self.rules.spec("batch", "seq", None, None)
+
+        known_tokens = jnp.where(tokens < self.num_rows, tokens, 0)
+        rows = self.embedding(known_tokens)
         rows = reshard(rows, self.rules.spec("batch", "seq", None))
-        rows = rows.reshape(shape, out_sharding=spec)
+        rows = rows.reshape(shape, out_sharding=by_layer)
+
         projected = self.projection(x) * jnp.asarray(self.d_model**-0.5, x.dtype)
-        projected = self.norm(projected.reshape(shape, out_sharding=spec))
+        projected = projected.reshape(shape, out_sharding=by_layer)
+        projected = self.norm(projected)
+
         # Rounded to the compute dtype, as Gemma's published code does.
-        scale = jnp.asarray(self.config.width**0.5, rows.dtype)
+        row_scale = jnp.asarray(self.config.width**0.5, rows.dtype)
+        sum_scale = jnp.asarray(2**-0.5, rows.dtype)
 
-        def add(rows: jax.Array, projected: jax.Array) -> jax.Array:
-            return (rows * scale + projected) * jnp.asarray(2**-0.5, rows.dtype)
+        def combine(rows: jax.Array, projected: jax.Array) -> jax.Array:
+            return (rows * row_scale + projected) * sum_scale
 
-        inputs = jnp.moveaxis(save_inputs_only(add)(rows, projected), 2, 0)
-        return reshard(inputs, self.rules.spec(None, "batch", "seq", "mlp"))
+        combined = save_inputs_only(combine)(rows, projected)
+        layers_first = jnp.moveaxis(combined, 2, 0)
+        return reshard(layers_first, self.rules.spec(None, "batch", "seq", "mlp"))
 
 
 class LayerInputBranch(nnx.Module):

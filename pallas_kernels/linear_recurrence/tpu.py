@@ -246,12 +246,9 @@ def backward(
             _, pull = jax.vjp(run, chunks, states_ref[group])
             d_outputs = []
             if d_output_ref is not None:
-                d_outputs = [
-                    d_output_ref[_get_chunk_rows(group, chunk, sizes), :].astype(
-                        jnp.float32
-                    )
-                    for chunk in range(sizes.group)
-                ]
+                for chunk in range(sizes.group):
+                    rows = _get_chunk_rows(group, chunk, sizes)
+                    d_outputs.append(d_output_ref[rows, :].astype(jnp.float32))
             d_chunks, d_state = pull((d_outputs, d_state_ref[...]))
             d_state_ref[...] = d_state
             _write_group(d_refs, d_chunks, group, sizes)
@@ -304,18 +301,28 @@ def _get_sizes(
 def _count_backward_bytes(sizes: _Sizes, itemsize: int) -> int:
     """Counts bytes of VMEM of the backward pass, which has the forward's operands and
     their gradients: blocks twice, one of them being copied."""
+    plan = sizes.plan
+    L = plan.chunk
+    # VMEM is in tiles of 8 rows and _LANES numbers of 4 bytes.
     K = round_up(sizes.K, _LANES)
     V = round_up(sizes.V, _LANES)
-    # q, k and v; the gradients of these, of which q's and k's may be fp32; the output's.
+    padded_chunk = round_up(L, _LANES)
+    state_bytes = 4 * round_up(sizes.K, 8) * V
+
+    # q, k, v and the gradients of v and of the output; those of q and k may be fp32.
     token_bytes = itemsize * (2 * K + 3 * V) + 4 * 2 * K
     if sizes.decays_by_channel:
+        # Log decays and their gradients.
         token_bytes += 4 * 2 * K
-    state_bytes = 4 * round_up(sizes.K, 8) * V
-    L = sizes.plan.chunk
-    rows_bytes = 4 * 4 * round_up(sizes.plan.chunks_per_block, 8) * round_up(L, _LANES)
-    sums_bytes = 2 * (L.bit_length() + 1) * L * round_up(L, _LANES)
-    pipelined = sizes.plan.block * token_bytes + 3 * state_bytes + rows_bytes
-    return 2 * (pipelined + sums_bytes) + (sizes.num_groups + 1) * state_bytes
+    # A number a token, a row for each chunk: decays and beta, and their gradients.
+    num_rows = round_up(plan.chunks_per_block, 8)
+    rows_bytes = 4 * 4 * num_rows * padded_chunk
+    sums_bytes = 2 * (L.bit_length() + 1) * L * padded_chunk
+
+    copied_bytes = plan.block * token_bytes + 3 * state_bytes + rows_bytes + sums_bytes
+    # States before the block's groups, and the gradient of one.
+    scratch_bytes = (sizes.num_groups + 1) * state_bytes
+    return 2 * copied_bytes + scratch_bytes
 
 
 def _get_precision(operands: RecurrenceOperands) -> ProductPrecision:
@@ -372,13 +379,15 @@ def _move_heads_back(
 ) -> RecurrenceOperands:
     """Returns gradients like the operands: sums over the value heads of a key head."""
 
-    def move(x: jax.Array, like: jax.Array) -> jax.Array:
-        B, N = x.shape[:2]
-        H = like.shape[2]
-        by_token = x.reshape(B, N, -1, *like.shape[3:])
+    def move(gradient: jax.Array, operand: jax.Array) -> jax.Array:
+        B, N = gradient.shape[:2]
+        H = operand.shape[2]
+        by_head = gradient.reshape(B, N, -1, *operand.shape[3:])
         if N != H:
-            by_token = by_token.reshape(B, H, N // H, *by_token.shape[2:]).sum(2)
-        return by_token.swapaxes(1, 2)[:, :num_tokens].astype(like.dtype)
+            by_group = by_head.reshape(B, H, N // H, *by_head.shape[2:])
+            by_head = by_group.sum(2)
+        by_token = by_head.swapaxes(1, 2)[:, :num_tokens]
+        return by_token.astype(operand.dtype)
 
     d_q = None
     if gradients.q is not None and operands.q is not None:
@@ -501,6 +510,8 @@ def _write_group(
         rows = _get_chunk_rows(group, number, sizes)
         row = pl.ds(group * sizes.group + number, 1)
         for d_ref, gradient in zip(d_refs, d_chunk, strict=True):
-            if gradient is not None and d_ref is not None:
-                here = row if gradient.shape[0] == 1 else rows
-                d_ref[here, :] = gradient.astype(d_ref.dtype)
+            if gradient is None or d_ref is None:
+                continue
+            # A number a token lies in a row a chunk.
+            target_rows = row if gradient.shape[0] == 1 else rows
+            d_ref[target_rows, :] = gradient.astype(d_ref.dtype)

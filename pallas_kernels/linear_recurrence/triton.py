@@ -138,13 +138,13 @@ def backward(
     arrays = _ChunkGradients(states, written, d_output, d_states, d_written)
     gradients = _compute_gradients(operands, products, arrays, sizes)
 
-    def finish(gradient: jax.Array, operand: jax.Array) -> jax.Array:
+    def sum_by_key_head(gradient: jax.Array, operand: jax.Array) -> jax.Array:
         """Sums over the value heads of a key head."""
         B, T, H = operand.shape[:3]
         by_group = gradient.reshape(B, T, H, -1, *operand.shape[3:])
         return by_group.sum(3)[:, :num_tokens].astype(operand.dtype)
 
-    return jax.tree.map(finish, gradients, operands), d_state
+    return jax.tree.map(sum_by_key_head, gradients, operands), d_state
 
 
 def _get_sizes(operands: RecurrenceOperands, call: RecurrenceCall) -> Sizes:
@@ -358,7 +358,7 @@ def _run_states_back(
     ) -> None:
         column = pl.program_id(0) * sizes.columns
 
-        def go_back(step: Index, d_state: jax.Array) -> jax.Array:
+        def cross_chunk(step: Index, d_state: jax.Array) -> jax.Array:
             number = sizes.num_chunks - 1 - step
             store_state(saved_ref, number, d_state, column, sizes)
             chunk = read_products(refs, product_refs, number, column, sizes)
@@ -387,7 +387,7 @@ def _run_states_back(
 
         # An array: JAX's interpreter takes no Python int beside a mask.
         d_state = load_state(d_final_ref, jnp.int32(0), column, sizes.columns, sizes)
-        d_state = lax.fori_loop(0, sizes.num_chunks, go_back, d_state)
+        d_state = lax.fori_loop(0, sizes.num_chunks, cross_chunk, d_state)
         store_state(d_first_ref, jnp.int32(0), d_state, column, sizes)
 
     state_shape = d_final_state.shape

@@ -26,7 +26,7 @@ from maxlm.run.config import RunConfig
 from maxlm.run.load import load_run
 from maxlm.sharding import AxisRules
 from maxlm.train.program import train_model
-from tests.models.building import LLAMA_GQA
+from tests.models.building import LLAMA_GQA, draw_params
 from tests.train import tiny
 
 pytestmark = pytest.mark.heavy
@@ -86,33 +86,47 @@ def test_its_logits_are_a_decoders_of_gained_states(one_device_mesh):
     with jax.set_mesh(one_device_mesh):
         model = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
         plain = LLAMA_GQA.build(rules=AxisRules(), dtype=jnp.float32)
-        params = init_params(param_specs(model), jax.random.key(0))
-        np.testing.assert_array_equal(params["gain"], np.full(14, 0.5, np.float32))
-        gain = jnp.asarray(random.normal(size=14), jnp.float32)
-        bound = bind(model, params | {"gain": gain})
-        logits = bound.logits(bound(tokens, positions)[0])
-        del params["gain"]
-        bound = bind(plain, params)
-        hidden, _ = bound(tokens, positions)
-        expected = bound.logits(hidden * gain)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+        specs = param_specs(model)
+        initial = init_params({"gain": specs["gain"]}, jax.random.key(0))
+        np.testing.assert_array_equal(initial["gain"], np.full(14, 0.5, np.float32))
+        params = jax.tree.map(jnp.float32, draw_params(specs))
+
+        @jax.jit
+        def compute_logits(params):
+            bound = bind(model, params)
+            hidden, _ = bound(tokens, positions)
+            return bound.logits(hidden)
+
+        @jax.jit
+        def define_logits(params, gain):
+            bound = bind(plain, params)
+            hidden, _ = bound(tokens, positions)
+            return bound.logits(hidden * gain)
+
+        logits = compute_logits(params)
+        gain = params.pop("gain")
+        expected = define_logits(params, gain)
+    np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_engine_generates_with_it(one_device_mesh):
     prompt = (3, 1, 4, 1, 5)
     with jax.set_mesh(one_device_mesh):
         model = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
-        params = init_params(param_specs(model), jax.random.key(1))
-        gain = np.random.default_rng(1).normal(size=14)
-        params["gain"] = jnp.asarray(gain, jnp.float32)
+        params = jax.tree.map(jnp.float32, draw_params(param_specs(model), seed=1))
         engine = Engine(model, params, EngineConfig(max_sequences=1, max_length=16))
         sampling = SamplingConfig(temperature=0, max_new_tokens=6)
         outputs = engine.run([GenerationRequest("a", prompt, sampling)])
         generated = [token for output in outputs for token in output.token_ids]
         text = jnp.asarray([[*prompt, *generated]])
-        bound = bind(model, params)
-        hidden, _ = bound(text, jnp.arange(text.shape[1])[None])
-        likeliest = bound.logits(hidden).argmax(-1)
+
+        @jax.jit
+        def predict(params):
+            bound = bind(model, params)
+            hidden, _ = bound(text, jnp.arange(text.shape[1])[None])
+            return bound.logits(hidden).argmax(-1)
+
+        likeliest = predict(params)
     assert generated == likeliest[0, len(prompt) - 1 : -1].tolist()
 
 

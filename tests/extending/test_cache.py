@@ -19,10 +19,10 @@ from maxlm.models.caches.config import CACHES, AnyCacheConfig, CacheConfig
 from maxlm.models.caches.kinds import KeyValueSizes, RegisteredCache
 from maxlm.models.caches.paged import AttentionCache
 from maxlm.models.caches.ragged import RaggedBatch, RowTokens, run_rows
-from maxlm.models.params import bind, init_params, param_specs
+from maxlm.models.params import bind, param_specs
 from maxlm.parallel.terms import AttentionTerms
 from maxlm.sharding import AxisRules
-from tests.models.building import LLAMA_GQA
+from tests.models.building import LLAMA_GQA, draw_params
 
 pytestmark = pytest.mark.heavy
 
@@ -141,7 +141,7 @@ def test_a_model_attends_as_one_with_a_window(length, one_device_mesh):
     with jax.set_mesh(one_device_mesh):
         model = LLAMA_GQA.build(rules=AxisRules(), dtype=jnp.float32)
         windowed = windowed_config.build(rules=AxisRules(), dtype=jnp.float32)
-        params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
+        params = jax.tree.map(jnp.float32, draw_params(param_specs(model)))
         config = EngineConfig(
             max_sequences=2, max_length=32, prefill_tokens=8, cache=cache
         )

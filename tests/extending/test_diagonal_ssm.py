@@ -28,7 +28,6 @@ from maxlm.models.params import (
     bind,
     declare,
     flatten_names,
-    init_params,
     materialize,
     param_specs,
 )
@@ -41,7 +40,7 @@ from maxlm.run.placement import require_run_trainable
 from maxlm.sharding import AxisRules
 from maxlm.train.program import train_model
 from maxlm.train.smoke import shrink_config
-from tests.models.building import LLAMA_GQA
+from tests.models.building import LLAMA_GQA, draw_params
 from tests.plan.test_against_compiled import compiled, sent
 from tests.train import tiny
 
@@ -168,7 +167,7 @@ def test_its_config_reads_back_and_its_parameters_are_declared(model):
 def test_a_packed_row_is_its_documents_apart(model):
     """Documents of 9, 1 and 14 tokens in a row of 32 with padding, and each in a row of
     its own."""
-    params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
+    params = jax.tree.map(jnp.float32, draw_params(param_specs(model)))
     random = np.random.default_rng(0)
     documents = [random.integers(0, 31, length) for length in (9, 1, 14)]
 
@@ -197,7 +196,7 @@ def test_a_packed_row_is_its_documents_apart(model):
 def test_generation_equals_the_full_forward_pass(model):
     """More prompts than rows, in chunks that end anywhere; rows are used again, and
     forked."""
-    params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
+    params = jax.tree.map(jnp.float32, draw_params(param_specs(model)))
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 31, n).tolist() for n in (1, 19, 6, 11)]
     config = EngineConfig(

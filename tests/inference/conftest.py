@@ -97,7 +97,8 @@ def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
 @pytest.fixture(scope="session")
 def tinies(one_device_mesh) -> dict[str, Tiny]:
     """Built once, so that tests share what they compile."""
-    return {name: build(config, one_device_mesh) for name, config in CONFIGS.items()}
+    configs = {**CONFIGS, "shallow": CONFIGS["llama"] | {"num_layers": 1}}
+    return {name: build(config, one_device_mesh) for name, config in configs.items()}
 
 
 @pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.more)])
@@ -111,6 +112,14 @@ def tiny(request, tinies, one_device_mesh) -> Iterator[Tiny]:
 def llama(tinies, one_device_mesh) -> Iterator[Tiny]:
     with jax.set_mesh(one_device_mesh):
         yield tinies["llama"]
+
+
+@pytest.fixture
+def shallow(tinies, one_device_mesh) -> Iterator[Tiny]:
+    """Another model of llama's vocabulary, of one layer: programs that compile in less
+    time."""
+    with jax.set_mesh(one_device_mesh):
+        yield tinies["shallow"]
 
 
 @pytest.fixture

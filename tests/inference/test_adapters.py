@@ -108,7 +108,7 @@ def check(tiny: Tiny, outputs: list, adapter: str | None, seed: int = 0) -> None
     np.testing.assert_allclose([logprob for _, logprob in outputs], want, atol=2e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.more
 def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
     engine = make_engine(tiny)
     for name in ADAPTERS:
@@ -121,30 +121,30 @@ def test_a_batch_of_adapters_is_as_each_merged_model_alone(tiny):
 
 
 @pytest.mark.heavy
-def test_adapters_come_and_go_between_steps_and_nothing_compiles(llama):
-    engine = make_engine(llama, max_adapters=2)
+def test_adapters_come_and_go_between_steps_and_nothing_compiles(shallow):
+    engine = make_engine(shallow, max_adapters=2)
     outputs = {}
     engine.warm_up()
     compiled = engine.stats().compilations_total
-    load(engine, llama, "small")
+    load(engine, shallow, "small")
     engine.add_request(request("small"))
     engine.add_request(request(None))
     collect(engine.step(), outputs)
-    load(engine, llama, "out", seed=1)
+    load(engine, shallow, "out", seed=1)
     engine.add_request(request("out"))
     collect(engine.step(), outputs)
     assert "requests use it" in message(lambda: engine.unload_adapter("out"))
-    assert "slots are taken" in message(lambda: load(engine, llama, "stable"))
+    assert "slots are taken" in message(lambda: load(engine, shallow, "stable"))
     while any(
         sequence.request.adapter == "small" for sequence in engine.scheduler.running
     ):
         collect(engine.step(), outputs)
     engine.unload_adapter("small")
-    load(engine, llama, "stable")
+    load(engine, shallow, "stable")
     engine.add_request(request("stable"))
     collect(engine.run([]), outputs)
     for name in PROMPTS:
-        check(llama, outputs[str(name)], name, seed=int(name == "out"))
+        check(shallow, outputs[str(name)], name, seed=int(name == "out"))
     assert engine.stats().compilations_total == compiled
     assert engine.adapters == ("out", "stable")
 

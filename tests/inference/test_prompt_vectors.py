@@ -20,8 +20,9 @@ from tests.models.building import decoder, placed_params
 
 WIDTH = 7
 FRONTEND = {"kind": "embeddings", "placeholder_id": VOCAB - 1, "width": WIDTH}
-CONFIG = DecoderConfig.model_validate(CONFIGS["llama"] | {"frontend": FRONTEND})
-PLAIN = DecoderConfig.model_validate(CONFIGS["llama"])
+SETTINGS = CONFIGS["llama"] | {"num_layers": 1}
+CONFIG = DecoderConfig.model_validate(SETTINGS | {"frontend": FRONTEND})
+PLAIN = DecoderConfig.model_validate(SETTINGS)
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=4)
 PROMPT = (5, 65, 65, 9, 11, 65, 3, 8, 65)
 PLACES = (1, 2, 5, 8)
@@ -31,7 +32,7 @@ def make_engine(
     config: DecoderConfig, where: Any, *, accepts_embeddings: bool = False
 ) -> Engine:
     settings = EngineConfig(
-        max_sequences=2,
+        max_sequences=1,
         max_length=24,
         page_size=4,
         prefill_tokens=8,

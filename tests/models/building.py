@@ -57,6 +57,12 @@ def shardings(specs: Params, mesh: Mesh) -> Params:
 
 def random_params(config: DecoderConfig, mesh: Mesh, seed: int = 0) -> Params:
     """Float64 NumPy values far from the initial ones: every scale and bias matters."""
+    return draw_params(param_specs(decoder(config, mesh)), seed)
+
+
+def draw_params(specs: Params, seed: int = 0) -> Params:
+    """The same of any model's declarations. Nothing is compiled for them, unlike for
+    ``init_params``."""
     rng = np.random.default_rng(seed)
 
     def draw(path, spec):
@@ -65,7 +71,7 @@ def random_params(config: DecoderConfig, mesh: Mesh, seed: int = 0) -> Params:
             np.float64
         )
 
-    return jax.tree_util.tree_map_with_path(draw, param_specs(decoder(config, mesh)))
+    return jax.tree_util.tree_map_with_path(draw, specs)
 
 
 def storage(config: DecoderConfig, mesh: Mesh) -> Params:

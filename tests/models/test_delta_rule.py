@@ -197,33 +197,36 @@ def test_hidden_states_and_gradients_equal_the_reference(name, one_device_mesh):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "sizes", [{}, pytest.param({"tensor": 2}, marks=pytest.mark.more)]
+    ("sizes", "pattern"),
+    [
+        ({}, ["delta", "kimi"]),
+        pytest.param({"tensor": 2}, ["delta", "full", "kimi"], marks=pytest.mark.more),
+    ],
 )
-def test_generation_equals_the_full_forward_pass(sizes, mesh):
-    """A hybrid of both kinds and attention."""
+def test_generation_equals_the_full_forward_pass(sizes, pattern, mesh):
+    """Both kinds, and a hybrid of them and attention."""
     axes = mesh(**sizes)
+    kinds = {
+        "delta": {
+            "mixer": MIXERS_BY_NAME["negative"] | {"num_heads": 4, "num_key_heads": 2}
+        },
+        "kimi": {"mixer": MIXERS_BY_NAME["kimi"]},
+        "full": {},
+    }
     attention = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
     config = make_config(
         "delta",
         vocab_size=30,
-        num_layers=3,
+        num_layers=len(pattern),
         mixer=None,
         attention=attention,
-        kinds={
-            "delta": {
-                "mixer": MIXERS_BY_NAME["negative"]
-                | {"num_heads": 4, "num_key_heads": 2}
-            },
-            "kimi": {"mixer": MIXERS_BY_NAME["kimi"]},
-            "full": {},
-        },
-        pattern=["delta", "full", "kimi"],
+        kinds={name: kinds[name] for name in pattern},
+        pattern=pattern,
         init_std=0.6,
     )
     with jax.set_mesh(axes):
         model = building.decoder(config, axes)
-        specs = param_specs(model)
-        params = jax.jit(lambda: init_params(specs, jax.random.key(0)))()
+        params = building.placed_params(config, axes)
         check_generation_equals_forward_pass(model, params, (1, 19, 2, 11), num_rows=2)
 
 

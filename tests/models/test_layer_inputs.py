@@ -10,11 +10,12 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
-from maxlm.models.params import Params, bind, flatten_names, get_values
+from maxlm.models.params import Params, bind, flatten_names
 from maxlm.parallel.config import ParallelConfig
 from maxlm.run.model_placement import describe_pipeline_obstacle
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK, placed_params, rows
+from tests.models.layer_walk import apply_layers_one_by_one
 
 SIZES = {
     "vocab_size": 32,
@@ -59,6 +60,16 @@ GEMMA = make_config(
     layer_scale=True,
     placement="sandwich",
 )
+# Two periods of a kind that makes keys and one that reads them: the least that a scan
+# carries keys between.
+SMALL = make_config(
+    ["near", "near_shared"],
+    num_layers=4,
+    block=ALTUP | {"num_streams": 2},
+    layer_inputs=INPUTS,
+    layer_scale=True,
+    placement="sandwich",
+)
 # The first reader of keys takes those of another scan, the others those of their own.
 DENSE_FIRST = make_config(
     ["near", "near_shared"],
@@ -84,48 +95,20 @@ def make_rows(mesh) -> list[jax.Array]:
     return rows(mesh, tokens, positions, segments)
 
 
-def run_one_by_one(model: Decoder, tokens, positions, segments) -> jax.Array:
-    """Applies layers in a plain loop, each with keys handed to it."""
-    x = model.embed(tokens, positions)
-    layer_inputs = None
-    if model.layer_inputs is not None:
-        layer_inputs = model.layer_inputs(tokens, x)
-    x = model.expand_streams(x)
-    last_keys = {}
-    number = 0
-    for run in model.config.layer_runs:
-        contexts = model._list_contexts(run, (positions, segments))
-        for place in run.iterate_places():
-            stack = model.stacks[place.stack.name]
-            params = jax.tree.map(lambda a, i=place.index: a[i], get_values(stack))
-            kind = run.kinds[place.kind_index]
-            inputs = model._make_attention_inputs(
-                kind, contexts[place.kind_index], None
-            )
-            if kind.keys_of is not None:
-                inputs = inputs._replace(shared=last_keys[kind.keys_of])
-            layer_input = None if layer_inputs is None else layer_inputs[number]
-            output = bind(stack, params)(x, inputs, layer_input=layer_input)
-            if kind.keys_of is None:
-                last_keys[run.kind_names[place.kind_index]] = output.keys_values
-            x = output.x
-            number += 1
-    return model.apply_final_norm(x)
-
-
 def differentiate(model: Decoder, params: Params, arrays, *, one_by_one: bool = False):
     """Returns a loss of the hidden states, and its gradients by name."""
     weights = np.random.default_rng(2).normal(size=(2, LENGTH, 14)).astype(np.float32)
 
     def compute_loss(params, tokens, positions, segments):
-        bound = bind(model, params)
         if one_by_one:
-            hidden = run_one_by_one(bound, tokens, positions, segments)
+            hidden = apply_layers_one_by_one(model, params, tokens, positions, segments)
         else:
-            hidden, _ = bound(tokens, positions, segments)
+            hidden, _ = bind(model, params)(tokens, positions, segments)
         return jnp.sum(hidden * weights)
 
-    step = jax.jit(jax.value_and_grad(compute_loss), compiler_options=QUICK)
+    step = jax.value_and_grad(compute_loss)
+    if not one_by_one:
+        step = jax.jit(step, compiler_options=QUICK)
     loss, gradients = step(params, *arrays)
     gradients = {
         name: np.asarray(value) for name, value in flatten_names(gradients).items()
@@ -151,7 +134,8 @@ def assert_same(left, right) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(GEMMA, id="gemma"),
+        pytest.param(SMALL, id="small"),
+        pytest.param(GEMMA, id="gemma", marks=pytest.mark.more),
         pytest.param(PERIODS, id="periods", marks=pytest.mark.more),
         pytest.param(DENSE_FIRST, id="dense_first", marks=pytest.mark.more),
     ],

@@ -1,7 +1,6 @@
 """Layers unlike each other by turns: what a config makes of its kinds and pattern, and
 the same numbers as the layers applied one by one."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -12,11 +11,18 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.settings import MAX_LAYERS
 from maxlm.models.architectures.transformer import DecoderConfig
-from maxlm.models.params import bind, flatten_names, init_params, param_specs
+from maxlm.models.params import bind, flatten_names, param_specs
 from maxlm.run.model_placement import describe_pipeline_obstacle
 from maxlm.sharding import AxisRules
-from tests.models.building import LLAMA_GQA, POSITIONS, SEGMENTS
+from tests.models.building import (
+    LLAMA_GQA,
+    POSITIONS,
+    QUICK,
+    SEGMENTS,
+    random_params,
+)
 from tests.models.generation import check_generation_equals_forward_pass
+from tests.models.layer_walk import apply_layers_one_by_one
 
 SIZES = {"vocab_size": 31, "d_model": 14, "max_seq_len": 64, "init_std": 0.3}
 WIDE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -181,73 +187,69 @@ def test_a_long_list_of_layers_is_read_at_once():
     assert [run.num_layers for run in runs] == [1, MAX_LAYERS - 2, 1]
 
 
-def embed_and_walk(model, params, tokens, positions, segment_ids):
-    """The forward pass, layer by layer in the order of the pattern."""
-    bound = bind(model, params)
-    x = bound.embed(tokens, positions)
-    for run in model.config.layer_runs:
-        contexts = bound._list_contexts(run, (positions, segment_ids))
-        for place in run.iterate_places():
-            tree = params
-            for name in place.stack.name.split("."):
-                tree = tree[name]
-            index = place.index
-            layer_params = jax.tree.map(lambda a, index=index: a[index], tree)
-            block = bind(model.stacks[place.stack.name], layer_params)
-            kind = run.kinds[place.kind_index]
-            context = contexts[place.kind_index]
-            inputs = bound._make_attention_inputs(kind, context, None)
-            x = block(x, inputs).x
-    return bound.apply_final_norm(x)
-
-
-@contextmanager
-def build(config):
-    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        model = config.build(rules=AxisRules(), dtype=jnp.float32)
-        params = jax.jit(lambda: init_params(param_specs(model), jax.random.key(0)))()
-        yield model, params
+def build(config, mesh):
+    """Builds a model with values that no initializer would draw."""
+    model = config.build(rules=AxisRules(), dtype=jnp.float32)
+    values = random_params(config, mesh)
+    return model, jax.tree.map(lambda a: jnp.float32(0.6 * a), values)
 
 
 @pytest.fixture(scope="module")
-def built():
-    with build(MIXED) as model_and_params:
-        yield model_and_params
+def built(one_device_mesh):
+    with jax.set_mesh(one_device_mesh):
+        yield build(MIXED, one_device_mesh)
 
 
 @pytest.mark.heavy
 def test_a_scan_by_turns_is_the_layers_one_by_one(built):
-    check_equals_walk(*built)
+    check_hidden_states_equal_walk(*built)
 
 
 @pytest.mark.more
 @pytest.mark.heavy
-def test_several_scans_are_the_layers_one_by_one():
-    with build(PARTS) as (model, params):
-        check_equals_walk(model, params)
+def test_gradients_of_a_scan_by_turns_are_those_of_the_layers_one_by_one(built):
+    check_gradients_equal_walk(*built)
+
+
+@pytest.mark.more
+@pytest.mark.heavy
+def test_several_scans_are_the_layers_one_by_one(one_device_mesh):
+    with jax.set_mesh(one_device_mesh):
+        model, params = build(PARTS, one_device_mesh)
+        check_hidden_states_equal_walk(model, params)
         check_generation_equals_forward_pass(model, params, (1, 17, 6))
 
 
-def check_equals_walk(model, params):
-    """Checks hidden states and gradients."""
+def make_scan_and_walk(model):
+    """Returns both ways to hidden states, functions of parameters."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, POSITIONS.shape))
-
-    def loss(params, run):
-        hidden = run(params)
-        return jnp.sum(jnp.sin(3 * hidden)), hidden
 
     def scan(params):
         return bind(model, params)(tokens, POSITIONS, SEGMENTS)[0]
 
     def walk(params):
-        return embed_and_walk(model, params, tokens, POSITIONS, SEGMENTS)
+        return apply_layers_one_by_one(model, params, tokens, POSITIONS, SEGMENTS)
 
-    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    d_scan, by_scan = grad(params, scan)
-    d_walk, by_walk = grad(params, walk)
-    compare = partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
-    compare(by_scan, by_walk)
+    return scan, walk
+
+
+compare = partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
+
+
+def check_hidden_states_equal_walk(model, params):
+    scan, walk = make_scan_and_walk(model)
+    hidden = jax.jit(scan, compiler_options=QUICK)(params)
+    compare(hidden, walk(params))
+
+
+def check_gradients_equal_walk(model, params):
+    scan, walk = make_scan_and_walk(model)
+
+    def loss(params, run):
+        return jnp.sum(jnp.sin(3 * run(params)))
+
+    d_scan = jax.jit(jax.grad(partial(loss, run=scan)), compiler_options=QUICK)(params)
+    d_walk = jax.grad(partial(loss, run=walk))(params)
     largest = max(float(jnp.abs(d).max()) for d in jax.tree.leaves(d_walk))
     jax.tree.map(lambda a, b: compare(a / largest, b / largest), d_scan, d_walk)
     without = [name for name, d in flatten_names(d_scan).items() if not jnp.any(d)]

@@ -158,8 +158,7 @@ def test_generation_equals_the_full_forward_pass(one_device_mesh):
     config = make_config("jamba", init_std=0.6)
     with jax.set_mesh(one_device_mesh):
         model = building.decoder(config, one_device_mesh)
-        specs = param_specs(model)
-        params = jax.jit(lambda: init_params(specs, jax.random.key(0)))()
+        params = building.placed_params(config, one_device_mesh)
         check_generation_equals_forward_pass(model, params, (1, 19, 2, 11))
 
 

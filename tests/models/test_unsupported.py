@@ -57,6 +57,12 @@ def test_a_known_type_is_told_what_it_needs_and_which_family_is_near(values):
     assert "\n" not in message
 
 
+def test_a_type_that_needs_a_file_alone_is_told_where_to_read_how():
+    assert refusal(model_type="jais2").endswith(
+        "the nearest is NemotronForCausalLM, or write that file (docs/convert.md)"
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [

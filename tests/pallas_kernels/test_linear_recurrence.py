@@ -31,6 +31,7 @@ from tests.pallas_kernels.recurrence_cases import (
     draw_case,
     draw_cotangents,
     near,
+    run_with_gradients,
 )
 
 CHUNK = 32
@@ -44,30 +45,24 @@ def _short_blocks(monkeypatch):
     monkeypatch.setattr(params, "BLOCK_TOKENS", 2 * CHUNK)
 
 
-@partial(jax.jit, static_argnames=("function", "chunk_size"))
-def run_forward(case: RecurrenceCase, function=linear_recurrence, chunk_size=CHUNK):
-    sizes = {"chunk_size": chunk_size} if function is linear_recurrence else {}
-    return function(
+@partial(jax.jit, static_argnames="chunk_size")
+def run_forward(case: RecurrenceCase, chunk_size=CHUNK):
+    return linear_recurrence(
         *case.operands,
         initial_state=case.initial_state,
         starts=case.starts,
         scale=SCALE,
-        **sizes,
+        chunk_size=chunk_size,
     )
 
 
-@partial(jax.jit, static_argnames=("function", "chunk_size"))
-def run_backward(
-    case: RecurrenceCase, cotangents, function=linear_recurrence, chunk_size=CHUNK
-):
-    """Gradients of all operands and of the initial state."""
-
-    def run(operands, state):
-        changed = case._replace(operands=operands, initial_state=state)
-        return run_forward(changed, function, chunk_size)
-
-    _, pull = jax.vjp(run, case.operands, case.initial_state)
-    return pull(cotangents)
+@partial(jax.jit, static_argnames="function")
+def run(case: RecurrenceCase, cotangents, function=linear_recurrence):
+    """Output and final state, and gradients of all operands and of the initial state,
+    in one program."""
+    if function is linear_recurrence:
+        function = partial(linear_recurrence, chunk_size=CHUNK)
+    return run_with_gradients(function, case, cotangents)
 
 
 LENGTHS = [
@@ -84,13 +79,12 @@ LENGTHS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_equal_the_definition(kind, tokens):
     case = draw_case(kind, tokens)
-    output, state = run_forward(case)
+    cotangents = draw_cotangents(case)
+    (output, state), gradients = run(case, cotangents)
     expected_output, expected_state = define_recurrence(case)
     near(output, expected_output, 1e-5)
     near(state, expected_state, 1e-5)
-    cotangents = draw_cotangents(case)
-    gradients = run_backward(case, cotangents)
-    reference = run_backward(case, cotangents, linear_recurrence_reference)
+    _, reference = run(case, cotangents, linear_recurrence_reference)
     jax.tree.map(partial(near, tolerance=1e-4), gradients, reference)
 
 
@@ -105,13 +99,12 @@ def test_no_decay_and_decays_of_twenty_a_token(kind, decay, strongest):
     """Cumulative sums over a chunk reach −400 beside tokens that hardly decay: their
     differences would be off by 3e-5, and exp() of their negatives overflows."""
     case = draw_case(kind, 3 * CHUNK, decay=decay, strongest=strongest)
+    cotangents = draw_cotangents(case)
+    (output, state), gradients = run(case, cotangents)
     expected_output, expected_state = define_recurrence(case)
-    output, state = run_forward(case)
     near(output, expected_output, 2e-6)
     near(state, expected_state, 2e-6)
-    cotangents = draw_cotangents(case)
-    gradients = run_backward(case, cotangents)
-    reference = run_backward(case, cotangents, linear_recurrence_reference)
+    _, reference = run(case, cotangents, linear_recurrence_reference)
     jax.tree.map(partial(near, tolerance=1e-5), gradients, reference)
 
 
@@ -135,7 +128,8 @@ def test_a_key_that_repeats_a_whole_chunk_long():
 )
 def test_packed_documents_equal_separate_ones_whatever_stands_in_others(kind):
     """Forward and backward; the documents begin within chunks, and at one."""
-    lengths = (CHUNK + 8, 3, CHUNK - 11, 40)
+    # Those that are compared are of one length: one program computes both.
+    lengths = (CHUNK + 8, 12, CHUNK - 20, 40)
     case = draw_case(kind, sum(lengths), rows=1)
     ids = np.repeat(np.arange(len(lengths)), lengths)[None]
     starts = np.asarray(find_segment_starts(ids))
@@ -146,17 +140,16 @@ def test_packed_documents_equal_separate_ones_whatever_stands_in_others(kind):
     d_output, d_state = draw_cotangents(case)
     d_state = np.zeros_like(d_state)
     packed = case._replace(operands=big)
-    packed_output, _ = run_forward(packed)
-    packed_gradients, d_initial = run_backward(packed, (d_output, d_state))
+    (packed_output, _), pulled = run(packed, (d_output, d_state))
+    packed_gradients, d_initial = pulled
     ends = np.cumsum(lengths)
     for first, end in pairwise(ends[:3]):
         span = slice(first, end)
         operands = jax.tree.map(lambda x, span=span: x[:, span], case.operands)
         zero = np.zeros_like(case.initial_state)
         document = RecurrenceCase(operands, zero, np.zeros_like(starts[:, span]))
-        output, _ = run_forward(document)
+        (output, _), (gradients, _) = run(document, (d_output[:, span], d_state))
         near(packed_output[:, span], output, 1e-6)
-        gradients, _ = run_backward(document, (d_output[:, span], d_state))
         parts = jax.tree.map(lambda x, span=span: x[:, span], packed_gradients)
         # The first token's decay meets a state of zero: no gradient in either.
         jax.tree.map(partial(near, tolerance=1e-6), parts, gradients)
@@ -232,26 +225,29 @@ def test_runs_of_tokens_combine_to_the_whole(kind):
             for span in spans
         ]
 
-    @jax.jit
-    def run(operands, state):
+    def combine(operands, state):
         first, second, third = summarize(operands)
         left = combine_runs(combine_runs(first, second), third)
         right = combine_runs(first, combine_runs(second, third))
-        return apply_run(left, state), apply_run(right, state), second.transition
+        others = (apply_run(right, state), second.transition)
+        return apply_run(left, state), others
 
-    left, right, transition = run(case.operands, case.initial_state)
+    @jax.jit
+    def combine_with_gradients(operands, state, d_state):
+        left, pull, others = jax.vjp(combine, operands, state, has_aux=True)
+        return left, others, pull(d_state)
+
+    zero = np.zeros_like(case.operands.v)
+    _, d_state = draw_cotangents(case)
+    left, (right, transition), pulled = combine_with_gradients(
+        case.operands, case.initial_state, d_state
+    )
     _, expected = define_recurrence(case)
     near(left, expected, 1e-5)
     near(right, expected, 1e-5)
     assert np.all(transition[1] == 0)
     assert np.all(np.abs(transition[0]).reshape(N, -1).max(-1) > 0)
-
-    _, d_state = draw_cotangents(case)
-    pulled = jax.jit(lambda *x: jax.vjp(lambda *y: run(*y)[0], *x)[1](d_state))(
-        case.operands, case.initial_state
-    )
-    zero = np.zeros_like(case.operands.v)
-    expected = run_backward(case, (zero, d_state), linear_recurrence_reference)
+    _, expected = run(case, (zero, d_state), linear_recurrence_reference)
     jax.tree.map(partial(near, tolerance=1e-4), pulled, expected)
 
 
@@ -262,13 +258,13 @@ def test_operands_of_16_bits_have_a_state_of_32():
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     operands = RecurrenceOperands(*narrow, log_decay, beta)
     case = case._replace(operands=operands)
-    output, state = run_forward(case)
+    d_output, d_state = draw_cotangents(case)
+    cotangents = (d_output.astype(jnp.bfloat16), d_state)
+    (output, state), (gradients, _) = run(case, cotangents)
     assert (output.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
     expected_output, expected_state = define_recurrence(case)
     near(output, expected_output, 2.0**-8)
     near(state, expected_state, 1e-5)
-    d_output, d_state = draw_cotangents(case)
-    gradients, _ = run_backward(case, (d_output.astype(jnp.bfloat16), d_state))
     dtypes = [x.dtype for x in gradients]
     assert dtypes == [jnp.bfloat16] * 3 + [jnp.float32] * 2
 

@@ -5,6 +5,7 @@ write works.
 """
 
 import re
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -31,6 +32,10 @@ COLUMNS = {
     cells.GATED: "gates, chunks",
     cells.SPARSE: "sparse",
     cells.NARROW: "narrow values",
+    cells.MAMBA: "Mamba",
+    cells.DELTA: "delta rules",
+    cells.HYBRID: "Mamba-2, other states",
+    cells.STREAMS: "hyper-connections",
 }
 DEVICES = 64
 # Each block of YAML, and what a plan is to say of it.
@@ -39,6 +44,12 @@ EXAMPLES = re.findall(
     PAGE.read_text(),
     re.DOTALL,
 )
+
+
+@cache
+def find_refusal(model: str, layout: str) -> str | None:
+    """Returns why a layout of a model is refused; None: it is not."""
+    return cells.refusal(model, cells.CELLS[layout])
 
 
 def table() -> str:
@@ -55,7 +66,7 @@ def table() -> str:
     def entry(name: str, model: str) -> str:
         if model not in cells.CELLS[name].models:
             return ""
-        reason = cells.refusal(model, cells.CELLS[name])
+        reason = find_refusal(model, name)
         if reason is None:
             return "✓"
         if reason not in reasons:
@@ -94,7 +105,9 @@ def test_the_page_shows_which_layouts_are_refused_and_why():
     assert page == written(page), "run: python -m tests.train.test_matrix"
     assert not compiled
     refused = {
-        pair for pair in cells.PAIRS if cells.refusal(pair[1], cells.CELLS[pair[0]])
+        (layout, model)
+        for layout, model in cells.PAIRS
+        if find_refusal(model, layout) is not None
     }
     assert refused == set(cells.PAIRS) - set(cells.TRAINED)
 

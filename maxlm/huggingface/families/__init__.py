@@ -14,6 +14,7 @@ from maxlm.config.registry import Registry
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.huggingface.families.unsupported import (
+    FILE_ALONE,
     KNOWN_UNSUPPORTED,
     find_unsupported,
     get_class_stem,
@@ -149,6 +150,8 @@ def _make_refusal(
         message = f"{message}: {known} needs {needs}"
         name = FAMILIES.get(nearest).hf_architecture
         fix = f"convert a model of a supported family, the nearest is {name}"
+        if needs == FILE_ALONE:
+            fix = f"{fix}, or write that file (docs/convert.md)"
         return MaxlmError(message, where=source, fix=fix)
     by_stem: dict[str, str] = {}
     by_model_type: dict[str, str] = {}

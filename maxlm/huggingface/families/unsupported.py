@@ -23,16 +23,17 @@ def _group(needs: str, nearest: str, model_types: str) -> dict[str, UnsupportedT
     return dict.fromkeys(model_types.split(), entry)
 
 
-_FILE = "nothing but a file with its settings and the names of its weights"
+FILE_ALONE = "nothing but a file with its settings and the names of its weights"
+"""What a type needs whose blocks are all here."""
 
 KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     # Decoders whose blocks are all here.
-    **_group(_FILE, "llama", "cwm exaone internlm3 iquestcoder"),
-    **_group(_FILE, "gpt2", "gpt-sw3"),
-    **_group(_FILE, "nemotron", "jais2 persimmon"),
-    **_group(_FILE, "granite", "hyperclovax"),
-    **_group(_FILE, "glm4_moe", "sarvam_moe solar_open"),
-    **_group(_FILE, "deepseek_v3", "axk1 sarvam_mla youtu"),
+    **_group(FILE_ALONE, "llama", "cwm exaone internlm3 iquestcoder"),
+    **_group(FILE_ALONE, "gpt2", "gpt-sw3"),
+    **_group(FILE_ALONE, "nemotron", "jais2 persimmon"),
+    **_group(FILE_ALONE, "granite", "hyperclovax"),
+    **_group(FILE_ALONE, "glm4_moe", "sarvam_moe solar_open"),
+    **_group(FILE_ALONE, "deepseek_v3", "axk1 sarvam_mla youtu"),
     **_group(
         "a file that maps its mixture of experts",
         "qwen3_moe",
