@@ -256,7 +256,7 @@ def copy_rows(
     by_shard = model.rules.spec("batch")
     sources = reshard(sources, by_shard)
 
-    def copy_rows(rows: jax.Array, spec: CacheArraySpec) -> jax.Array:
+    def copy_array(rows: jax.Array, spec: CacheArraySpec) -> jax.Array:
         if spec.unit == "page":
             return rows
         by_row = model.rules.spec(*spec.axes)
@@ -266,7 +266,7 @@ def copy_rows(
 
         return map_shards(select_rows, (by_row, by_shard), by_row)(rows, sources)
 
-    return jax.tree.map(copy_rows, state, state_specs(model, layout, input_length))
+    return jax.tree.map(copy_array, state, state_specs(model, layout, input_length))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
