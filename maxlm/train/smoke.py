@@ -75,9 +75,12 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     """
     task = config.task.for_small_model()
     steps = NUM_STEPS if task.predicts_every_token else NUM_SPARSE_STEPS
+    # Each kind of layers once, behind a dense one if there are such.
+    num_kinds = len(dict.fromkeys(config.model.pattern))
+    num_kinds += min(config.model.dense_layers, 1)
     small_model = config.model.shrunk(
         vocab_size=VOCAB_SIZE,
-        num_layers=NUM_LAYERS,
+        num_layers=max(NUM_LAYERS, num_kinds),
         head_dim=HEAD_DIM,
         seq_len=max(task.row_lengths(SEQ_LEN)),
     )

@@ -138,7 +138,9 @@ def turned(positions: Any) -> dict[str, Any]:
 def test_shrinking_keeps_the_structure(name):
     run = read(name)
     small = shrink_config(run, 8)
-    assert small.model.num_layers <= 2
+    num_kinds = len(dict.fromkeys(run.model.pattern)) + min(run.model.dense_layers, 1)
+    num_layers = max(2, num_kinds)
+    assert small.model.num_layers <= num_layers
     assert small.model.d_model <= 256
     assert small.data.batch_size % 8 == 0
     sizes = {
@@ -153,7 +155,7 @@ def test_shrinking_keeps_the_structure(name):
         "logit_scale",
     }
     # Kinds of layers and mixers are made small each by its own rule (``shrunk``).
-    sizes |= {"mixer", "kinds", "dense_layers"}
+    sizes |= {"mixer", "kinds", "dense_layers", "layer_inputs"}
     unchanged = set(type(run.model).model_fields) - sizes - {"positions", "pattern"}
     assert small.model.model_dump(include=unchanged) == run.model.model_dump(
         include=unchanged
@@ -162,7 +164,7 @@ def test_shrinking_keeps_the_structure(name):
     same = small.model.d_model**-0.5 if by_width else run.model.logit_scale
     assert small.model.logit_scale == pytest.approx(same)
     for trunk, was in zip(small.model.trunks, run.model.trunks, strict=True):
-        assert trunk.num_layers == min(was.num_layers, 2)
+        assert trunk.num_layers == min(was.num_layers, num_layers)
     assert turned(small.model.positions) == turned(run.model.positions)
     assert small.model.dense_layers == min(run.model.dense_layers, 1)
     # Each kind once, and of the same mixers.
@@ -170,7 +172,15 @@ def test_shrinking_keeps_the_structure(name):
         bool(kind.window) for kind in dict.fromkeys(run.model.layer_kinds)
     ]
     mixers = [type(mixer) for mixer in run.model.list_mixers()]
-    assert {type(mixer) for mixer in small.model.list_mixers()} <= set(mixers)
+    assert {type(mixer) for mixer in small.model.list_mixers()} == set(mixers)
+    names, small_names = (
+        {name for layer_run in model.layer_runs for name in layer_run.kind_names}
+        for model in (run.model, small.model)
+    )
+    assert small_names == names
+    if small.model.layer_inputs is not None:
+        # Published tables have 262,144 rows.
+        assert small.model.layer_inputs.vocab_size <= small.model.vocab_size
     was, now = run.model.attention, small.model.attention
     assert (now is None) == (was is None)
     if now is not None:

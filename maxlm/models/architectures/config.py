@@ -127,6 +127,9 @@ class TransformerConfig(TransformerSettings):
                 "dense_layers": min(self.dense_layers, 1),
                 "kinds": kinds,
                 "pattern": pattern,
+                "layer_inputs": shrinker.shrink_layer_inputs(
+                    self.layer_inputs, vocab_size
+                ),
                 "positions": shrinker.shrink_positions(self.positions),
                 "logit_scale": d_model**-0.5 if scales_by_width else self.logit_scale,
             }

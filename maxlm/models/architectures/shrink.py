@@ -5,6 +5,7 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 
 from maxlm.config import Config
 from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.layer_inputs import LayerInputsConfig
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -46,11 +47,25 @@ class PartShrinker:
         if isinstance(ffn, MoeConfig):
             others = {"shared_d_ff": ffn.shared_d_ff, "latent_dim": ffn.latent_dim}
             widths |= {name: width for name, width in others.items() if width}
-        changes = {
-            name: max(1, round(width / self.old_d_model * self.d_model / 8)) * 8
-            for name, width in widths.items()
-        }
+        changes = {name: self._shrink_width(width) for name, width in widths.items()}
         return ffn.model_copy(update=changes)
+
+    def _shrink_width(self, width: int) -> int:
+        ratio = width / self.old_d_model
+        return max(1, round(ratio * self.d_model / 8)) * 8
+
+    def shrink_layer_inputs(
+        self, inputs: LayerInputsConfig | None, vocab_size: int
+    ) -> LayerInputsConfig | None:
+        """Returns inputs of layers of the same ratio to the width, from a table of at
+        most ``vocab_size`` rows."""
+        if inputs is None:
+            return None
+        num_rows = inputs.vocab_size
+        if num_rows is not None:
+            num_rows = min(num_rows, vocab_size)
+        width = self._shrink_width(inputs.width)
+        return inputs.model_copy(update={"width": width, "vocab_size": num_rows})
 
     def shrink_positions(
         self, positions: PositionsConfig | None
