@@ -208,7 +208,7 @@ class TransformerConfig(Config):
             raise MaxlmError("ffn beside mlp or moe", fix="leave the others out")
         num_dense = self.dense_layers
         has_both = self.mlp is not None and self.moe is not None
-        names_dense_kind = any(kind.ffn == "mlp" for kind in self.layer_kinds)
+        names_dense_kind = any(kind.ffn == "mlp" for kind in self._list_all_kinds())
         if has_both and not num_dense and not names_dense_kind:
             raise MaxlmError(
                 "both mlp and moe",
@@ -256,7 +256,10 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _kinds_fit(self) -> Self:
-        unused = self.kinds.keys() - set(self.pattern)
+        named = {*self.pattern}
+        if self.mtp is not None and self.mtp.layer is not None:
+            named.add(self.mtp.layer)
+        unused = self.kinds.keys() - named
         if unused:
             raise MaxlmError(
                 f"kinds.{min(unused)} is not in the pattern",
@@ -275,6 +278,16 @@ class TransformerConfig(Config):
                 where="pattern",
                 fix="give them names in model.kinds, and list these",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _modules_fit(self) -> Self:
+        for run in self.mtp_runs:
+            (kind,) = run.kinds
+            if kind.keys_of is not None:
+                message = f"modules that read the keys of {kind.keys_of}"
+                fix = "name a kind that makes its own in mtp.layer"
+                raise MaxlmError(message, where="mtp", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -337,12 +350,13 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
-        for kind in self.layer_kinds:
+        all_kinds = self._list_all_kinds()
+        for kind in all_kinds:
             self._check_positions(self.get_positions(kind), self.get_attention(kind))
         scheme = self.positions.kind
         pattern_positions = [
             kind.positions
-            for kind in self.layer_kinds
+            for kind in all_kinds
             if kind.positions is not None and kind.positions.kind != "none"
         ]
         others = [
@@ -431,6 +445,12 @@ class TransformerConfig(Config):
             return (LayerKind(window=window),)
         return tuple(self._find_kind(entry) for entry in self.pattern)
 
+    def _list_all_kinds(self) -> tuple[LayerKind, ...]:
+        """Lists the kinds of layers, and that of ``mtp``'s modules if they name one."""
+        if self.mtp is None or self.mtp.layer is None:
+            return self.layer_kinds
+        return (*self.layer_kinds, self._find_kind(self.mtp.layer))
+
     def _find_kind(self, entry: KindName | LayerKind) -> LayerKind:
         if isinstance(entry, LayerKind):
             return entry
@@ -453,8 +473,10 @@ class TransformerConfig(Config):
         return find_attention(self._resolve_mixer(kind))
 
     def list_blocks(self) -> tuple[BlockConfig, ...]:
-        """Lists what layers are built of, each once."""
-        blocks = [stack.block for stack in self.layer_stacks]
+        """Lists what layers are built of, those of ``mtp``'s modules included, each
+        once."""
+        runs = (*self.layer_runs, *self.mtp_runs)
+        blocks = [stack.block for run in runs for stack in run.stacks]
         return tuple(dict.fromkeys(blocks))
 
     def list_mixers(self) -> tuple[Config, ...]:
@@ -617,13 +639,17 @@ class TransformerConfig(Config):
 
     @property
     def mtp_runs(self) -> tuple[LayerRun, ...]:
-        """The modules of ``mtp`` as a run of layers of the last kind, if there are
-        any."""
-        if self.mtp is None:
+        """The modules of ``mtp`` as a run of layers, if there are any."""
+        mtp = self.mtp
+        if mtp is None:
             return ()
-        last = self.layer_runs[-1]
-        block = last.stacks[last.turns[-1]].block
-        return (make_mtp_run(self.mtp.num_modules, last.kinds[-1], block),)
+        if mtp.layer is not None:
+            layer = self._resolve_layer(mtp.layer, is_dense=False)
+        else:
+            last = self.layer_runs[-1]
+            block = last.stacks[last.turns[-1]].block
+            layer = PatternLayer(last.kinds[-1], block, kind_name="")
+        return (make_mtp_run(mtp.num_modules, layer),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
@@ -683,6 +709,10 @@ class TransformerConfig(Config):
             for entry in dict.fromkeys(self.pattern)
         )
         kinds = {name: shrinker.shrink_kind(kind) for name, kind in self.kinds.items()}
+        mtp = self.mtp
+        if mtp is not None and isinstance(mtp.layer, LayerKind):
+            layer = shrinker.shrink_kind(mtp.layer)
+            mtp = mtp.model_copy(update={"layer": layer})
         # T5's, without which a narrow model's logits would hardly differ.
         scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
         moe = None if self.moe is None else self.moe.limit_experts(8)
@@ -702,6 +732,7 @@ class TransformerConfig(Config):
                 "dense_layers": min(self.dense_layers, 1),
                 "kinds": kinds,
                 "pattern": pattern,
+                "mtp": mtp,
                 "positions": shrinker.shrink_positions(self.positions),
                 "logit_scale": d_model**-0.5 if scales_by_width else self.logit_scale,
             }
