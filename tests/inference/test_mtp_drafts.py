@@ -36,8 +36,11 @@ def build_mtp(one_device_mesh, build_tiny):
     return partial(build_mtp_on, build_tiny, one_device_mesh)
 
 
-def build_mtp_on(build_tiny, mesh, num_modules: int) -> Tiny:
-    return build_tiny("llama", mesh, mtp={"num_modules": num_modules})
+def build_mtp_on(
+    build_tiny, mesh, num_modules: int, settings: Mapping[str, object] | None = None
+) -> Tiny:
+    all_settings = {"mtp": {"num_modules": num_modules}, **(settings or {})}
+    return build_tiny("llama", mesh, **all_settings)
 
 
 def make_engine(
@@ -122,15 +125,21 @@ def _run_whole(tiny, tokens):
     return hidden, lambda state: logits_by_state[state.tobytes()], apply
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_drafts", "num_rows"),
+    # A guess of the module's first pass, and one of its own last guess.
+    [(1, 2, 2), pytest.param(2, 3, 3, marks=pytest.mark.more)],
+)
 def test_guesses_are_those_of_the_whole_text_whatever_was_rejected(
-    build_mtp, one_device_mesh
+    build_mtp, one_device_mesh, num_layers, num_drafts, num_rows
 ):
     """Chunked prompts, page borders, several requests; nearly all guesses of a random
     model are rejected, so a cache that kept them would show. Outputs are those of whole
     passes of the model, which guess nothing."""
     with jax.set_mesh(one_device_mesh):
-        tiny = build_mtp(1)
-        engine = make_engine(tiny, 3, {"prefix_cache": False})
+        tiny = build_mtp(1, {"num_layers": num_layers})
+        settings = {"prefix_cache": False, "max_sequences": num_rows}
+        engine = make_engine(tiny, num_drafts, settings)
         for i, prompt in enumerate(PROMPTS):
             engine.add_request(GenerationRequest(str(i), tuple(prompt), GREEDY))
         num_compared = 0
@@ -141,7 +150,7 @@ def test_guesses_are_those_of_the_whole_text_whatever_was_rejected(
             for sequence in engine.scheduler.running:
                 if not sequence.next_drafts or not sequence.is_decoding:
                     continue
-                expected = guess_from_whole_text(tiny, sequence.tokens, 3)
+                expected = guess_from_whole_text(tiny, sequence.tokens, num_drafts)
                 num_left = sequence.num_tokens_left - 1
                 assert sequence.next_drafts[:num_left] == expected[:num_left]
                 num_compared += 1
@@ -171,6 +180,38 @@ def test_outputs_are_those_without_guesses(
         counted = engine.stats()
     assert counted.drafted_tokens_total > 100
     assert counted.cached_prompt_tokens_total > 0
+
+
+EXPERTS = {
+    "mlp": None,
+    "moe": {"num_experts": 4, "experts_per_token": 2, "d_ff": 12, "activation": "silu"},
+}
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("axes", "settings"),
+    [
+        ({"data": 2, "tensor": 2}, {}),
+        ({"fsdp": 2, "tensor": 2}, {}),
+        ({"data": 2, "fsdp": 2}, {"mtp": {"num_modules": 2, "layer": {"window": 5}}}),
+        ({"expert": 2, "tensor": 2}, EXPERTS),
+    ],
+)
+def test_outputs_on_meshes_are_those_of_one_device_without_guesses(
+    build_tiny, one_device_mesh, mesh, axes, settings
+):
+    """Sequences are split over the axes of the batch, each with its modules' caches."""
+    with jax.set_mesh(one_device_mesh):
+        tiny = build_mtp_on(build_tiny, one_device_mesh, 2, settings)
+        plain = run(make_engine(tiny, None), GREEDY)
+    several = mesh(**axes)
+    with jax.set_mesh(several):
+        split = build_mtp_on(build_tiny, several, 2, settings)
+        engine = make_engine(split, 3)
+        assert run(engine, GREEDY) == plain
+        counted = engine.stats()
+    assert counted.drafted_tokens_total > 50
 
 
 def make_exact(tiny: Tiny) -> Tiny:

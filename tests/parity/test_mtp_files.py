@@ -160,9 +160,7 @@ class Reference:
         self.model = build(case.name, num_hidden_layers=first, **kinds)
         kinds = list_kinds(case, first, first + 1)
         self.layers = [
-            build(
-                case.name, num_hidden_layers=1, **({**kinds, **case.module_settings})
-            )
+            build(case.name, num_hidden_layers=1, **({**kinds, **case.module_settings}))
             for _ in range(case.num_modules)
         ]
         norm = self.model.model.norm
