@@ -449,16 +449,18 @@ class TransformerConfig(Config):
         """Lists the kinds of layers, and that of ``mtp``'s modules if they name one."""
         if self.mtp is None or self.mtp.layer is None:
             return self.layer_kinds
-        return (*self.layer_kinds, self._find_kind(self.mtp.layer))
+        return (*self.layer_kinds, self._find_kind(self.mtp.layer, "mtp.layer"))
 
-    def _find_kind(self, entry: KindName | LayerKind) -> LayerKind:
+    def _find_kind(
+        self, entry: KindName | LayerKind, where: str = "pattern"
+    ) -> LayerKind:
         if isinstance(entry, LayerKind):
             return entry
         kind = self.kinds.get(entry)
         if kind is None:
             raise MaxlmError(
-                f"pattern names {entry}, which is not among kinds",
-                where="pattern",
+                f"{where} names {entry}, which is not among kinds",
+                where=where,
                 fix=suggest_kind(entry, self.kinds),
             )
         return kind
