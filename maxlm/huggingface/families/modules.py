@@ -91,8 +91,11 @@ class ModuleNames:
 
     def _count_in(self, names: Collection[str], num_layers: int, most: int) -> int:
         for module in range(most):
-            marks = self.list_marks(module + 1, num_layers)
-            if not set(marks) <= set(names):
+            marks = [
+                mark.format(layer=num_layers + module, module=module)
+                for mark in self.marks
+            ]
+            if not all(mark in names for mark in marks):
                 return module
         return most
 
