@@ -2,6 +2,7 @@
 what a float64 composition of transformers' own layers does (DeepSeek-V3, arXiv
 2412.19437, §2.2), and come back bit for bit."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -173,14 +174,15 @@ class Reference:
         case = self.case
         layout = case.layout
         self._round()
-        self.model.to(torch.bfloat16).save_pretrained(folder)
+        # Copies: in bf16 RoPE's frequencies, which are no parameters, are rounded too.
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(folder)
         values, _ = compare.tensors_of(folder)
         family, _ = compare.read(values)
         tensors = self._get_published(family, self.model)
         for module, layer in enumerate(self.layers):
             numbers = {"layer": case.num_layers + module, "module": module}
             stem = layout.layer.format(**numbers)
-            published = self._get_published(family, layer.to(torch.bfloat16))
+            published = self._get_published(family, layer)
             for name, tensor in published.items():
                 if not name.startswith("model.layers.0."):
                     continue
@@ -203,7 +205,7 @@ class Reference:
 
     def _get_published(self, family: Any, model: Any) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
             tensors = load_file(Path(folder) / "model.safetensors")
         return compare.spell_as_published(family, tensors, tensors)
 
