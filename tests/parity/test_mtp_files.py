@@ -289,4 +289,5 @@ def test_modules_of_files_compute_what_the_paper_says_and_come_back(name, tmp_pa
     states = compute_ours(config, flat, tokens)
     for ahead, (ours, theirs) in enumerate(zip(states, expected, strict=True), 1):
         error = np.abs(ours[:, : SEQ - ahead] - theirs).max() / np.abs(theirs).max()
-        assert error < 1e-5, ahead
+        # A delta rule before them magnifies fp32's rounding.
+        assert error < (1e-4 if LINEAR in case.layer_types else 1e-5), ahead
