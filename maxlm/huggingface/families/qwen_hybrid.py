@@ -119,6 +119,7 @@ def choose_module_layer(settings: dict[str, Any], kind: str) -> str | None:
 
 
 def _read_module_layer(reader: ConfigReader, settings: dict[str, Any]) -> str | None:
+    reader.read_implemented("mtp_use_dedicated_embeddings", False)
     return choose_module_layer(settings, FULL)
 
 
@@ -157,8 +158,8 @@ _FIXED = {
     f"kinds.{LINEAR}.mixer.kind": DELTA,
 }
 _FIXED_MOE = {**_FIXED, "moe.shared_experts": 1, "moe.shared_gate": True}
-# What is there for the published code's kernels.
-_INERT = ("mamba_ssm_dtype",)
+# What is there for the published code's kernels, and of modules where there are some.
+_INERT = ("mamba_ssm_dtype", "mtp_use_dedicated_embeddings")
 _MODULES = map_modules_apart(_read_module_layer, "mtp_num_hidden_layers")
 # Some files have all experts of a module in one tensor, which is left out.
 _MOE_MODULES = map_modules_apart(
