@@ -5,7 +5,7 @@ written.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -70,11 +70,14 @@ def import_tensors(
         ignored: patterns of tensors that may be there without being used
             (``*.inv_freq``).
         progress: is told of the bytes of tensors that are done, and of all.
-        warn: called with a line if values are NaN or infinite.
+        warn: called with a line if values are NaN or infinite, and for each copy that
+            differs from its tensor.
     """
     num_lead_axes = count_lead_axes(entries, shapes)
     stored_tensors = list_model_tensors(folder)
     pairs = match_entries(stored_tensors, entries, ignored, where=str(folder))
+    for line in _describe_unlike_copies(stored_tensors, pairs):
+        warn(line)
     for name, shape in shapes.items():
         writer.declare(name, shape, num_lead_axes[name])
 
@@ -114,6 +117,7 @@ def export_tensors(
     """Write all parameters of a checkpoint into an empty folder, as safetensors files.
 
     Args:
+        entries: their copies are written too.
         dtypes: the number formats of tensors: those they were imported with, or others.
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
@@ -123,8 +127,9 @@ def export_tensors(
     num_bytes: dict[str, int] = {}
     for entry in entries:
         dtype = dtypes.get_dtype(entry.theirs)
-        kinds[entry.theirs] = (dtype, tuple(entry.shape))
-        num_bytes[entry.theirs] = prod(entry.shape) * NUMPY[dtype].itemsize
+        for name in (entry.theirs, *entry.copies):
+            kinds[name] = (dtype, tuple(entry.shape))
+            num_bytes[name] = prod(entry.shape) * NUMPY[dtype].itemsize
     total_bytes = sum(num_bytes.values())
     bytes_done = 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
@@ -140,10 +145,12 @@ def export_tensors(
                 readers[name] = stack.enter_context(opened)
             for entry in group:
                 parts = [readers[place.name](place.index) for place in entry.ours]
-                writer.write(entry.theirs, entry.join(parts), lossy=lossy)
-                del parts  # before the next tensor is read
-                bytes_done += num_bytes[entry.theirs]
-                progress("converting", bytes_done, total_bytes)
+                tensor = entry.join(parts)
+                for name in (entry.theirs, *entry.copies):
+                    writer.write(name, tensor, lossy=lossy)
+                    bytes_done += num_bytes[name]
+                    progress("converting", bytes_done, total_bytes)
+                del parts, tensor  # before the next tensor is read
 
 
 def _import_one(
@@ -200,6 +207,8 @@ def match_entries(
         first, *others = stored
         pairs.append((first, entry))
         copies += [(first, other) for other in others]
+        for name in entry.copies:
+            left_over.pop(name, None)
 
     patterns = list(ignored)
     extra = [
@@ -263,13 +272,31 @@ def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
         )
 
 
-def _check_same(first: StoredTensor, other: StoredTensor) -> None:
+def _describe_unlike_copies(
+    tensors: Mapping[str, StoredTensor],
+    pairs: Iterable[tuple[StoredTensor, TensorEntry]],
+) -> Iterator[str]:
+    """Describes, a line each, copies that are not what they are copies of."""
+    for stored, entry in pairs:
+        for name in entry.copies:
+            other = tensors.get(name)
+            if other is not None and not _are_same(stored, other):
+                line = f"{name} differs from {stored.name}, which stands for it here"
+                yield f"warning: {line}"
+
+
+def _are_same(first: StoredTensor, other: StoredTensor) -> bool:
+    if (first.dtype, first.shape) != (other.dtype, other.shape):
+        return False
     # Bytes, not values: a NaN is not equal to itself.
     chunks = zip(iterate_flat_chunks(first), iterate_flat_chunks(other), strict=True)
-    is_same = first.dtype == other.dtype and all(
+    return all(
         chunk.tobytes() == other_chunk.tobytes() for chunk, other_chunk in chunks
     )
-    if not is_same:
+
+
+def _check_same(first: StoredTensor, other: StoredTensor) -> None:
+    if not _are_same(first, other):
         message = f"{other.name} differs from {first.name}, which this model ties it to"
         fix = "set tie_word_embeddings to false in config.json if it is an output head of its own"
         raise MaxlmError(message, where=str(other.path), fix=fix)

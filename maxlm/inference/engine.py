@@ -148,9 +148,9 @@ class Engine:
 
         # Caches: pages, and where layers have a state by row (or an encoder's output)
         # rows.
-        windows = list_paged_windows(model, config.cache)
-        platform = self.mesh.devices.flat[0].platform
         num_mtp_modules = count_drafting_modules(model, config.speculation)
+        windows = list_paged_windows(model, config.cache, num_mtp_modules)
+        platform = self.mesh.devices.flat[0].platform
         layout = _make_cache_layout(
             row_config, windows, self.num_shards, platform, num_mtp_modules
         )

@@ -266,22 +266,21 @@ def _sample_drafts(
     """Draws a guess for each sequence, int32 [D, b + F], with the random numbers that
     the model will draw the token with; grammars, and tokens that the host does not know
     yet, are not looked at."""
+
+    def sample(*shard_arrays):
+        squeezed = jax.tree.map(lambda x: x[0], shard_arrays)
+        return _draw_shard(spec.vocab_size, *squeezed)[None]
+
     by_shard = rules.spec("batch")
-    num_shards, num_sequences = rows.shape
-    num_words = inputs.allowed.shape[-1]
-    never = jnp.zeros((), bool)
-    inputs = inputs._replace(
-        allowed=jnp.zeros(
-            (num_shards, num_sequences, num_words), jnp.uint32, out_sharding=by_shard
-        ),
-        forced_tokens=jnp.full(
-            (num_shards, num_sequences), -1, jnp.int32, out_sharding=by_shard
-        ),
-        has_grammar=never,
-        needs_logprobs=never,
+    arrays = (
+        logits,
+        rows,
+        lengths,
+        inputs.settings,
+        inputs.history,
+        inputs.prompt_lengths,
     )
-    tokens, _ = _sample(rules, spec, inputs, logits, rows, lengths)
-    return tokens
+    return map_shards(sample, (by_shard,) * len(arrays), by_shard)(*arrays)
 
 
 def _get_vectors(inputs: StepInputs) -> InputVectors | None:
@@ -315,6 +314,36 @@ def _sample_shard(
         settings, history, prompt_lengths: of each row.
     """
     has_grammar, needs_logprobs = flags
+    drawn = _draw_shard(
+        vocab_size,
+        logits,
+        rows,
+        lengths,
+        settings,
+        history,
+        prompt_lengths,
+        allowed=allowed,
+        has_grammar=has_grammar,
+    )
+    tokens = jnp.where(forced_tokens >= 0, forced_tokens, drawn)
+    logprobs = compute_logprobs(logits, tokens, needs_logprobs, vocab_size=vocab_size)
+    return tokens, logprobs
+
+
+def _draw_shard(
+    vocab_size: int,
+    logits: jax.Array,
+    rows: jax.Array,
+    lengths: jax.Array,
+    settings: RowSettings,
+    history: jax.Array,
+    prompt_lengths: jax.Array,
+    *,
+    allowed: jax.Array | None = None,
+    has_grammar: jax.Array | bool = False,
+) -> jax.Array:
+    """Draws the tokens of one shard's results, int32 [results]; arguments as those of
+    :func:`_sample_shard`."""
     settings = jax.tree.map(lambda x: x[rows], settings)
     processed = compute_sampling_logits(
         logits,
@@ -328,10 +357,7 @@ def _sample_shard(
     )
     # Nothing reads what is drawn where no sequence is (length 0): greedy is cheapest.
     greedy = (settings.temperature == 0) | (lengths == 0)
-    drawn = sample_tokens(processed, make_keys(settings, lengths), greedy)
-    tokens = jnp.where(forced_tokens >= 0, forced_tokens, drawn)
-    logprobs = compute_logprobs(logits, tokens, needs_logprobs, vocab_size=vocab_size)
-    return tokens, logprobs
+    return sample_tokens(processed, make_keys(settings, lengths), greedy)
 
 
 def _run_steps(

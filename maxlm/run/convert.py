@@ -30,7 +30,7 @@ from maxlm.huggingface.checkpoint import (
 from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
 from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.huggingface.families.family import ModelFamily
-from maxlm.huggingface.families.names import TensorEntry
+from maxlm.huggingface.families.names import TensorEntry, drop_copies
 from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
@@ -54,6 +54,7 @@ from maxlm.tasks.sft import SftTask
 _TRAINING_SETTINGS = (
     "remat",
     "init_std",
+    "mtp.loss_weight",
     "moe.balance_loss",
     "moe.z_loss",
     "moe.dispatch",
@@ -111,7 +112,7 @@ class HuggingFaceModel:
         )
         used: set[str] = set()
         for entry in self.entries:
-            used |= {entry.theirs, *entry.aliases}
+            used |= {entry.theirs, *entry.aliases, *entry.copies}
         left_out = sorted(list_model_tensors(self.folder).keys() - used)
         self.notes.extend(self.family.describe_left_out(self.config.model, left_out))
         return dtypes
@@ -233,15 +234,20 @@ def _import_run(
         token_ids = {
             key: base.values[key] for key in _TOKEN_ID_KEYS if key in base.values
         }
+        published: dict[str, Any] = {
+            "family": family.name,
+            "dtypes": dtypes.model_dump(),
+            "tokens": token_ids,
+        }
+        copies = {name for entry in base.entries for name in entry.copies}
+        missing_copies = copies - list_model_tensors(source).keys()
+        if missing_copies:
+            published["missing_copies"] = sorted(missing_copies)
         writer.commit(
             {
                 "config": config.model_dump(mode="json"),
                 "tokenizer": tokenizer.fingerprint if tokenizer else None,
-                "published": {
-                    "family": family.name,
-                    "dtypes": dtypes.model_dump(),
-                    "tokens": token_ids,
-                },
+                "published": published,
             }
         )
         if tokenizer is not None:
@@ -348,6 +354,8 @@ def _export_run(
     model_family, published = find_run_family(config, reader, family)
     specs = _build_specs(config)
     entries = model_family.list_entries(config.model)
+    missing_copies = published.get("missing_copies") or ()
+    entries = drop_copies(entries, missing_copies)
     _check_stored_shapes(reader, config, specs)
     tokenizer_folder = source / "tokenizer"
     tokenizer = None
@@ -569,8 +577,11 @@ def find_inexpressible_setting(model: ModelConfig, family: ModelFamily) -> str |
     if missing is not None:
         return f"a model without {missing}"
     try:
-        # There and back: what differs afterwards was not expressed.
-        settings, _ = family.read_config(family.write_config(model), family.name)
+        # There and back: what differs afterwards was not expressed. That there are
+        # modules of mtp, files say by the names of tensors.
+        values = family.write_config(model)
+        marks = family.list_module_marks(model)
+        settings, _ = family.read_config(values, family.name, marks)
         reread_model = type(model).model_validate(settings)
     except MaxlmError as error:
         return error.message

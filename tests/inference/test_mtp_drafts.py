@@ -27,6 +27,8 @@ PROMPTS = [
     list(range(3, 23)),
     [*range(3, 15), 50, 51],
 ]
+NUM_TOKENS = [13, 9, 12, 11, 8]
+"""Of each prompt's continuation, where they differ."""
 SMALL = {"max_sequences": 3, "max_length": 37, "page_size": 4, "prefill_tokens": 8}
 
 
@@ -36,8 +38,11 @@ def build_mtp(one_device_mesh, build_tiny):
     return partial(build_mtp_on, build_tiny, one_device_mesh)
 
 
-def build_mtp_on(build_tiny, mesh, num_modules: int) -> Tiny:
-    return build_tiny("llama", mesh, mtp={"num_modules": num_modules})
+def build_mtp_on(
+    build_tiny, mesh, num_modules: int, settings: Mapping[str, object] | None = None
+) -> Tiny:
+    all_settings = {"mtp": {"num_modules": num_modules}, **(settings or {})}
+    return build_tiny("llama", mesh, **all_settings)
 
 
 def make_engine(
@@ -122,55 +127,86 @@ def _run_whole(tiny, tokens):
     return hidden, lambda state: logits_by_state[state.tobytes()], apply
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_drafts", "num_rows", "num_guesses"),
+    [
+        # Ends before the last rows are alone, so that it compiles few programs.
+        (1, 1, 2, 30),
+        # To the end; further guesses are those of the module's own last one.
+        pytest.param(2, 3, 3, None, marks=pytest.mark.more),
+    ],
+)
 def test_guesses_are_those_of_the_whole_text_whatever_was_rejected(
-    build_mtp, one_device_mesh
+    build_mtp, one_device_mesh, num_layers, num_drafts, num_rows, num_guesses
 ):
     """Chunked prompts, page borders, several requests; nearly all guesses of a random
     model are rejected, so a cache that kept them would show. Outputs are those of whole
     passes of the model, which guess nothing."""
     with jax.set_mesh(one_device_mesh):
-        tiny = build_mtp(1)
-        engine = make_engine(tiny, 3, {"prefix_cache": False})
+        tiny = build_mtp(1, {"num_layers": num_layers})
+        settings = {"prefix_cache": False, "max_sequences": num_rows}
+        engine = make_engine(tiny, num_drafts, settings)
         for i, prompt in enumerate(PROMPTS):
-            engine.add_request(GenerationRequest(str(i), tuple(prompt), GREEDY))
+            # Rows whose last tokens come together would compile one program more.
+            settings = {"max_new_tokens": NUM_TOKENS[i]}
+            sampling = GREEDY.model_copy(update=settings)
+            engine.add_request(GenerationRequest(str(i), tuple(prompt), sampling))
         num_compared = 0
         tokens: dict[str, list[int]] = {}
-        while engine.has_work:
+        while engine.has_work and num_compared != num_guesses:
             for output in engine.step():
                 tokens.setdefault(output.request_id, []).extend(output.token_ids)
             for sequence in engine.scheduler.running:
                 if not sequence.next_drafts or not sequence.is_decoding:
                     continue
-                expected = guess_from_whole_text(tiny, sequence.tokens, 3)
+                expected = guess_from_whole_text(tiny, sequence.tokens, num_drafts)
                 num_left = sequence.num_tokens_left - 1
                 assert sequence.next_drafts[:num_left] == expected[:num_left]
                 num_compared += 1
+                if num_compared == num_guesses:
+                    break
         counted = engine.stats()
         for i, prompt in enumerate(PROMPTS):
-            assert tokens[str(i)] == tiny.greedy(prompt, GREEDY.max_new_tokens)
-    assert num_compared > 30
+            output_tokens = tokens.get(str(i), [])
+            num_tokens = len(output_tokens)
+            assert output_tokens == tiny.greedy(prompt, num_tokens)
+            if num_guesses is None:
+                assert num_tokens == NUM_TOKENS[i]
+    assert num_compared >= 30
+    assert len(tokens) >= num_rows + 1
     assert counted.accepted_tokens_total < counted.drafted_tokens_total / 2
+
+
+EXPERTS = {
+    "mlp": None,
+    "moe": {"num_experts": 4, "experts_per_token": 2, "d_ff": 12, "activation": "silu"},
+}
 
 
 @pytest.mark.more
 @pytest.mark.parametrize(
-    ("num_modules", "num_drafts", "sampling"),
-    [(1, 2, GREEDY), (1, 1, SAMPLED), (2, 3, SAMPLED), (3, 2, GREEDY)],
+    ("axes", "settings"),
+    [
+        ({"data": 2, "tensor": 2}, {}),
+        ({"fsdp": 2, "tensor": 2}, {}),
+        ({"data": 2, "fsdp": 2}, {"mtp": {"num_modules": 2, "layer": {"window": 5}}}),
+        ({"expert": 2, "tensor": 2}, EXPERTS),
+    ],
 )
-def test_outputs_are_those_without_guesses(
-    build_mtp, one_device_mesh, num_modules, num_drafts, sampling
+def test_outputs_on_meshes_are_those_of_one_device_without_guesses(
+    build_tiny, one_device_mesh, mesh, axes, settings
 ):
-    """Prefixes shared, sequences forked and preempted."""
+    """Sequences are split over the axes of the batch, each with its modules' caches."""
     with jax.set_mesh(one_device_mesh):
-        tiny = build_mtp(num_modules)
-        plain = run(make_engine(tiny, None), sampling, num_sequences=2)
-        engine = make_engine(tiny, num_drafts, {"num_pages": 24})
-        assert run(engine, sampling, num_sequences=2) == plain
-        # Again, now with the prompts' pages in the prefix tree.
-        assert run(engine, sampling, num_sequences=2) == plain
+        tiny = build_mtp_on(build_tiny, one_device_mesh, 2, settings)
+        plain = run(make_engine(tiny, None), GREEDY)
+    several = mesh(**axes)
+    with jax.set_mesh(several):
+        split = build_mtp_on(build_tiny, several, 2, settings)
+        engine = make_engine(split, 3)
+        assert run(engine, GREEDY) == plain
         counted = engine.stats()
-    assert counted.drafted_tokens_total > 100
-    assert counted.cached_prompt_tokens_total > 0
+    assert counted.drafted_tokens_total > 50
 
 
 def make_exact(tiny: Tiny) -> Tiny:

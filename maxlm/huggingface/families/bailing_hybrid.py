@@ -2,10 +2,12 @@
 decays have a bound, and one of latent attention with a gate of each head behind them, by
 turns; experts as DeepSeek-V3's behind dense layers."""
 
+from dataclasses import replace
 from typing import Any
 
 from maxlm.huggingface.families import deepseek, fields, llama, qwen
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.modules import FINAL_NORM_MODULES
 from maxlm.huggingface.families.names import (
     NameTable,
     copy,
@@ -15,7 +17,13 @@ from maxlm.huggingface.families.names import (
     linear,
     permute_rotary,
 )
-from maxlm.huggingface.families.qwen_hybrid import FULL, LINEAR, read_kinds, write_kinds
+from maxlm.huggingface.families.qwen_hybrid import (
+    FULL,
+    LINEAR,
+    choose_module_layer,
+    read_kinds,
+    write_kinds,
+)
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.layers.kimi_delta_attention import KimiDeltaAttentionConfig
@@ -107,6 +115,11 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     read_kinds(reader, settings, _list_kinds(settings["num_layers"], group_size))
 
 
+def _read_module_layer(reader: ConfigReader, settings: dict[str, Any]) -> str | None:
+    uses_delta = reader.flag("mtp_use_kda", False)
+    return choose_module_layer(settings, LINEAR if uses_delta else FULL)
+
+
 def _write(config: TransformerConfig) -> dict[str, Any]:
     mixer = fields.find_mixer(config, KimiDeltaAttentionConfig)
     least = mixer.min_log_decay
@@ -188,12 +201,13 @@ BAILING_HYBRID = ModelFamily(
     read_extra=_read,
     write_extra=_write,
     layers_for_more_tokens=L,
+    modules=replace(FINAL_NORM_MODULES, read_layer=_read_module_layer),
     ignored_keys=[
         # Which follow from others.
         *("qk_head_dim", "rotary_dim", "partial_rotary_factor"),
         *("moe_shared_expert_intermediate_size", "use_qk_norm", "router_dtype"),
-        # Of losses, and of layers that transformers drops too.
-        *("num_nextn_predict_layers", "num_mtp_layers", "mtp_loss_scaling_factor"),
-        *("mtp_use_kda", "pretraining_tp"),
+        "mtp_loss_scaling_factor",
+        "mtp_use_kda",  # of modules, where there are some
+        "pretraining_tp",
     ],
 )

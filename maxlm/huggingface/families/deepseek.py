@@ -9,6 +9,7 @@ from typing import Any
 
 from maxlm.huggingface.families import fields, llama, qwen
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.modules import DEEPSEEK_MODULES
 from maxlm.huggingface.families.names import (
     NameTable,
     copy,
@@ -304,11 +305,11 @@ DEEPSEEK_V3 = ModelFamily(
     write_extra=_write_v3,
     ignored_tensors=llama.BUFFERS,
     layers_for_more_tokens=L,
+    modules=DEEPSEEK_MODULES,
     other_model_types=["kimi_k2"],
     ignored_keys=[
         *("head_dim", "qk_head_dim"),  # which follow from others
-        # Of losses, and of layers that transformers drops too.
-        *("aux_loss_alpha", "num_nextn_predict_layers", "num_mtp_layers"),
+        "aux_loss_alpha",  # of losses
     ],
 )
 GLM4_MOE_LITE = replace(

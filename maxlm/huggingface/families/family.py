@@ -13,6 +13,7 @@ from maxlm.huggingface.families.fields import (
     read_fields,
     write_fields,
 )
+from maxlm.huggingface.families.modules import ModuleNames
 from maxlm.huggingface.families.names import (
     NameTable,
     TensorEntry,
@@ -107,7 +108,10 @@ class ModelFamily:
     tasks' heads."""
     layers_for_more_tokens: str = ""
     """Name of a layer, with ``{layer}`` for its number, where files may hold layers
-    behind the last that predict further tokens: those are left out."""
+    behind the last that predict further tokens: those that ``modules`` does not read
+    are left out."""
+    modules: ModuleNames | None = None
+    """The names of modules that predict further tokens; None: they are not read."""
     prefix: str = ""
     """Prefix of all names but the head's; some published files leave it out."""
     suffix_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -148,7 +152,9 @@ class ModelFamily:
         stored_names = frozenset(published_names)
         if stored_names:
             _check_tensor_count(config, table, len(stored_names))
-        entries = list_entries(config, {**table, **_SCORE_HEAD})
+        module_table = None if self.modules is None else self.modules.make_table(table)
+        entries = list_entries(config, {**table, **_SCORE_HEAD}, module_table)
+        entries = self._add_copies(config, entries)
         if not stored_names:
             return entries
         has_prefix = any(name.startswith(self.prefix) for name in stored_names)
@@ -167,6 +173,30 @@ class ModelFamily:
             aliases = tuple(spell(alias) for alias in entry.aliases)
             spelled.append(replace(entry, theirs=name, aliases=aliases))
         return spelled
+
+    def _add_copies(
+        self, config: TransformerConfig, entries: Sequence[TensorEntry]
+    ) -> list[TensorEntry]:
+        """Returns entries with the copies that files hold for modules of ``mtp``."""
+        if self.modules is None or config.mtp is None:
+            return list(entries)
+        copies = self.modules.list_copies(config.mtp.num_modules, config.num_layers)
+        extended: list[TensorEntry] = []
+        for entry in entries:
+            # A tied head is another name of the table.
+            names = (entry.theirs, *entry.aliases)
+            entry_copies = tuple(
+                copy_name for name in names for copy_name in copies.get(name, ())
+            )
+            extended.append(replace(entry, copies=entry_copies))
+        return extended
+
+    def list_module_marks(self, config: TransformerConfig) -> list[str]:
+        """Lists names of tensors by which files with a model's modules of ``mtp`` are
+        known, as :meth:`read_config` looks for them."""
+        if self.modules is None or config.mtp is None:
+            return []
+        return self.modules.list_marks(config.mtp.num_modules, config.num_layers)
 
     def list_ignored_tensors(self, config: TransformerConfig) -> list[str]:
         """Lists patterns of tensors that may be there without being used."""
@@ -188,10 +218,13 @@ class ModelFamily:
         return [*(f"left out: {name}" for name in others), *notes]
 
     def _list_further_layers(self, config: TransformerConfig) -> list[str]:
-        """Lists patterns of layers behind the last, which predict further tokens."""
+        """Lists patterns of layers behind the last, and behind those that ``modules``
+        reads, which predict further tokens."""
         if not self.layers_for_more_tokens:
             return []
         first = config.num_layers
+        if self.modules is not None and config.mtp is not None:
+            first += config.mtp.num_modules
         return [
             f"{self.layers_for_more_tokens.format(layer=layer)}.*"
             for layer in range(first, first + _MOST_FURTHER_LAYERS)
@@ -233,6 +266,9 @@ class ModelFamily:
             # Latent attention turns dimensions that are apart from the head's own.
             rotary_size = latent.rotary_dim if latent else config.attention.head_dim
             values |= write_position_settings(config.positions, rotary_size)
+        if self.modules is not None:
+            mtp = config.mtp
+            values[self.modules.count_key] = 0 if mtp is None else mtp.num_modules
         return values | self.write_extra(config)
 
     def read_config(
@@ -296,6 +332,10 @@ class ModelFamily:
                 reader, rotary_size, **self.rope_kwargs
             )
         self.read_extra(reader, settings)
+        if self.modules is not None:
+            mtp = self.modules.read(reader, settings)
+            if mtp is not None:
+                settings["mtp"] = mtp
         for key in ("initializer_range", "init_std"):
             if not reader.has(key):
                 continue

@@ -3,6 +3,7 @@ attention with grouped kv heads, of whose dimensions half are turned."""
 
 from maxlm.huggingface.families import deepseek, fields, llama, qwen
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.modules import DEEPSEEK_MODULES
 
 L = "model.layers.{layer}"
 GLM4_MOE = ModelFamily(
@@ -30,5 +31,5 @@ GLM4_MOE = ModelFamily(
     read_extra=lambda reader, settings: deepseek.read_dense_layers(reader, settings, 1),
     write_extra=deepseek.write_dense_layers,
     layers_for_more_tokens=L,
-    ignored_keys=["num_nextn_predict_layers", "num_mtp_layers"],
+    modules=DEEPSEEK_MODULES,
 )

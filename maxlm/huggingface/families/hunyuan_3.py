@@ -5,6 +5,7 @@ from typing import Any
 
 from maxlm.huggingface.families import deepseek, fields, llama
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.modules import FINAL_NORM_MODULES
 from maxlm.huggingface.families.names import copy, linear, map_linears
 from maxlm.huggingface.families.reader import ConfigReader
 
@@ -56,5 +57,11 @@ HY_V3 = ModelFamily(
     read_extra=_read,
     write_extra=deepseek.write_dense_list,
     layers_for_more_tokens=L,
+    modules=FINAL_NORM_MODULES,
+    # Of modules that predict further tokens, which have the model's.
+    ignored_tensors=[
+        "model.layers.*.shared_head.*",
+        "model.layers.*.embed_tokens.*",
+    ],
     ignored_keys=["first_k_dense_replace"],
 )

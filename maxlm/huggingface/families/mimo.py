@@ -2,12 +2,14 @@
 twice the kv heads of the others; value heads narrower than keys; a third of a head's
 dimensions turned; DeepSeek-V3's experts without shared ones."""
 
+from dataclasses import replace
 from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.families import deepseek, fields, llama, qwen
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.fields import GLOBAL, LOCAL
+from maxlm.huggingface.families.modules import FINAL_NORM_MODULES, LAYER
 from maxlm.huggingface.families.names import copy
 from maxlm.huggingface.families.reader import ConfigReader
 from maxlm.models.architectures.config import TransformerConfig
@@ -60,15 +62,35 @@ def _read_kinds(reader: ConfigReader, num_layers: int) -> list[str]:
     return list(fields.read_layer_types(reader, kinds, (LOCAL, GLOBAL)))
 
 
+def _read_global_kind(reader: ConfigReader) -> dict[str, Any]:
+    """Reads the kind of layers that see all."""
+    value_scale = reader.number("attention_value_scale", 0.707, nullable=True)
+    if value_scale in (None, 1):
+        return {}
+    # A factor on values is one on attention's output, which has no offset.
+    return {"mixer_scales": {"output": value_scale}}
+
+
+def _read_local_kind(reader: ConfigReader, attention: dict[str, Any]) -> dict[str, Any]:
+    """Reads the kind of layers with a window; ``attention``: that of the others."""
+    theta = reader.number("swa_rope_theta", 10_000.0)
+    num_kv_heads = 2 * attention["num_kv_heads"]
+    return {
+        **_read_global_kind(reader),
+        "window": _read_window(reader),
+        "positions": _read_positions(reader, LOCAL, attention["head_dim"], theta),
+        "attention": attention | {"num_kv_heads": num_kv_heads, "sinks": True},
+    }
+
+
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     attention = settings["attention"]
     head_dim = attention["head_dim"]
     if attention["value_head_dim"] == head_dim:
         del attention["value_head_dim"]
-    num_local_kv_heads = 2 * attention["num_kv_heads"]
     expected = {
         "swa_num_attention_heads": attention["num_heads"],
-        "swa_num_key_value_heads": num_local_kv_heads,
+        "swa_num_key_value_heads": 2 * attention["num_kv_heads"],
         "swa_head_dim": head_dim,
         "swa_v_head_dim": attention.get("value_head_dim", head_dim),
         "add_swa_attention_sink_bias": True,
@@ -77,21 +99,12 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     for key, value in expected.items():
         reader.read_implemented(key, value)
 
-    whole: dict[str, Any] = {}
-    value_scale = reader.number("attention_value_scale", 0.707, nullable=True)
-    if value_scale not in (None, 1):
-        # A factor on values is one on attention's output, which has no offset.
-        whole["mixer_scales"] = {"output": value_scale}
     theta = reader.number("rope_theta", 5_000_000.0)
-    local_theta = reader.number("swa_rope_theta", 10_000.0)
     settings["positions"] = _read_positions(reader, GLOBAL, head_dim, theta)
-    local = {
-        **whole,
-        "window": _read_window(reader),
-        "positions": _read_positions(reader, LOCAL, head_dim, local_theta),
-        "attention": attention | {"num_kv_heads": num_local_kv_heads, "sinks": True},
+    settings["kinds"] = {
+        LOCAL: _read_local_kind(reader, attention),
+        GLOBAL: _read_global_kind(reader),
     }
-    settings["kinds"] = {LOCAL: local, GLOBAL: whole}
     num_layers = settings["num_layers"]
     fields.name_layers(settings, _read_kinds(reader, num_layers))
 
@@ -142,6 +155,27 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     return {**values, "rope_parameters": positions}
 
 
+def _read_module_layer(
+    reader: ConfigReader, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Reads a module's layer: with a window, and dense."""
+    local = _read_local_kind(reader, settings["attention"])
+    return local | {"mlp": {"d_ff": reader.size("intermediate_size")}}
+
+
+_MODULE = "model.mtp.layers.{module}"
+_MODULES = replace(
+    FINAL_NORM_MODULES,
+    layer=_MODULE,
+    table={
+        name.replace(LAYER, _MODULE): rule
+        for name, rule in FINAL_NORM_MODULES.table.items()
+    },
+    marks=tuple(mark.replace(LAYER, _MODULE) for mark in FINAL_NORM_MODULES.marks),
+    suffixes={"post_attention_layernorm.weight": "pre_mlp_layernorm.weight"},
+    read_layer=_read_module_layer,
+)
+
 MIMO_V2_FLASH = ModelFamily(
     "mimo_v2_flash",
     "MiMoV2FlashForCausalLM",
@@ -166,7 +200,8 @@ MIMO_V2_FLASH = ModelFamily(
     {**deepseek.SIGMOID_ROUTING, "attention.out_bias": False},
     read_extra=_read,
     write_extra=_write,
-    ignored_tensors=["model.mtp.*"],
+    layers_for_more_tokens="model.mtp",
+    modules=_MODULES,
     # Which the published code does not read.
-    ignored_keys=["attention_chunk_size", "hybrid_block_size", "num_mtp_layers"],
+    ignored_keys=["attention_chunk_size", "hybrid_block_size"],
 )

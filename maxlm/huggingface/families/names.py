@@ -9,7 +9,14 @@ biases, ties or experts. What is left without an entry is found when a table is 
 every parameter must be filled exactly once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -17,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.runs import LayerPlace, LayerRun
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
@@ -79,6 +87,8 @@ class TensorEntry:
     """Joins what ``split`` splits."""
     aliases: tuple[str, ...] = ()
     """Names under which the same tensor may be stored again (tied heads)."""
+    copies: tuple[str, ...] = ()
+    """Names under which files hold the tensor again for others to read."""
     rule: TensorRule | None = None
     pieces: tuple[ParamShape, ...] = ()
     """Shapes of ``ours``, which ``rule`` made the entry of."""
@@ -392,19 +402,33 @@ def join_experts(*ours: str, inputs_first: bool) -> TensorRule:
     return TensorRule(ours, make_conversion)
 
 
-def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntry]:
-    """Returns all tensors of a model under its family's names."""
+class _LayerPlace(NamedTuple):
+    """Where a layer's parameters lie, and what numbers its names hold."""
+
+    stack: str
+    index: int
+    layer: int
+    module: int = 0
+
+
+def list_entries(
+    config: TransformerConfig, table: NameTable, module_table: NameTable | None = None
+) -> list[TensorEntry]:
+    """Returns all tensors of a model under its family's names; ``module_table``: those
+    of the modules of ``mtp``, whose names may hold ``{module}``."""
     model = config.build(rules=AxisRules(), dtype=np.float32)
     specs = flatten_names(param_specs(model))
     experts = range(config.moe.num_experts if config.moe else 0)
     encoder_layers = sum(
         trunk.num_layers for trunk in config.trunks if trunk.is_encoder
     )
-    # Where each layer's parameters lie: the stack, and the index in it.
     places = [
-        (place.stack.name, place.index)
-        for run in config.layer_runs
-        for place in run.iterate_places()
+        _LayerPlace(place.stack.name, place.index, layer)
+        for layer, place in enumerate(_iterate_places(config.layer_runs))
+    ]
+    module_places = [
+        _LayerPlace(place.stack.name, place.index, config.num_layers + module, module)
+        for module, place in enumerate(_iterate_places(config.mtp_runs))
     ]
     entries: list[TensorEntry] = []
     for name, rule in table.items():
@@ -416,18 +440,39 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
         if "{layer}" not in name:
             entries += _make_entry(name, rule, specs, rule.ours, ())
             continue
-        for layer, (stack, index) in enumerate(places):
-            layer_rule = _choose_rule(rule, stack, specs)
-            ours = tuple(f"{stack}.{parameter}" for parameter in layer_rule.ours)
-            if "{expert}" not in name:
-                full_name = name.format(layer=layer)
-                entries += _make_entry(full_name, layer_rule, specs, ours, (index,))
-                continue
-            for expert in experts:
-                full_name = name.format(layer=layer, expert=expert)
-                lead_index = (index, expert)
-                entries += _make_entry(full_name, layer_rule, specs, ours, lead_index)
+        for place in places:
+            entries += _make_layer_entries(name, rule, specs, place, experts)
+    for name, rule in (module_table or {}).items():
+        for place in module_places:
+            entries += _make_layer_entries(name, rule, specs, place, experts)
     return _drop_taken_aliases(entries)
+
+
+def _iterate_places(runs: Iterable[LayerRun]) -> Iterator[LayerPlace]:
+    for run in runs:
+        yield from run.iterate_places()
+
+
+def _make_layer_entries(
+    name: str,
+    rule: TensorRule,
+    specs: Mapping[str, ParamSpec],
+    place: _LayerPlace,
+    experts: Iterable[int],
+) -> list[TensorEntry]:
+    """Returns the entries of a layer's tensor: one, or one an expert; none where the
+    layer has no such parameters."""
+    stack, index, layer, module = place
+    layer_rule = _choose_rule(rule, stack, specs)
+    ours = tuple(f"{stack}.{parameter}" for parameter in layer_rule.ours)
+    if "{expert}" not in name:
+        full_name = name.format(layer=layer, module=module)
+        return _make_entry(full_name, layer_rule, specs, ours, (index,))
+    entries: list[TensorEntry] = []
+    for expert in experts:
+        full_name = name.format(layer=layer, module=module, expert=expert)
+        entries += _make_entry(full_name, layer_rule, specs, ours, (index, expert))
+    return entries
 
 
 def _choose_rule(
@@ -453,6 +498,17 @@ def _drop_taken_aliases(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
         )
         for entry in entries
     ]
+
+
+def drop_copies(
+    entries: Iterable[TensorEntry], names: Collection[str]
+) -> list[TensorEntry]:
+    """Returns entries without the copies of some names."""
+    shortened: list[TensorEntry] = []
+    for entry in entries:
+        copies = tuple(name for name in entry.copies if name not in names)
+        shortened.append(replace(entry, copies=copies))
+    return shortened
 
 
 def _make_entry(

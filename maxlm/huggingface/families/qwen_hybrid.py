@@ -6,6 +6,7 @@ from typing import Any
 
 from maxlm.huggingface.families import fields, llama, qwen
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.families.modules import APART, map_modules_apart
 from maxlm.huggingface.families.names import (
     NameTable,
     copy,
@@ -105,6 +106,23 @@ def write_kinds(config: TransformerConfig) -> dict[str, Any]:
     return {"layer_types": [FULL if full else LINEAR for full in has_attention]}
 
 
+def choose_module_layer(settings: dict[str, Any], kind: str) -> str | None:
+    """Chooses the kind of a module's layer; None: the model's last layer is of that
+    kind."""
+    pattern = settings["pattern"]
+    if pattern[(settings["num_layers"] - 1) % len(pattern)] == kind:
+        return None
+    if kind == FULL:
+        # A model of few layers may have no other of this kind.
+        settings["kinds"].setdefault(FULL, {})
+    return kind
+
+
+def _read_module_layer(reader: ConfigReader, settings: dict[str, Any]) -> str | None:
+    reader.read_implemented("mtp_use_dedicated_embeddings", False)
+    return choose_module_layer(settings, FULL)
+
+
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     interval = reader.size("full_attention_interval", 4)
     numbers = range(1, settings["num_layers"] + 1)
@@ -140,8 +158,15 @@ _FIXED = {
     f"kinds.{LINEAR}.mixer.kind": DELTA,
 }
 _FIXED_MOE = {**_FIXED, "moe.shared_experts": 1, "moe.shared_gate": True}
-# What is there for the published code's kernels and its layers behind the last.
-_INERT = ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+# What is there for the published code's kernels, and of modules where there are some.
+_INERT = ("mamba_ssm_dtype", "mtp_use_dedicated_embeddings")
+_MODULES = map_modules_apart(_read_module_layer, "mtp_num_hidden_layers")
+# Some files have all experts of a module in one tensor, which is left out.
+_MOE_MODULES = map_modules_apart(
+    _read_module_layer,
+    "mtp_num_hidden_layers",
+    f"{APART}.mlp.experts.0.gate_proj.weight",
+)
 
 QWEN3_NEXT = ModelFamily(
     "qwen3_next",
@@ -162,6 +187,7 @@ QWEN3_NEXT = ModelFamily(
     read_extra=_read,
     write_extra=write_kinds,
     layers_for_more_tokens="mtp",
+    modules=_MOE_MODULES,
     ignored_keys=_INERT,
 )
 QWEN3_5 = ModelFamily(
@@ -175,6 +201,7 @@ QWEN3_5 = ModelFamily(
     write_extra=write_kinds,
     hf_model_type="qwen3_5_text",
     layers_for_more_tokens="mtp",
+    modules=_MODULES,
     ignored_keys=_INERT,
 )
 QWEN3_5_MOE = ModelFamily(
@@ -194,5 +221,6 @@ QWEN3_5_MOE = ModelFamily(
     write_extra=write_kinds,
     hf_model_type="qwen3_5_moe_text",
     layers_for_more_tokens="mtp",
+    modules=_MOE_MODULES,
     ignored_keys=_INERT,
 )

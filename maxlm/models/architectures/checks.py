@@ -13,6 +13,7 @@ def check_settings(config: TransformerSettings) -> None:
     check_parts(config)
     check_frontend(config)
     check_kinds(config)
+    check_modules(config)
     check_shared_keys(config)
     check_streams(config)
     check_positions(config)
@@ -27,7 +28,7 @@ def check_parts(config: TransformerSettings) -> None:
         raise MaxlmError("ffn beside mlp or moe", fix="leave the others out")
     num_dense = config.dense_layers
     has_both = config.mlp is not None and config.moe is not None
-    names_dense_kind = any(kind.ffn == "mlp" for kind in config.layer_kinds)
+    names_dense_kind = any(kind.ffn == "mlp" for kind in config.list_all_kinds())
     if has_both and not num_dense and not names_dense_kind:
         raise MaxlmError(
             "both mlp and moe",
@@ -74,9 +75,11 @@ def check_frontend(config: TransformerSettings) -> None:
 
 
 def check_kinds(config: TransformerSettings) -> None:
-    """Raises MaxlmError: a kind that the pattern does not name, or unlike kinds without
-    names."""
-    unused = config.kinds.keys() - set(config.pattern)
+    """Raises MaxlmError: a kind that nothing names, or unlike kinds without names."""
+    named = {*config.pattern}
+    if config.mtp is not None and config.mtp.layer is not None:
+        named.add(config.mtp.layer)
+    unused = config.kinds.keys() - named
     if unused:
         raise MaxlmError(
             f"kinds.{min(unused)} is not in the pattern",
@@ -95,6 +98,16 @@ def check_kinds(config: TransformerSettings) -> None:
             where="pattern",
             fix="give them names in model.kinds, and list these",
         )
+
+
+def check_modules(config: TransformerSettings) -> None:
+    """Raises MaxlmError: layers of the modules of ``mtp`` read keys of others."""
+    for run in config.mtp_runs:
+        (kind,) = run.kinds
+        if kind.keys_of is not None:
+            message = f"modules that read the keys of {kind.keys_of}"
+            fix = "name a kind that makes its own in mtp.layer"
+            raise MaxlmError(message, where="mtp", fix=fix)
 
 
 def check_shared_keys(config: TransformerSettings) -> None:
@@ -164,14 +177,15 @@ def check_streams(config: TransformerSettings) -> None:
 
 def check_positions(config: TransformerSettings) -> None:
     """Raises MaxlmError: positions that attention or the pattern cannot have."""
-    for kind in config.layer_kinds:
+    all_kinds = config.list_all_kinds()
+    for kind in all_kinds:
         _check_positions_of_kind(
             config, config.get_positions(kind), config.get_attention(kind)
         )
     scheme = config.positions.kind
     pattern_positions = [
         kind.positions
-        for kind in config.layer_kinds
+        for kind in all_kinds
         if kind.positions is not None and kind.positions.kind != "none"
     ]
     others = [

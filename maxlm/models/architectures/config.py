@@ -7,9 +7,8 @@ from jax.typing import DTypeLike
 from pydantic import model_validator
 
 from maxlm.models.architectures.checks import check_settings
-from maxlm.models.architectures.mtp import make_mtp_run
 from maxlm.models.architectures.pattern import LayerKind
-from maxlm.models.architectures.runs import LayerRun, TrunkSpec
+from maxlm.models.architectures.runs import TrunkSpec
 from maxlm.models.architectures.settings import TransformerSettings
 from maxlm.models.architectures.shrink import PartShrinker
 from maxlm.models.layers.rope import YarnScaling, compute_yarn_mscale
@@ -39,16 +38,6 @@ class TransformerConfig(TransformerSettings):
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """All layers, in the order in which they are run."""
         return (TrunkSpec((*self.layer_runs, *self.mtp_runs)),)
-
-    @property
-    def mtp_runs(self) -> tuple[LayerRun, ...]:
-        """The modules of ``mtp`` as a run of layers of the last kind, if there are
-        any."""
-        if self.mtp is None:
-            return ()
-        last = self.layer_runs[-1]
-        block = last.stacks[last.turns[-1]].block
-        return (make_mtp_run(self.mtp.num_modules, last.kinds[-1], block),)
 
     def score_scale(self, kind: LayerKind) -> float:
         """Returns the factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
@@ -108,6 +97,10 @@ class TransformerConfig(TransformerSettings):
             for entry in dict.fromkeys(self.pattern)
         )
         kinds = {name: shrinker.shrink_kind(kind) for name, kind in self.kinds.items()}
+        mtp = self.mtp
+        if mtp is not None and isinstance(mtp.layer, LayerKind):
+            layer = shrinker.shrink_kind(mtp.layer)
+            mtp = mtp.model_copy(update={"layer": layer})
         # T5's, without which a narrow model's logits would hardly differ.
         scales_by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
         moe = None if self.moe is None else self.moe.limit_experts(8)
@@ -127,6 +120,7 @@ class TransformerConfig(TransformerSettings):
                 "dense_layers": min(self.dense_layers, 1),
                 "kinds": kinds,
                 "pattern": pattern,
+                "mtp": mtp,
                 "layer_inputs": shrinker.shrink_layer_inputs(
                     self.layer_inputs, vocab_size
                 ),

@@ -17,8 +17,8 @@ from jax.sharding import reshard
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.architectures.pattern import LayerKind
-from maxlm.models.architectures.runs import LayerRun, LayerStack
+from maxlm.models.architectures.pattern import PatternEntry
+from maxlm.models.architectures.runs import LayerRun, LayerStack, PatternLayer
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, BlockConfig
 from maxlm.models.build_context import BuildContext
@@ -38,14 +38,16 @@ class MtpConfig(Config):
 
     num_modules: int = Field(default=1, gt=0, le=16)
     """Tokens predicted beside the next one, a module each."""
+    layer: PatternEntry | None = None
+    """Kind of each module's layer, by its name in `kinds` or by its settings; null: that
+    of the model's last layer."""
     loss_weight: float = Field(default=0.3, ge=0)
     """Weight of the mean of the modules' losses; DeepSeek-V3 has 0.3, and 0.1 for the
     last third of its tokens."""
 
 
 class MtpBlock(Block):
-    """A layer of the model's last kind, with what joins its two inputs and a norm
-    behind it."""
+    """A layer with what joins its two inputs before it, and a norm behind it."""
 
     def __init__(self, config: BlockConfig, context: BuildContext):
         super().__init__(config, context, cross_attention=False)
@@ -95,10 +97,11 @@ class AheadPredictions(NamedTuple):
     """What their layers add to the loss and the log."""
 
 
-def make_mtp_run(num_modules: int, kind: LayerKind, block: BlockConfig) -> LayerRun:
+def make_mtp_run(num_modules: int, layer: PatternLayer) -> LayerRun:
     """Describes the modules as a run of layers, for whoever counts them."""
-    stack = LayerStack(MTP, num_modules, (kind,), block)
-    return LayerRun(MTP, num_modules, (kind,), (stack,), (0,), ("",))
+    kinds = (layer.kind,)
+    stack = LayerStack(MTP, num_modules, kinds, layer.block)
+    return LayerRun(MTP, num_modules, kinds, (stack,), (0,), (layer.kind_name,))
 
 
 def take_next(

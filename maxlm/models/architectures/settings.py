@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field, PositiveInt
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.architectures.mtp import MtpConfig
+from maxlm.models.architectures.mtp import MtpConfig, make_mtp_run
 from maxlm.models.architectures.pattern import (
     FeedForwardChoice,
     KindName,
@@ -147,14 +147,22 @@ class TransformerSettings(Config):
             return (LayerKind(window=window),)
         return tuple(self._find_kind(entry) for entry in self.pattern)
 
-    def _find_kind(self, entry: KindName | LayerKind) -> LayerKind:
+    def list_all_kinds(self) -> tuple[LayerKind, ...]:
+        """Lists the kinds of layers, and that of ``mtp``'s modules if they name one."""
+        if self.mtp is None or self.mtp.layer is None:
+            return self.layer_kinds
+        return (*self.layer_kinds, self._find_kind(self.mtp.layer, "mtp.layer"))
+
+    def _find_kind(
+        self, entry: KindName | LayerKind, where: str = "pattern"
+    ) -> LayerKind:
         if isinstance(entry, LayerKind):
             return entry
         kind = self.kinds.get(entry)
         if kind is None:
             raise MaxlmError(
-                f"pattern names {entry}, which is not among kinds",
-                where="pattern",
+                f"{where} names {entry}, which is not among kinds",
+                where=where,
                 fix=suggest_kind(entry, self.kinds),
             )
         return kind
@@ -169,8 +177,10 @@ class TransformerSettings(Config):
         return find_attention(self._resolve_mixer(kind))
 
     def list_blocks(self) -> tuple[BlockConfig, ...]:
-        """Lists what layers are built of, each once."""
-        blocks = [stack.block for stack in self.layer_stacks]
+        """Lists what layers are built of, those of ``mtp``'s modules included, each
+        once."""
+        runs = (*self.layer_runs, *self.mtp_runs)
+        blocks = [stack.block for run in runs for stack in run.stacks]
         return tuple(dict.fromkeys(blocks))
 
     def list_mixers(self) -> tuple[Config, ...]:
@@ -280,6 +290,20 @@ class TransformerSettings(Config):
         start = num_dense % length
         period = period[start:] + period[:start]
         return make_runs(first, period, self.num_layers - num_dense)
+
+    @property
+    def mtp_runs(self) -> tuple[LayerRun, ...]:
+        """The modules of ``mtp`` as a run of layers, if there are any."""
+        mtp = self.mtp
+        if mtp is None:
+            return ()
+        if mtp.layer is not None:
+            layer = self._resolve_layer(mtp.layer, is_dense=False)
+        else:
+            last = self.layer_runs[-1]
+            block = last.stacks[last.turns[-1]].block
+            layer = PatternLayer(last.kinds[-1], block, kind_name="")
+        return (make_mtp_run(mtp.num_modules, layer),)
 
     def list_layer_numbers(self, stack_name: str) -> tuple[int, ...]:
         """Lists the places in the model, from 0 on, of a stack's layers."""

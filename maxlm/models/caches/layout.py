@@ -96,10 +96,10 @@ class CachedModel(Protocol):
 
 
 def list_paged_windows(
-    model: CachedModel, cache: CacheConfig | None = None
+    model: CachedModel, cache: CacheConfig | None = None, num_mtp_modules: int = 0
 ) -> tuple[int | None, ...]:
-    """Lists the windows of layers that keep pages, each once; None: a layer that sees
-    all."""
+    """Lists the windows of layers that keep pages, each once, ``num_mtp_modules`` of
+    ``mtp`` among them; None: a layer that sees all."""
     # Sizes do not matter, but that int4 wants pages of an even number of tokens.
     layout = CacheLayout(
         num_shards=1,
@@ -107,6 +107,7 @@ def list_paged_windows(
         num_pages=2,
         page_size=2,
         cache=cache or PagedCacheConfig(),
+        num_mtp_modules=num_mtp_modules,
     )
     specs = jax.tree.leaves(model.cache_specs(layout))
     return tuple(dict.fromkeys(spec.window for spec in specs if spec.unit == "page"))
