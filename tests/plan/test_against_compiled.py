@@ -218,6 +218,10 @@ def test_bytes_sent_and_products(layout, model, off):
         exact = 0.01
     elif model == "encoder_decoder":
         exact = 1e-3
+    elif model == "sparse":
+        # Of rows that are one tile, whose loop is none, a compiler makes scores once
+        # for two uses.
+        exact = 0.12
     elif shape.work.is_attention_recomputed(shape.remat):
         exact = 0.05
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)
