@@ -741,8 +741,9 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
         "products and other arrays, made again": tokens * remade * itemsize,
         "their gradients": tokens * gradients * itemsize,
         "states": remade_states,
-        # Maps of states and states, gathered, and the gradients of both.
-        "states of all runs": 2 * _count_exchanged_bytes(shape, stack),
+        # Maps of states and states, gathered and in the runs' order, and the gradients
+        # of both.
+        "states of all runs": 4 * _count_exchanged_bytes(shape, stack),
         "chunks of the mixer": tokens * _count_chunk_elements(shape, stack) * FP32,
         _STREAM_AND_NORMS: _MIXER_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
