@@ -58,10 +58,6 @@ CASES = {
         *("models/mamba2_2_7b", "v5p:2x2x1", 16, "fsdp=4", "full"),
         ("data.seq_len=2048", *FEW),
     ),
-    "hybrid cp 2": (
-        *("models/hybrid_135m", "v5p:2x2x1", 16, "fsdp=2,context=2", "full"),
-        ("data.seq_len=4096", "model.num_layers=8", "model.vocab_size=8192"),
-    ),
     "falcon mamba cp 2": (
         *("models/falcon_mamba_7b", "v5p:2x2x1", 8, "fsdp=2,context=2", "full"),
         ("data.seq_len=4096", *FEW),

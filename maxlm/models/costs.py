@@ -66,6 +66,8 @@ class AttentionCosts:
     """Numbers of an indexer's query, all its heads together with their weights, that
     each score of its takes; above 0, XLA computes attention to all tokens in training,
     not a kernel."""
+    index_heads: int = 0
+    """The indexer's heads."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ class LayerCosts:
     """The same of arrays that are there for ``block_tokens`` of each row at a time, where
     no TPU's kernel has them on the chip."""
     block_tokens: int = 0
+    chunk_tokens: int = 1
+    """Tokens of the chunks that a block consists of, whose matrices are smaller where a
+    run is shorter."""
     kernel_elements: float = 0.0
     """The same as ``working_elements``, of a TPU's kernel."""
 

@@ -741,8 +741,9 @@ def _list_mixer_arrays(shape: StepShape, stack: StackCosts) -> WorkingSet:
         "products and other arrays, made again": tokens * remade * itemsize,
         "their gradients": tokens * gradients * itemsize,
         "states": remade_states,
-        # Maps of states and states, gathered, and the gradients of both.
-        "states of all runs": 2 * _count_exchanged_bytes(shape, stack),
+        # Maps of states and states, gathered and in the runs' order, and the gradients
+        # of both.
+        "states of all runs": 4 * _count_exchanged_bytes(shape, stack),
         "chunks of the mixer": tokens * _count_chunk_elements(shape, stack) * FP32,
         _STREAM_AND_NORMS: _MIXER_STREAM_ARRAYS * _count_stream_bytes(shape, stack),
     }
@@ -761,7 +762,9 @@ def _count_chunk_elements(shape: StepShape, stack: StackCosts) -> Number:
             stated = costs.working_elements + costs.kernel_elements
         else:
             block_share = np.minimum(1.0, costs.block_tokens / run_tokens)
-            stated = costs.working_elements + block_share * costs.block_elements
+            chunk_share = np.minimum(1.0, run_tokens / costs.chunk_tokens)
+            block_elements = block_share * chunk_share * costs.block_elements
+            stated = costs.working_elements + block_elements
         elements += stated / num_shards
     return elements
 
@@ -787,6 +790,7 @@ def _list_attention_arrays(
     tokens = shape.micro_batch_tokens * stack.token_ratio
 
     tile_scores = 0.0
+    index_scores = 0.0
     if has_biases or heads.index_dim or not shape.fused_attention:
         # A tile of queries with all keys, in fp32: scores, weights and their gradient.
         # A row has 16 tiles, but none of less than 128 queries (tile_size of
@@ -794,6 +798,12 @@ def _list_attention_arrays(
         num_queries = work.tokens_per_row.decoder * stack.token_ratio
         num_keys = work.tokens_per_row.decoder * key_rate
         tile_queries = min(max(128, num_queries / 16), num_queries)
+        if heads.index_dim:
+            # A tile of models/layers/sparse.py. Of an indexer's heads there are
+            # products, what is left of them above 0, and the gradients of both.
+            tile_queries = min(128, num_queries)
+            index_rows = shape.micro_batch_size * heads.index_heads
+            index_scores = 4 * index_rows * tile_queries * num_keys * FP32
         rows = shape.micro_batch_size * widths.heads
         one_array = rows * tile_queries * num_keys * FP32
         tile_scores = 3 * np.minimum(one_array, _SCORE_BYTES)
@@ -819,6 +829,7 @@ def _list_attention_arrays(
         if group.branch == "mixer" and group.output_features == "whole"
     )
     if heads.index_dim:
+        arrays["an indexer's scores of a tile"] = index_scores
         # With gradients, beside what is normed and turned of them.
         arrays["an indexer's queries, keys and weights"] = (
             3 * tokens * index_width * itemsize

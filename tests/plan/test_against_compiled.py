@@ -203,6 +203,12 @@ def test_bytes_sent_and_products(layout, model, off):
     assert sum(count_stored_bytes(shape).values()) == pytest.approx(
         memory.argument_size_in_bytes, rel=exact
     )
+    if model in ("lightning", "sparse") or (
+        "cp" in layout and model in ("mamba", "gated_delta_net")
+    ):
+        # Of rows so short and split the states of all runs are most of it.
+        planned_bytes = float(estimate_memory(shape).total)
+        assert planned_bytes == pytest.approx(compute_peak_bytes(memory), rel=0.25)
     if model == "moe" or "cp" in layout:
         # products in kernels, or of blocks that the mask skips as the program runs
         return
@@ -218,6 +224,10 @@ def test_bytes_sent_and_products(layout, model, off):
         exact = 0.01
     elif model == "encoder_decoder":
         exact = 1e-3
+    elif model == "sparse":
+        # Of rows that are one tile, whose loop is none, a compiler makes scores once
+        # for two uses.
+        exact = 0.12
     elif shape.work.is_attention_recomputed(shape.remat):
         exact = 0.05
     assert count_step_products(shape).total_flops == pytest.approx(products, rel=exact)

@@ -314,9 +314,10 @@ class DeltaRule(nnx.Module):
         intermediate = convolved + 2 * key_features + value_features
         intermediate += fp32_share * (decays + num_heads)
         states = num_heads * key_dim * value_dim
-        # Of a block in fp32: its operands, three matrices of each chunk with itself,
-        # the state at each chunk, and what is made of these; with their gradients.
-        block = num_heads * (3 * CHUNK_TOKENS + 4 * value_dim + 4 * key_dim)
+        # Of a block in fp32: its operands, matrices of each chunk with itself (keys with
+        # keys, queries with keys, and what its inverse is made of, step by step), the
+        # state at each chunk, and what is made of these; with their gradients.
+        block = num_heads * (8 * CHUNK_TOKENS + 4 * value_dim + 4 * key_dim)
         block += states / CHUNK_TOKENS
         return LayerCosts(
             tuple(matrices),
@@ -332,6 +333,7 @@ class DeltaRule(nnx.Module):
             intermediate_elements=intermediate,
             block_elements=2 * block,
             block_tokens=BLOCK_TOKENS,
+            chunk_tokens=CHUNK_TOKENS,
             kernel_elements=count_kernel_elements(
                 num_heads,
                 sizes.num_key_heads,

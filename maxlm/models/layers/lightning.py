@@ -188,6 +188,7 @@ class Lightning(nnx.Module):
             block_elements=2
             * (config.num_heads * (2 * CHUNK + 4 * config.head_dim) + states / CHUNK),
             block_tokens=BLOCK_TOKENS,
+            chunk_tokens=CHUNK,
             kernel_elements=count_kernel_elements(
                 config.num_heads,
                 config.num_heads,

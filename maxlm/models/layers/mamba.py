@@ -260,8 +260,10 @@ class Mamba(nnx.Module):
             state_tokens=CHUNK_TOKENS,
             # The convolution's output, step sizes, and the output behind its gate.
             intermediate_elements=3 * config.d_inner,
-            # About as many as the states between chunks, within one.
-            working_elements=config.d_inner * config.d_state / CHUNK_TOKENS,
+            # Inputs, step sizes and their gradients, in fp32 or cut into chunks; and
+            # about as many states within a chunk as between chunks.
+            working_elements=3 * config.d_inner
+            + config.d_inner * config.d_state / CHUNK_TOKENS,
         )
 
     def _read_conv(self) -> tuple[jax.Array, jax.Array | None]:

@@ -544,6 +544,7 @@ class Mamba2(nnx.Module):
             block_elements=2
             * (num_heads * 2 * CHUNK + 4 * channels + 2 * group_width + states / CHUNK),
             block_tokens=BLOCK_TOKENS,
+            chunk_tokens=CHUNK,
             kernel_elements=count_kernel_elements(
                 num_heads,
                 config.num_groups,

@@ -303,8 +303,13 @@ class SparseAttention(LatentAttention):
             )
         )
         assert main.attention is not None
-        index_dim = self.sparse.index_heads * (self.sparse.index_dim + 1)
-        return LayerCosts(tuple(groups), replace(main.attention, index_dim=index_dim))
+        index_heads = self.sparse.index_heads
+        attention = replace(
+            main.attention,
+            index_dim=index_heads * (self.sparse.index_dim + 1),
+            index_heads=index_heads,
+        )
+        return LayerCosts(tuple(groups), attention)
 
 
 def score_index(query: jax.Array, weight: jax.Array, key: jax.Array) -> jax.Array:
