@@ -256,7 +256,7 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _kinds_fit(self) -> Self:
-        named = {*self.pattern}
+        named = set(self.pattern)
         if self.mtp is not None and self.mtp.layer is not None:
             named.add(self.mtp.layer)
         unused = self.kinds.keys() - named
