@@ -27,8 +27,6 @@ PROMPTS = [
     list(range(3, 23)),
     [*range(3, 15), 50, 51],
 ]
-NUM_TOKENS = [13, 9, 12, 11, 8]
-"""Of each prompt's continuation, where they differ."""
 SMALL = {"max_sequences": 3, "max_length": 37, "page_size": 4, "prefill_tokens": 8}
 
 
@@ -127,53 +125,64 @@ def _run_whole(tiny, tokens):
     return hidden, lambda state: logits_by_state[state.tobytes()], apply
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "num_drafts", "num_rows", "num_guesses"),
-    [
-        # Ends before the last rows are alone, so that it compiles few programs.
-        (1, 1, 2, 30),
-        # To the end; further guesses are those of the module's own last one.
-        pytest.param(2, 3, 3, None, marks=pytest.mark.more),
-    ],
-)
 def test_guesses_are_those_of_the_whole_text_whatever_was_rejected(
-    build_mtp, one_device_mesh, num_layers, num_drafts, num_rows, num_guesses
+    build_mtp, one_device_mesh
 ):
-    """Chunked prompts, page borders, several requests; nearly all guesses of a random
-    model are rejected, so a cache that kept them would show. Outputs are those of whole
-    passes of the model, which guess nothing."""
+    """A prompt in chunks, whose last is another's only one; page borders. Nearly all
+    guesses of a random model are rejected, so a cache that kept them would show. Outputs
+    are those of whole passes of the model, which guess nothing."""
+    prompts = [PROMPTS[3], [41, 3, 8, 60]]
     with jax.set_mesh(one_device_mesh):
-        tiny = build_mtp(1, {"num_layers": num_layers})
-        settings = {"prefix_cache": False, "max_sequences": num_rows}
-        engine = make_engine(tiny, num_drafts, settings)
-        for i, prompt in enumerate(PROMPTS):
-            # Rows whose last tokens come together would compile one program more.
-            settings = {"max_new_tokens": NUM_TOKENS[i]}
-            sampling = GREEDY.model_copy(update=settings)
-            engine.add_request(GenerationRequest(str(i), tuple(prompt), sampling))
-        num_compared = 0
-        tokens: dict[str, list[int]] = {}
-        while engine.has_work and num_compared != num_guesses:
-            for output in engine.step():
-                tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            for sequence in engine.scheduler.running:
-                if not sequence.next_drafts or not sequence.is_decoding:
-                    continue
-                expected = guess_from_whole_text(tiny, sequence.tokens, num_drafts)
-                num_left = sequence.num_tokens_left - 1
-                assert sequence.next_drafts[:num_left] == expected[:num_left]
-                num_compared += 1
-                if num_compared == num_guesses:
-                    break
-        counted = engine.stats()
-        for i, prompt in enumerate(PROMPTS):
-            output_tokens = tokens.get(str(i), [])
-            num_tokens = len(output_tokens)
-            assert output_tokens == tiny.greedy(prompt, num_tokens)
-            if num_guesses is None:
-                assert num_tokens == NUM_TOKENS[i]
-    assert num_compared >= 30
-    assert len(tokens) >= num_rows + 1
+        tiny = build_mtp(1, {"num_layers": 1})
+        engine = make_engine(tiny, 1, {"prefix_cache": False, "max_sequences": 2})
+        # Ends while both decode, so that two programs are compiled.
+        check_guesses(tiny, engine, prompts, num_drafts=1, num_tokens=17, at_most=26)
+
+
+@pytest.mark.more
+def test_guesses_of_many_requests_and_of_the_module_s_own_guesses(
+    build_mtp, one_device_mesh
+):
+    """Chunks beside rows that decode, several requests a row, to the end."""
+    with jax.set_mesh(one_device_mesh):
+        tiny = build_mtp(1)
+        engine = make_engine(tiny, 3, {"prefix_cache": False})
+        num_tokens = GREEDY.max_new_tokens
+        check_guesses(tiny, engine, PROMPTS, num_drafts=3, num_tokens=num_tokens)
+        assert not engine.has_work
+
+
+def check_guesses(
+    tiny: Tiny,
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    num_drafts: int,
+    num_tokens: int,
+    at_most: int = 1000,
+) -> None:
+    """Runs requests until ``at_most`` steps of a sequence were compared."""
+    sampling = GREEDY.model_copy(update={"max_new_tokens": num_tokens})
+    for i, prompt in enumerate(prompts):
+        engine.add_request(GenerationRequest(str(i), tuple(prompt), sampling))
+    num_compared = 0
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    while engine.has_work and num_compared < at_most:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+        for sequence in engine.scheduler.running:
+            if not sequence.next_drafts or not sequence.is_decoding:
+                continue
+            expected = guess_from_whole_text(tiny, sequence.tokens, num_drafts)
+            num_left = sequence.num_tokens_left - 1
+            assert sequence.next_drafts[:num_left] == expected[:num_left]
+            num_compared += 1
+    assert num_compared > 25
+    for i, prompt in enumerate(prompts):
+        output_tokens = tokens[str(i)]
+        assert len(output_tokens) >= num_tokens // 2
+        assert output_tokens == tiny.greedy(prompt, len(output_tokens))
+    counted = engine.stats()
     assert counted.accepted_tokens_total < counted.drafted_tokens_total / 2
 
 

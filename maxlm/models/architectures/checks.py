@@ -76,7 +76,7 @@ def check_frontend(config: TransformerSettings) -> None:
 
 def check_kinds(config: TransformerSettings) -> None:
     """Raises MaxlmError: a kind that nothing names, or unlike kinds without names."""
-    named = {*config.pattern}
+    named = set(config.pattern)
     if config.mtp is not None and config.mtp.layer is not None:
         named.add(config.mtp.layer)
     unused = config.kinds.keys() - named
