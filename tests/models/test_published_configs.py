@@ -434,6 +434,21 @@ def test_caps_that_a_file_does_not_name():
     assert (model.attention.soft_cap, model.logit_cap) == (None, None)
 
 
+def test_heads_of_global_layers_that_a_file_leaves_out():
+    """Gemma 4's have 512 dimensions; or what ``per_layer_config`` says, in which
+    transformers names only what is not as in local layers."""
+    bare = change("gemma4_e4b")
+    del bare["global_head_dim"]
+    one_head = {str(layer): {"num_key_value_heads": 1} for layer in range(5, 42, 6)}
+    for more, heads in (
+        ({}, (512, 2)),
+        ({"per_layer_config": {}}, (256, 2)),
+        ({"per_layer_config": one_head}, (256, 1)),
+    ):
+        attention = settings(bare | more)[0].attention
+        assert (attention.head_dim, attention.num_kv_heads) == heads
+
+
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 4}
 
 

@@ -45,19 +45,25 @@ TABLE = {
 
 
 def _read_global_heads(
-    reader: ConfigReader, layer_types: Sequence[str], kv_heads: int, same_values: bool
+    reader: ConfigReader,
+    layer_types: Sequence[str],
+    local_heads: dict[str, Any],
+    same_values: bool,
 ) -> dict[str, Any]:
     """Reads heads of global layers: ``per_layer_config``, as transformers writes it, or
     ``global_head_dim`` and ``num_global_key_value_heads``, as published files have
-    it."""
+    it. The former leaves out what is as in local layers, ``local_heads``."""
+    kv_heads = local_heads["num_kv_heads"]
     head_dim = reader.size("global_head_dim", 512)
     num_kv_heads = reader.size("num_global_key_value_heads", kv_heads)
     if not same_values:  # the published code reads it with keys as values alone
         num_kv_heads = kv_heads
     key = "per_layer_config"
     layers = reader.mapping(key)
-    if not layers:
+    if key not in reader.values:
         return {"head_dim": head_dim, "num_kv_heads": num_kv_heads}
+    if not layers:
+        return local_heads
     global_layers = {
         str(layer) for layer, kind in enumerate(layer_types) if kind == GLOBAL
     }
@@ -69,7 +75,7 @@ def _read_global_heads(
         raise MaxlmError(message, where=reader.where, fix=_FIX)
     nested = ConfigReader(first, f"{reader.where}: {key}")
     heads = {
-        "head_dim": nested.size("head_dim"),
+        "head_dim": nested.size("head_dim", local_heads["head_dim"]),
         "num_kv_heads": nested.size("num_key_value_heads", kv_heads),
     }
     nested.check_all_read()
@@ -159,10 +165,9 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     sources = gemma3n.read_sharing(reader, layer_types, 0)
 
     local_attention = settings["attention"]
+    local_heads = {key: local_attention[key] for key in ("head_dim", "num_kv_heads")}
     same_values = reader.flag("attention_k_eq_v", False)
-    global_heads = _read_global_heads(
-        reader, layer_types, local_attention["num_kv_heads"], same_values
-    )
+    global_heads = _read_global_heads(reader, layer_types, local_heads, same_values)
     global_attention = local_attention | global_heads
     if same_values:
         global_attention["keys_as_values"] = True
