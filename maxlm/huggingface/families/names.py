@@ -57,6 +57,9 @@ class TensorRule:
     aliases: tuple[str, ...] = ()
     alternative: "TensorRule | None" = None
     """The rule in layers that do not have these parameters."""
+    layer: int | None = None
+    """Number of the layer that has these parameters, where the tensor's name does not
+    say it."""
 
 
 @dataclass(frozen=True)
@@ -412,6 +415,11 @@ def list_entries(config: TransformerConfig, table: NameTable) -> list[TensorEntr
             for layer in range(encoder_layers):
                 full_name = name.format(encoder_layer=layer)
                 entries += _make_entry(full_name, rule, specs, rule.ours, (layer,))
+            continue
+        if rule.layer is not None:
+            stack, index = places[rule.layer]
+            ours = tuple(f"{stack}.{parameter}" for parameter in rule.ours)
+            entries += _make_entry(name, rule, specs, ours, (index,))
             continue
         if "{layer}" not in name:
             entries += _make_entry(name, rule, specs, rule.ours, ())

@@ -114,10 +114,6 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
         "nemotron_h",
         "zamba",
     ),
-    "zamba2": UnsupportedType(
-        "weights that several layers read, a LoRA in each, and the embeddings as input",
-        "nemotron_h",
-    ),
     **_group("Gated DeltaNet beside windows", "qwen3_next", "lara_mini"),
     **_group(
         "sparse attention, hyper-connections and n-gram embeddings",

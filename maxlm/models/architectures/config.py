@@ -43,7 +43,9 @@ from maxlm.models.blocks import (
     BlockConfig,
     BlockKindChoice,
     Placement,
+    ReadsSharedBlock,
     find_attention,
+    normalizes_itself,
 )
 from maxlm.models.frontends import FrontendChoice
 from maxlm.models.layer_inputs import LayerInputsConfig
@@ -336,6 +338,39 @@ class TransformerConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _shared_blocks_fit(self) -> Self:
+        for block in self.list_blocks():
+            mixer = block.mixer
+            if mixer is None or not normalizes_itself(mixer):
+                continue
+            if block.placement not in ("pre", "sandwich"):
+                message = f"a mixer with a norm of its own, and placement={block.placement}"
+                raise MaxlmError(message, where="placement", fix="use pre or sandwich")
+        first_of_name: dict[str, BlockConfig] = {}
+        for block in self._list_blocks_with_shared():
+            assert isinstance(block.mixer, ReadsSharedBlock)
+            name = block.mixer.block
+            first = first_of_name.setdefault(name, block)
+            assert isinstance(first.mixer, ReadsSharedBlock)
+            settings = (block.mixer.shared_settings, block.norm)
+            if settings != (first.mixer.shared_settings, first.norm):
+                message = f"layers of mixer.block={name} with unlike attention, mlp or norm"
+                fix = "give them the same, or other names of blocks"
+                raise MaxlmError(message, where="kinds", fix=fix)
+        if not first_of_name:
+            return self
+        if self.transformer_type != "decoder":
+            message = f"a shared_block in an architecture={self.architecture}"
+            raise MaxlmError(message, where="mixer", fix="use a decoder")
+        if self.mtp is not None:
+            message = "mtp beside a shared_block, which its modules cannot read"
+            raise MaxlmError(message, where="mtp", fix="set it to null")
+        if self.block is not None:
+            message = "block beside a shared_block, which reads one residual stream"
+            raise MaxlmError(message, where="block", fix="set it to null")
+        return self
+
+    @model_validator(mode="after")
     def _positions_fit(self) -> Self:
         for kind in self.layer_kinds:
             self._check_positions(self.get_positions(kind), self.get_attention(kind))
@@ -461,6 +496,27 @@ class TransformerConfig(Config):
         """Lists the mixers of layers, each once."""
         mixers = [block.mixer for block in self.list_blocks()]
         return tuple(dict.fromkeys(mixer for mixer in mixers if mixer is not None))
+
+    def _list_blocks_with_shared(self) -> list[BlockConfig]:
+        """Lists what layers with weights that others read too are built of."""
+        blocks = self.list_blocks()
+        return [block for block in blocks if isinstance(block.mixer, ReadsSharedBlock)]
+
+    @property
+    def shared_blocks(self) -> dict[str, BlockConfig]:
+        """The modules of weights that several layers read, by name: of each, what the
+        first of the layers is built of."""
+        blocks: dict[str, BlockConfig] = {}
+        for block in self._list_blocks_with_shared():
+            assert isinstance(block.mixer, ReadsSharedBlock)
+            blocks.setdefault(block.mixer.block, block)
+        return blocks
+
+    def get_shared_block(self, kind: LayerKind) -> str | None:
+        """Returns the name of the shared module that layers of a kind read; None: they
+        read none."""
+        mixer = self._resolve_mixer(kind)
+        return mixer.block if isinstance(mixer, ReadsSharedBlock) else None
 
     def list_attention(self) -> tuple[AttentionConfig, ...]:
         """Lists the attention of layers, each once."""
