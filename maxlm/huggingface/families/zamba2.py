@@ -208,6 +208,19 @@ def read_attention(
     }
 
 
+def check_block(config: TransformerConfig, block: SharedBlockConfig) -> None:
+    """Raises MaxlmError: a shared block, or a model with it, that transformers has no
+    settings for."""
+    attention = block.attention
+    fix = "keep maxlm's own files"
+    if not config.tie_embeddings:
+        message = "a shared_block beside a head of its own, which transformers lacks"
+        raise MaxlmError(message, where="model.tie_embeddings", fix=fix)
+    if attention.num_heads * attention.head_dim != 2 * config.d_model:
+        message = "heads of a shared_block that do not make up twice d_model"
+        raise MaxlmError(message, where="model.kinds", fix=fix)
+
+
 def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     d_model = settings["d_model"]
     num_layers = settings["num_layers"]
@@ -267,9 +280,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
         message = "low-rank maps of unlike ranks"
         raise MaxlmError(message, fix="make mlp_rank and attention_rank equal")
     attention = block.attention
-    if attention.num_heads * attention.head_dim != 2 * config.d_model:
-        message = "heads of a shared_block that do not make up twice d_model"
-        raise MaxlmError(message, fix="write it under another family")
+    check_block(config, block)
     num_blocks = len(config.shared_blocks)
     values: dict[str, Any] = {
         "layers_block_type": write_layer_names(config, num_blocks),
@@ -305,9 +316,11 @@ ZAMBA2 = ModelFamily(
         "num_hidden_layers": fields.map_layer_count("num_layers", 54),
         "max_position_embeddings": fields.map_size("max_seq_len", 4096),
         "rms_norm_eps": fields.map_number("norm.eps", 1e-5),
-        "tie_word_embeddings": fields.map_flag("tie_embeddings", True),
+        # Without it transformers shares no block's weights either.
+        "tie_word_embeddings": fields.require_value(True, always_write=True),
     },
     _make_table,
+    {"tie_embeddings": True},
     read_extra=_read,
     write_extra=_write,
     # Choices of programs and of initial weights, what the published code does not read,
