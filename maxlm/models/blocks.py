@@ -130,6 +130,7 @@ MIXERS = Registry[RegisteredMixer](
     {
         "sparse_attention": "maxlm.models.mixers:SPARSE_ATTENTION",
         "mamba": "maxlm.models.mixers:MAMBA",
+        "mamba_heads": "maxlm.models.mixers:MAMBA_HEADS",
         "mamba2": "maxlm.models.mixers:MAMBA2",
         "gated_delta_net": "maxlm.models.mixers:GATED_DELTA_NET",
         "kimi_delta_attention": "maxlm.models.mixers:KIMI_DELTA_ATTENTION",

@@ -105,12 +105,15 @@ def _draw_zamba(values: Values, draw: random.Random) -> Values:
     kinds = ["hybrid", "linear_attention"]
     inner = 2 * values["hidden_size"]
     divisors = [n for n in range(1, inner + 1) if inner % n == 0]
+    is_second = "adapter_rank" in values
     drawn: Values = {
         "num_hidden_layers": layers,
-        "layers_block_type": draw.sample([*kinds * 2, *draw.choices(kinds, k=layers - 4)], layers),
-        "n_mamba_heads": draw.choice(divisors),
+        "layers_block_type": draw.sample(
+            [*kinds * 2, *draw.choices(kinds, k=layers - 4)], layers
+        ),
+        "n_mamba_heads": draw.choice(divisors if is_second else divisors[:4]),
     }
-    if "adapter_rank" in values:
+    if is_second:
         heads = drawn["n_mamba_heads"]
         groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
         drawn |= {"mamba_ngroups": groups, "adapter_rank": draw.randint(1, 9)}

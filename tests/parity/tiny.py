@@ -16,13 +16,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 STATE_SPACE = (
     *("mixer.A_log", "mixer.dt_bias", "mixer.dt_proj.bias"),
-    *("mamba.A_log", "mamba.dt_bias", "mamba.dt_proj.bias"),
+    *("mamba.A_log", "mamba.dt_bias", "mamba.dt_proj.bias", "mamba.dt_proj_bias"),
 )
 """Ends of the names of a state space's parameters that have a range of their own."""
 
 STATE_SPACE_MAPS = (
     *("mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.dt_proj.weight"),
     *("mamba.in_proj.weight", "mamba.x_proj.weight", "mamba.dt_proj.weight"),
+    *("mamba.x_proj_weight", "mamba.dt_proj_weight"),
 )
 
 

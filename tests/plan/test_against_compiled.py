@@ -48,6 +48,7 @@ MORE = (
     ("tp+sp", "mamba2", 0.02),
     ("tp+sp", "kimi_delta_attention", 0.01),
     ("tp+sp", "parallel_heads", 0.01),
+    ("tp+sp", "shared_block", 0.02),
     ("cp all-gather", "mamba", 0.01),
     ("cp all-gather", "gated_delta_net", 0.01),
 )
@@ -71,6 +72,7 @@ REST = (
     ("tp+sp", "gated_delta_net", 0.01),
     ("tp+sp", "kimi_delta_whole", 0.01),
     ("fsdp", "delta_hybrid", 0.03),
+    ("fsdp", "shared_block", 0.03),
     ("cp all-gather", "mamba2", 0.01),
     ("cp all-gather", "kimi_delta_attention", 0.01),
     ("cp all-gather", "lightning", 0.01),

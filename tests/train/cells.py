@@ -212,8 +212,8 @@ _SHARED_BLOCK = {
     "attention": _HEADS,
     "mlp": {"d_ff": 48, "activation": "gelu", "bias": True},
     "mixer": _SPACE,
-    "attention_rank": 3,
-    "mlp_rank": 5,
+    "attention_rank": 8,
+    "mlp_rank": 16,
 }
 MODELS[SHARED] = _BASE | {
     "num_layers": 6,

@@ -193,16 +193,16 @@ def _read_mixer(reader: ConfigReader, d_model: int, *, bias: bool) -> dict[str, 
 
 
 def read_attention(
-    reader: ConfigReader, d_model: int, num_kv_heads: int
+    reader: ConfigReader, d_model: int, *, num_heads: int
 ) -> dict[str, Any]:
     """Reads a shared block's attention, whose heads make up twice the model's width.
-    ``num_kv_heads``: where the file names none; 0: as many as heads."""
-    num_heads = reader.size("num_attention_heads", 32)
+    ``num_heads``: where the file names none, as many kv heads too."""
+    num_heads = reader.size("num_attention_heads", num_heads)
     head_dim = reader.size("attention_head_dim", 2 * d_model // num_heads)
     reader.read_implemented("attention_hidden_size", None, 2 * d_model)
     return {
         "num_heads": num_heads,
-        "num_kv_heads": reader.size("num_key_value_heads", num_kv_heads or num_heads),
+        "num_kv_heads": reader.size("num_key_value_heads", num_heads),
         "head_dim": head_dim,
         "scale": (head_dim / 2) ** -0.5,
     }
@@ -226,7 +226,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     num_layers = settings["num_layers"]
     bias = reader.flag("add_bias_linear", False)
     mixer = _read_mixer(reader, d_model, bias=bias)
-    attention = read_attention(reader, d_model, 0)
+    attention = read_attention(reader, d_model, num_heads=32)
     rank = reader.size("adapter_rank", 128)
     has_attention_rank = reader.flag("use_shared_attention_adapter", False)
     if has_attention_rank and attention["num_kv_heads"] != attention["num_heads"]:
