@@ -108,12 +108,10 @@ def test_layers_of_a_name_have_one_copy_of_its_weights():
 @pytest.mark.heavy
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_gradients_are_those_of_layers_written_out(mesh, remat):
-    """JAX adds up by itself what each layer of a plain loop gives."""
-    model = decoder(make_config({"remat": remat}), mesh())
-    params = draw_params(model)
+    """In float64. JAX adds up by itself what each layer of a plain loop gives."""
     tokens = np.random.default_rng(0).integers(0, 31, POSITIONS.shape)
 
-    def loss(params, *, unstack):
+    def loss(params, model, *, unstack):
         if unstack:
             stacks = {
                 name: jax.tree.map(lambda x: UnstackedParam(tuple(x)), params[name])
@@ -123,20 +121,21 @@ def test_gradients_are_those_of_layers_written_out(mesh, remat):
         hidden, _ = bind(model, params)(tokens, POSITIONS, SEGMENTS)
         return jnp.sum(jnp.sin(hidden))
 
-    def differentiate(unstack):
-        function = jax.value_and_grad(partial(loss, unstack=unstack))
-        return jax.jit(function, compiler_options=QUICK)(params)
+    with jax.enable_x64(True), jax.set_mesh(mesh()):
+        model = decoder(make_config({"remat": remat}), mesh(), jnp.float64)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), draw_params(model))
 
-    with jax.set_mesh(mesh()):
-        value, gradients = differentiate(False)
-        expected_value, expected = differentiate(True)
-    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-    flat = flatten_names(gradients)
-    for name, gradient in flatten_names(expected).items():
+        def differentiate(unstack):
+            function = partial(loss, model=model, unstack=unstack)
+            return jax.jit(jax.grad(function), compiler_options=QUICK)(params)
+
+        gradients = flatten_names(differentiate(False))
+        expected = flatten_names(differentiate(True))
+    for name, gradient in expected.items():
         scale = np.abs(gradient).max()
         assert scale > 1e-3, name
         np.testing.assert_allclose(
-            flat[name], gradient, atol=1e-5 * scale + 1e-6, err_msg=name
+            gradients[name], gradient, rtol=0, atol=1e-10 * scale, err_msg=name
         )
 
 
