@@ -9,8 +9,8 @@ from maxlm.models.layers.kimi_delta_attention import (
 )
 from maxlm.models.layers.lightning import Lightning, LightningConfig
 from maxlm.models.layers.mamba import Mamba, MambaConfig
-from maxlm.models.layers.mamba_heads import MambaHeads, MambaHeadsConfig
 from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
+from maxlm.models.layers.mamba_heads import MambaHeads, MambaHeadsConfig
 from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
 from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
 from maxlm.sharding.supported import ReshapingAxis

@@ -42,6 +42,7 @@ from maxlm.models.layers.mlp import HiddenTerms, Mlp, MlpConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import SHARED_BLOCKS
 
+
 class SharedSettings(Config):
     """Settings of the weights that layers share."""
 
@@ -122,9 +123,7 @@ class SharedBlock(nnx.Module):
     ):
         input_dim = 2 * context.d_model
         self.attention_norm = Norm(norm, input_dim, context)
-        self.attention = Attention(
-            config.attention, norm, context, input_dim=input_dim
-        )
+        self.attention = Attention(config.attention, norm, context, input_dim=input_dim)
         self.mlp_norm = Norm(norm, context.d_model, context)
         self.mlp = Mlp(config.mlp, context)
 
@@ -243,7 +242,9 @@ class SharedBlockMixer(nnx.Module):
         assert inputs.embeddings is not None
         attention_cache, mixer_cache = (None, None) if cache is None else cache
         both = jnp.concatenate([x, inputs.embeddings], axis=-1)
-        attended = self._attend(block, block.attention_norm(both), inputs, attention_cache)
+        attended = self._attend(
+            block, block.attention_norm(both), inputs, attention_cache
+        )
         y = self._feed(block, block.mlp_norm(attended.y))
         mixer_input = self.norm(x + self.linear(y, seq_axis="residual"))
         mixed = getattr(self, self.mixer_name)(mixer_input, inputs, mixer_cache)

@@ -94,9 +94,7 @@ def scan_layers(
         cast_shared: changes dtypes of what is shared to those that layers compute in,
             once for all layers of a pass.
     """
-    return _scan(
-        tuple(turns), cast_shared, tuple(params), carry, context, shared
-    )
+    return _scan(tuple(turns), cast_shared, tuple(params), carry, context, shared)
 
 
 def count_turns(turns: Sequence[LayerTurn], num_stacks: int) -> list[int]:

@@ -98,7 +98,12 @@ def test_layers_of_a_name_have_one_copy_of_its_weights():
         "b",
     }
     assert specs["layers.first.shared.mlp_lora.a.kernel"].shape == (2, D, 3)
-    assert specs["layers.first.shared.attention_lora.key_b.kernel"].shape == (2, 2, 2, 6)
+    assert specs["layers.first.shared.attention_lora.key_b.kernel"].shape == (
+        2,
+        2,
+        2,
+        6,
+    )
     assert "layers.second.shared.mlp_lora.a.kernel" not in specs
     assert "layers.first.attention_norm.scale" not in specs  # shared.norm is
     assert DecoderConfig.model_validate(CONFIG.model_dump()) == CONFIG

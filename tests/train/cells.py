@@ -307,9 +307,7 @@ CELLS: dict[str, Cell] = {
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
-    "pp circular": _cell(
-        _pipe("circular", 2), (*ALL, KINDS, STREAMS, SHARED), stage=2
-    ),
+    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS, STREAMS, SHARED), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
     "tp, 8 ways": _cell({}, (*ALL, MAMBA), tensor=8),
     "tp, 8 ways, kv heads whole": _cell(

@@ -43,7 +43,9 @@ def _map_heads(theirs: str, ours: str, mixer: MambaHeadsConfig) -> NameTable:
     ]
     return {
         f"{theirs}.in_proj.weight": join_rules(*in_proj, axis=0),
-        f"{theirs}.conv1d.weight": depthwise(*(f"{head}.conv_weight" for head in heads)),
+        f"{theirs}.conv1d.weight": depthwise(
+            *(f"{head}.conv_weight" for head in heads)
+        ),
         f"{theirs}.conv1d.bias": linear(*(f"{head}.conv_bias" for head in heads)),
         f"{theirs}.x_proj_weight": stack_rules(
             *(linear(f"{head}.x_proj.kernel") for head in heads)

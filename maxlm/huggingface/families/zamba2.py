@@ -107,7 +107,9 @@ def map_shared(
     for block, layers in list_shared_layers(config).items():
         first, *others = (f"model.layers.{layer}.{name}" for layer in layers)
         for tensor, rule in rules.items():
-            ours = tuple(f"shared_blocks.{block}.{parameter}" for parameter in rule.ours)
+            ours = tuple(
+                f"shared_blocks.{block}.{parameter}" for parameter in rule.ours
+            )
             aliases = tuple(f"{other}.{tensor}" for other in others)
             table[f"{first}.{tensor}"] = replace(rule, ours=ours, aliases=aliases)
     return table
@@ -145,7 +147,9 @@ def _map_low_rank(config: TransformerConfig) -> NameTable:
                 ("self_attn.linear_k_adapter_list", ("key_a", "key_b")),
                 ("self_attn.linear_v_adapter_list", ("value_a", "value_b")),
             ):
-                module = "mlp_lora" if list_name.startswith("feed") else "attention_lora"
+                module = (
+                    "mlp_lora" if list_name.startswith("feed") else "attention_lora"
+                )
                 inner, *outer = (f"shared.{module}.{name}.kernel" for name in ours)
                 for place, rule in enumerate((linear(inner), linear(*outer))):
                     first, *others = (
@@ -285,9 +289,7 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "layers_block_type": write_layer_names(config, num_blocks),
         "num_mem_blocks": num_blocks,
-        "mamba_expand": bamba.divide_by_width(
-            config, mixer.num_heads * mixer.head_dim
-        ),
+        "mamba_expand": bamba.divide_by_width(config, mixer.num_heads * mixer.head_dim),
         "n_mamba_heads": mixer.num_heads,
         "mamba_d_state": mixer.state_size,
         "mamba_ngroups": mixer.num_groups,

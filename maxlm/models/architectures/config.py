@@ -344,7 +344,9 @@ class TransformerConfig(Config):
             if mixer is None or not normalizes_itself(mixer):
                 continue
             if block.placement not in ("pre", "sandwich"):
-                message = f"a mixer with a norm of its own, and placement={block.placement}"
+                message = (
+                    f"a mixer with a norm of its own, and placement={block.placement}"
+                )
                 raise MaxlmError(message, where="placement", fix="use pre or sandwich")
         first_of_name: dict[str, BlockConfig] = {}
         for block in self._list_blocks_with_shared():
@@ -354,7 +356,9 @@ class TransformerConfig(Config):
             assert isinstance(first.mixer, ReadsSharedBlock)
             settings = (block.mixer.shared_settings, block.norm)
             if settings != (first.mixer.shared_settings, first.norm):
-                message = f"layers of mixer.block={name} with unlike attention, mlp or norm"
+                message = (
+                    f"layers of mixer.block={name} with unlike attention, mlp or norm"
+                )
                 fix = "give them the same, or other names of blocks"
                 raise MaxlmError(message, where="kinds", fix=fix)
         if not first_of_name:
