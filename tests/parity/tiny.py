@@ -81,6 +81,13 @@ def randomize(model: Any, *, untie: bool = False) -> Any:
             if name.endswith(STATE_SPACE_MAPS):
                 # What a state holds and shows is a product of three maps' results.
                 spread *= 0.5
+            if "shared_trans" in name and ("q_proj" in name or "k_proj" in name):
+                # Zamba's scores are larger by √2: softmax would be near a choice of one,
+                # which magnifies rounding.
+                spread *= 0.5
+            if "adapter_list" in name:
+                # A term beside another map, which is a product of two.
+                spread *= 0.4
             noise = spread * torch.randn(parameter.shape)
             if name.endswith(STATE_SPACE):
                 # Rates and steps as they begin, about: others leave nothing of a state,
