@@ -248,3 +248,25 @@ def test_stages_are_refused():
     obstacle = describe_pipeline_obstacle(make_config({"num_layers": 6}))
     assert obstacle is not None
     assert "others read too" in obstacle
+
+
+def test_the_plan_counts_all_of_mamba_s_heads():
+    """Three heads of 7 channels, and the layers that have them behind a block."""
+    head = {"d_inner": 7, "d_state": 3, "dt_rank": 2}
+    heads = {"kind": "mamba_heads", "num_heads": 3, "head": head}
+    kinds = {
+        "space": make_kind(heads),
+        "first": make_kind(BLOCK | {"mixer": heads, "mlp_rank": None}),
+    }
+    config = make_config({"kinds": kinds, "pattern": ["space", "first"]})
+    model = config.build(rules=AxisRules(), dtype=jnp.float32)
+    specs = flatten_names(param_specs(model))
+    (trunk,) = config.trunks
+    (run,) = trunk.runs[:1]
+    size_of_head = 3 * D * 7 + 7 * (2 + 2 * 3) + 2 * 7
+    for stack in run.stacks:
+        costs = StackCosts(model, trunk, run, stack, 10, 10, frozenset(specs))
+        groups = [g for g in costs.matmul_groups if "mamba_heads" in g.module]
+        assert sum(group.size for group in groups) == 3 * size_of_head
+        (branch,) = [b for b in costs.branches if b.costs.state_elements]
+        assert branch.costs.state_elements == 3 * 7 * 3
