@@ -126,14 +126,12 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
     }
     period = reader.size("attn_layer_period", 6)
     offset = reader.size("attn_layer_offset", 4, least=0)
-    names = zamba2.read_layer_names(reader, num_layers)
-    if not names:
-        # The third layer, and behind it by a period.
-        hybrid_layers = [2, *range(3 + offset, num_layers, period)]
-        names = [
-            "hybrid" if layer in hybrid_layers else "mamba"
-            for layer in range(num_layers)
-        ]
+    # The third layer, and behind it by a period.
+    hybrid_layers = {2, *range(3 + offset, num_layers, period)}
+    default = [
+        "hybrid" if layer in hybrid_layers else "mamba" for layer in range(num_layers)
+    ]
+    names = zamba2.read_layer_names(reader, num_layers, default)
     fields.name_layers(settings, zamba2.name_hybrid_layers(names, 1))
 
 

@@ -61,15 +61,18 @@ def name_hybrid_layers(names: Sequence[str], num_blocks: int) -> list[str]:
     return kinds
 
 
-def read_layer_names(reader: ConfigReader, num_layers: int) -> list[str]:
-    """Reads which layers are hybrid; none where the file does not say."""
+def read_layer_names(
+    reader: ConfigReader, num_layers: int, default: Sequence[str]
+) -> list[str]:
+    """Reads which layers are hybrid; ``default``: where the file does not say."""
     names = reader.names("layers_block_type") or reader.names("layer_types")
+    names = names or list(default)
     for name in names:
         if name not in _KIND_OF_NAME:
             message = f"a layer of kind {name!r} is not implemented"
             fix = f"only {', '.join(_KIND_OF_NAME)} can be converted"
             raise MaxlmError(message, where=reader.where, fix=fix)
-    if names and len(names) != num_layers:
+    if len(names) != num_layers:
         message = f"{len(names)} kinds of {num_layers} layers"
         fix = "take it from the published model"
         raise MaxlmError(message, where=reader.where, fix=fix)
@@ -258,7 +261,7 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
         "attention_rank": rank if has_attention_rank else None,
     }
     num_blocks = reader.size("num_mem_blocks", 1)
-    names = read_layer_names(reader, num_layers) or _list_published_layers()
+    names = read_layer_names(reader, num_layers, _list_published_layers())
     kinds = {"mamba": {"mixer": mixer, "ffn": "none"}}
     for number in range(min(num_blocks, num_layers)):
         named_block = {**block, "block": f"block{number}"}
