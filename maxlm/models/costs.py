@@ -39,6 +39,11 @@ class MatrixGroup:
     reads_attention_input: bool = True
     """Whether, beside attention, they read what it reads, and their result is added to
     its."""
+    shares_input: bool = False
+    """Whether another group reads the same input, which crosses the wire for that
+    one."""
+    is_in_stream_layout: bool = False
+    """Whether tokens lie as in the residual stream, in what they read and write."""
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ class LowRankMaps(nnx.Module):
         """See :mod:`maxlm.models.costs`."""
         a_kernels = tuple(f"{name}.kernel" for name in self.a_names)
         b_kernels = tuple(f"{name}.kernel" for name in self.b_names)
-        groups = [MatrixGroup(a_kernels, kept_products=())]
+        # The maps beside which these stand read the same.
+        groups = [MatrixGroup(a_kernels, kept_products=(), shares_input=True)]
         if len(a_kernels) == 1:
             groups.append(MatrixGroup(b_kernels, "latent", kept_products=()))
         else:
@@ -294,7 +295,10 @@ class SharedBlockMixer(nnx.Module):
         """Counts costs of the layer's own weights."""
         mixer = get_costs(getattr(self, self.mixer_name))
         groups = list(prefix_names(self.mixer_name, mixer.matrices))
-        groups.append(MatrixGroup(("linear.kernel",), kept_products=()))
+        linear = MatrixGroup(
+            ("linear.kernel",), kept_products=(), is_in_stream_layout=True
+        )
+        groups.append(linear)
         for name in ("attention_lora", "mlp_lora"):
             lora: LowRankMaps | None = getattr(self, name)
             if lora is not None:

@@ -247,7 +247,7 @@ def _list_matmul_collectives(
     sequence_axes = () if is_in_stream_layout else shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
     is_parallel = group.is_parallel_to_attention or group.joins_attention
-    shares_input = group.shares_norm or group.joins_attention
+    shares_input = group.shares_norm or group.joins_attention or group.shares_input
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.
     if is_latent:

@@ -99,6 +99,10 @@ class MatmulGroup:
     """Whether it is of another mixer in a layer that has attention."""
     reads_attention_input: bool = True
     """Whether, beside attention, it reads what attention does, in the same branch."""
+    shares_input: bool = False
+    """Whether another group reads the same input."""
+    is_in_stream_layout: bool = False
+    """Whether its module says that tokens lie as in the residual stream."""
 
     @property
     def is_parallel_to_attention(self) -> bool:
@@ -377,6 +381,8 @@ class StackCosts:
                     is_last_branch=is_last_branch,
                     is_beside_attention=matrices.is_beside_attention,
                     reads_attention_input=matrices.reads_attention_input,
+                    shares_input=matrices.shares_input,
+                    is_in_stream_layout=matrices.is_in_stream_layout,
                 )
                 groups.append(group)
         if missing:

@@ -302,9 +302,10 @@ class RunWorkload:
 
     def is_in_stream_layout(self, group: MatmulGroup) -> bool:
         """Whether a group's tokens lie as those of the residual stream do: it maps
-        between the stream and the narrow vectors of experts."""
+        between the stream and the narrow vectors of experts, or its module says so."""
         features = (group.input_features, group.output_features)
-        return group.branch == "ffn" and "latent" in features
+        maps_experts_vectors = group.branch == "ffn" and "latent" in features
+        return group.is_in_stream_layout or maps_experts_vectors
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and
