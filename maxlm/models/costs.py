@@ -42,6 +42,9 @@ class MatrixGroup:
     shares_input: bool = False
     """Whether another group reads the same input, which crosses the wire for that
     one."""
+    sum_kept_as: Literal["qkv", "mlp_up"] | None = None
+    """Name by which remat policies keep the sum that its products are a term of; None:
+    they are no term of another group's."""
     is_in_stream_layout: bool = False
     """Whether tokens lie as in the residual stream, in what they read and write."""
 

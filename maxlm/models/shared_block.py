@@ -184,11 +184,16 @@ class LowRankMaps(nnx.Module):
         b_kernels = tuple(f"{name}.kernel" for name in self.b_names)
         # The maps beside which these stand read the same.
         groups = [MatrixGroup(a_kernels, kept_products=(), shares_input=True)]
-        if len(a_kernels) == 1:
-            groups.append(MatrixGroup(b_kernels, "latent", kept_products=()))
-        else:
-            for kernel in b_kernels:
-                groups.append(MatrixGroup((kernel,), "latent", kept_products=()))
+        b_groups = [b_kernels]
+        sum_kept_as = "mlp_up"
+        if len(a_kernels) > 1:
+            b_groups = [(kernel,) for kernel in b_kernels]
+            sum_kept_as = "qkv"
+        for names in b_groups:
+            group = MatrixGroup(
+                names, "latent", kept_products=(), sum_kept_as=sum_kept_as
+            )
+            groups.append(group)
         return LayerCosts(tuple(groups))
 
 

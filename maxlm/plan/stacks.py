@@ -101,6 +101,8 @@ class MatmulGroup:
     """Whether, beside attention, it reads what attention does, in the same branch."""
     shares_input: bool = False
     """Whether another group reads the same input."""
+    sum_kept_as: str | None = None
+    """Name by which remat policies keep what its products are added to."""
     is_in_stream_layout: bool = False
     """Whether its module says that tokens lie as in the residual stream."""
 
@@ -382,6 +384,7 @@ class StackCosts:
                     is_beside_attention=matrices.is_beside_attention,
                     reads_attention_input=matrices.reads_attention_input,
                     shares_input=matrices.shares_input,
+                    sum_kept_as=matrices.sum_kept_as,
                     is_in_stream_layout=matrices.is_in_stream_layout,
                 )
                 groups.append(group)

@@ -276,6 +276,8 @@ class RunWorkload:
         kept."""
         if remat == "none":
             return False
+        if group.sum_kept_as is not None:
+            return group.sum_kept_as not in SAVED[remat]
         output = kernel.output_features
         if output == "residual":
             return self.backward_needs_branch_output(group)
