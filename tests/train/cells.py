@@ -246,7 +246,6 @@ TUNED: dict[str, tuple[str, dict[str, Any]]] = {
         {"task": {"kind": "dpo", "examples_per_row": 6}, **_LORA},
     ),
     "narrow values + lora": (NARROW, _LORA),
-    "shared blocks + lora": (SHARED, _LORA),
 }
 
 
@@ -296,7 +295,7 @@ CELLS: dict[str, Cell] = {
     "dp": _cell({"sharding": WHOLE}, (*ALL, CAPACITY), data=8),
     "hsdp": _cell(data=2, fsdp=4),
     "zero1": _cell({"sharding": ZERO1}, fsdp=8),
-    "zero2": _cell({"sharding": ZERO2}, (*ALL, SHARED), fsdp=8),
+    "zero2": _cell({"sharding": ZERO2}, fsdp=8),
     "fsdp": _cell(fsdp=8),
     "tp": _cell({}, (*ALL, CAPACITY, HYBRID), tensor=4),
     "tp+sp": _cell(SP, tensor=4),
