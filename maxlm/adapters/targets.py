@@ -10,6 +10,7 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import (
+    SHARED_BLOCKS,
     Initializer,
     Params,
     ParamSpec,
@@ -50,11 +51,12 @@ def replace_targets(
 
 def _find_layer_maps(candidates: Mapping[str, ParamSpec]) -> set[str]:
     """Finds the linear maps of layers, those of routed experts left out: they are not
-    named ``kernel``."""
+    named ``kernel``. One that several layers share is among them once."""
     return {
         name
         for name, spec in candidates.items()
-        if name.endswith(".kernel") and spec.num_layer_axes
+        if name.endswith(".kernel")
+        and (spec.num_layer_axes or name.startswith(f"{SHARED_BLOCKS}."))
     }
 
 

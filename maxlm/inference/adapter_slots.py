@@ -97,23 +97,27 @@ def add_adapters(
     params: Params, arrays: Mapping[str, Sequence[jax.Array]], mask: jax.Array
 ) -> Params:
     """Returns unstacked parameters with a :class:`StackedLora` in place of each kernel
-    that has A and B; ``arrays`` has each layer's, by canonical name."""
+    that has A and B; ``arrays`` has each layer's, by canonical name, or those that
+    layers share."""
     flat = flatten_names(params, is_leaf)
     structure = jax.tree.structure(params, is_leaf=is_leaf)
     # "layers.mlp.up.kernel.lora_a" and ".lora_b" stand beside "layers.mlp.up.kernel".
     kernel_names = {array_name.rpartition(".")[0] for array_name in arrays}
     for name in kernel_names:
+        base = flat[name]
+        is_stacked = isinstance(base, UnstackedParam)
         arrays_by_layer = zip(
-            flat[name].layers,
+            # One that several layers share is in no stack.
+            base.layers if is_stacked else (base,),
             arrays[f"{name}.lora_a"],
             arrays[f"{name}.lora_b"],
             strict=True,
         )
         layers = [
-            StackedLora(base, lora_a, lora_b, mask)
-            for base, lora_a, lora_b in arrays_by_layer
+            StackedLora(layer_base, lora_a, lora_b, mask)
+            for layer_base, lora_a, lora_b in arrays_by_layer
         ]
-        flat[name] = UnstackedParam(tuple(layers))
+        flat[name] = UnstackedParam(tuple(layers)) if is_stacked else layers[0]
     return jax.tree.unflatten(structure, [*flat.values()])
 
 

@@ -5,10 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.models.architectures import Model
 from maxlm.models.params import (
+    SHARED_BLOCKS,
     FusedKernel,
     Params,
     ParamSpec,
@@ -63,13 +65,19 @@ def prepare_params(model: Model, params: Params) -> Params:
             values[name] = prepare(name, specs[name], value)
 
         for names in _list_joint_kernels(model, specs):
+            # The first of them has the joint kernel; the others are read through it.
+            first, *others = names
+            if not isinstance(values[first], UnstackedParam):
+                # Layers share them.
+                kernels = tuple(values[name] for name in names)
+                values[first] = FusedKernel(_fuse_kernels(kernels))
+                values |= dict.fromkeys(others, FusedKernel(None))
+                continue
             layers_by_kernel = [values[name].layers for name in names]
             kernels_by_layer = zip(*layers_by_kernel, strict=True)
             fused = [
                 FusedKernel(_fuse_kernels(kernels)) for kernels in kernels_by_layer
             ]
-            # The first of them has the joint kernel; the others are read through it.
-            first, *others = names
             values[first] = UnstackedParam(tuple(fused))
             for name in others:
                 values[name] = UnstackedParam((FusedKernel(None),) * len(fused))
@@ -99,21 +107,30 @@ def _list_joint_kernels(
     # Only kernels whose inputs are whole lie side by side (can_fuse_kernels).
     if model.rules.residual or model.rules.embed:
         return joint_kernels
+    for path, module in _list_modules(model):
+        for group in getattr(module, "joint_projections", ()):
+            names = [f"{path}.{part}.kernel" for part in group]
+            layouts: list[PartitionSpec] = []
+            for name in names:
+                spec = specs.get(name)
+                # One that is absent, or stored as other than one array, is not fused.
+                if isinstance(spec, ParamSpec):
+                    layer_axes = spec.axes[spec.num_layer_axes :]
+                    layouts.append(model.rules.spec(*layer_axes))
+            is_complete = len(layouts) == len(names)
+            if is_complete and can_fuse_kernels(layouts):
+                joint_kernels.append(names)
+    return joint_kernels
+
+
+def _list_modules(model: Model) -> list[tuple[str, nnx.Module]]:
+    """Lists mixers and feed-forwards of layers, and modules that layers share, with
+    their places among the parameters."""
+    modules: list[tuple[str, nnx.Module]] = []
     for stack, block in getattr(model, "stacks", {}).items():
         for layer in (block.mixer, block.ffn):
-            if layer is None:
-                continue
-            for group in getattr(layer, "joint_projections", ()):
-                names = [f"{stack}.{layer.name}.{part}.kernel" for part in group]
-                layouts: list[PartitionSpec] = []
-                for name in names:
-                    spec = specs.get(name)
-                    # One that is absent, or stored as other than one array, is not
-                    # fused.
-                    if isinstance(spec, ParamSpec):
-                        layer_axes = spec.axes[spec.num_layer_axes :]
-                        layouts.append(model.rules.spec(*layer_axes))
-                is_complete = len(layouts) == len(names)
-                if is_complete and can_fuse_kernels(layouts):
-                    joint_kernels.append(names)
-    return joint_kernels
+            if layer is not None:
+                modules.append((f"{stack}.{layer.name}", layer))
+    for name, module in getattr(model, "shared_blocks", {}).items():
+        modules.append((f"{SHARED_BLOCKS}.{name}", module))
+    return modules

@@ -18,7 +18,7 @@ from maxlm.models.aux import Aux
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheLayout, LayerCache
 from maxlm.models.caches.paged import CrossCache
-from maxlm.models.costs import BranchCosts, get_costs
+from maxlm.models.costs import BranchCosts, get_costs, list_branch_costs
 from maxlm.models.layer_inputs import LayerInputBranch, LayerInputsConfig
 from maxlm.models.layers.attention import (
     Attention,
@@ -100,11 +100,15 @@ class RegisteredMixer:
             sees: with ``context`` x [B, S, D] is split along S, its tokens in another
             order; with ``stage`` it runs in a program on pipeline stages. Runs that
             need others are refused.
+        build_shared: called like ``build``, for a config that
+            :class:`ReadsSharedBlock`; returns the module of the weights that layers
+            share.
     """
 
     config: type[Config]
     build: Callable[..., Mixer]
     mesh_axes: Collection[ReshapingAxis] = ()
+    build_shared: Callable[..., nnx.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,14 @@ MIXERS = Registry[RegisteredMixer](
     {
         "sparse_attention": "maxlm.models.mixers:SPARSE_ATTENTION",
         "mamba": "maxlm.models.mixers:MAMBA",
+        "mamba_heads": "maxlm.models.mixers:MAMBA_HEADS",
         "mamba2": "maxlm.models.mixers:MAMBA2",
         "gated_delta_net": "maxlm.models.mixers:GATED_DELTA_NET",
         "kimi_delta_attention": "maxlm.models.mixers:KIMI_DELTA_ATTENTION",
         "lightning": "maxlm.models.mixers:LIGHTNING",
         "short_conv": "maxlm.models.mixers:SHORT_CONV",
         "parallel_heads": "maxlm.models.parallel_heads:PARALLEL_HEADS",
+        "shared_block": "maxlm.models.shared_block:SHARED_BLOCK",
     },
 )
 MIXERS.register(
@@ -272,6 +278,21 @@ class ContainsMixer(Protocol):
     mixer: Config
 
 
+@runtime_checkable
+class ReadsSharedBlock(Protocol):
+    """A mixer's config whose layers read weights that other layers read too: those of a
+    module outside of their stacks (``RegisteredMixer.build_shared``), which they find
+    in :class:`AttentionInputs`."""
+
+    block: str
+    """Name of the module among those of the model, ``shared_blocks.*``."""
+
+    @property
+    def shared_settings(self) -> Config:
+        """Settings of the module: equal in all layers that name it."""
+        ...
+
+
 def list_mixer_parts(mixer: Config) -> list[Config]:
     """Lists a mixer and those within it."""
     if isinstance(mixer, ContainsMixer):
@@ -285,6 +306,11 @@ def get_kind(config: Config) -> str:
     kind = getattr(config, "kind")  # noqa: B009
     assert isinstance(kind, str)
     return kind
+
+
+def normalizes_itself(config: Config) -> bool:
+    """Returns whether a mixer or feed-forward has the norm of its input itself."""
+    return getattr(config, "normalizes_itself", False)
 
 
 class Block(nnx.Module):
@@ -302,8 +328,8 @@ class Block(nnx.Module):
     parallel_shared     the same, with one norm for both
     ==================  ====================================================
 
-    What a branch adds is multiplied by ``residual_scale`` first. A feed-forward whose
-    config says ``normalizes_itself`` has no norm before it.
+    What a branch adds is multiplied by ``residual_scale`` first. A mixer or feed-forward
+    whose config says ``normalizes_itself`` has no norm before it.
 
     Args:
         cross_attention: whether the layer looks at an encoder's output as well.
@@ -330,7 +356,8 @@ class Block(nnx.Module):
         self.ffn_name = ""
         mixer_config: Any = config.mixer
         has_mixer = mixer_config is not None
-        self.attention_norm = build_norm(has_mixer and has_pre_norms)
+        needs_mixer_norm = has_mixer and not normalizes_itself(mixer_config)
+        self.attention_norm = build_norm(needs_mixer_norm and has_pre_norms)
         if has_mixer:
             registered = MIXERS.get(get_kind(mixer_config))
             mixer = registered.build(mixer_config, config.norm, context)
@@ -349,8 +376,7 @@ class Block(nnx.Module):
         has_ffn = ffn_config is not None
         # With one norm for both, it stands before the mixer, if there is one.
         shares_norm = placement == "parallel_shared" and has_mixer
-        has_own_norms = getattr(ffn_config, "normalizes_itself", False)
-        needs_norm = has_ffn and not has_own_norms
+        needs_norm = has_ffn and not normalizes_itself(ffn_config)
         self.mlp_norm = build_norm(needs_norm and has_pre_norms and not shares_norm)
         if has_ffn:
             ffn = FEED_FORWARDS.get(get_kind(ffn_config)).build(ffn_config, context)
@@ -460,8 +486,7 @@ class Block(nnx.Module):
         """Costs of one layer, by branch."""
         branches = []
         if self.mixer is not None:
-            mixer_costs = get_costs(self.mixer)
-            branches.append(BranchCosts("mixer", self.mixer_name, mixer_costs))
+            branches.extend(list_branch_costs("mixer", self.mixer_name, self.mixer))
         if self.ffn is not None:
             branches.append(BranchCosts("ffn", self.ffn_name, get_costs(self.ffn)))
         if self.layer_input is not None:

@@ -6,8 +6,8 @@ what there is besides, such as scores of attention. A module without ``costs`` i
 counted by :func:`group_matrices`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 from flax import nnx
@@ -36,8 +36,18 @@ class MatrixGroup:
     """Parameters whose products a mixer names "qkv" for remat policies
     (``models/remat.py``); None: those that write heads."""
     is_beside_attention: bool = False
-    """Whether they are of a mixer that reads what the layer's attention reads, and is
-    added to it."""
+    """Whether they are of another mixer in a layer that has attention."""
+    reads_attention_input: bool = True
+    """Whether, beside attention, they read what it reads, and their result is added to
+    its."""
+    shares_input: bool = False
+    """Whether another group reads the same input, which crosses the wire for that
+    one."""
+    sum_kept_as: Literal["qkv", "mlp_up"] | None = None
+    """Name by which remat policies keep the sum that its products are a term of; None:
+    they are no term of another group's."""
+    is_in_stream_layout: bool = False
+    """Whether tokens lie as in the residual stream, in what they read and write."""
     is_input_detached: bool = False
     """Whether their input has no gradient of theirs; another group reads it too."""
 
@@ -143,12 +153,15 @@ class LayerCosts:
 
 
 class BranchCosts(NamedTuple):
-    """Costs of one of a layer's branches of the residual stream."""
+    """Costs of one of a layer's branches of the residual stream, or of a part of it."""
 
     branch: Branch
     module: str
-    """Its module's name within the layer."""
+    """Its module's name within the layer; where layers share it, within the trunk."""
     costs: LayerCosts
+    is_shared: bool = False
+    """Whether its weights lie outside of the layers' stacks, and other layers read them
+    too."""
 
 
 def get_costs(module: object) -> LayerCosts:
@@ -158,6 +171,38 @@ def get_costs(module: object) -> LayerCosts:
     if count_costs is None:
         return LayerCosts(group_matrices(cast(nnx.Module, module)))
     return count_costs()
+
+
+def prefix_names(module: str, groups: Iterable[MatrixGroup]) -> tuple[MatrixGroup, ...]:
+    """Returns groups of a submodule's matrices by their names in the module."""
+
+    def prefix(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{module}.{name}" for name in names)
+
+    return tuple(
+        replace(
+            group,
+            names=prefix(group.names),
+            needs_raw_output=prefix(group.needs_raw_output),
+            kept_products=(
+                None if group.kept_products is None else prefix(group.kept_products)
+            ),
+        )
+        for group in groups
+    )
+
+
+def list_branch_costs(
+    branch: Branch, name: str, module: object
+) -> tuple[BranchCosts, ...]:
+    """Lists costs of a branch by its parts, as a module's own ``branch_costs()`` has
+    them: those of a mixer with a feed-forward in it, or with weights that layers
+    share."""
+    list_parts: Callable[[str], tuple[BranchCosts, ...]] | None
+    list_parts = getattr(module, "branch_costs", None)
+    if list_parts is None:
+        return (BranchCosts(branch, name, get_costs(module)),)
+    return list_parts(name)
 
 
 def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:

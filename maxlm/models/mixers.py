@@ -10,6 +10,7 @@ from maxlm.models.layers.kimi_delta_attention import (
 from maxlm.models.layers.lightning import Lightning, LightningConfig
 from maxlm.models.layers.mamba import Mamba, MambaConfig
 from maxlm.models.layers.mamba2 import Mamba2, Mamba2Config
+from maxlm.models.layers.mamba_heads import MambaHeads, MambaHeadsConfig
 from maxlm.models.layers.short_conv import ShortConv, ShortConvConfig
 from maxlm.models.layers.sparse import SparseAttention, SparseAttentionConfig
 from maxlm.sharding.supported import ReshapingAxis
@@ -21,6 +22,7 @@ SPARSE_ATTENTION = RegisteredMixer(
     SparseAttentionConfig, SparseAttention, mesh_axes=("stage",)
 )
 MAMBA = RegisteredMixer(MambaConfig, Mamba, _SPLIT_SEQUENCES)
+MAMBA_HEADS = RegisteredMixer(MambaHeadsConfig, MambaHeads, _SPLIT_SEQUENCES)
 MAMBA2 = RegisteredMixer(Mamba2Config, Mamba2, _SPLIT_SEQUENCES)
 GATED_DELTA_NET = RegisteredMixer(GatedDeltaNetConfig, GatedDeltaNet, _SPLIT_SEQUENCES)
 KIMI_DELTA_ATTENTION = RegisteredMixer(

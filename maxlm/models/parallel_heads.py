@@ -1,7 +1,6 @@
 """Attention and another mixer side by side in one layer (Falcon-H1, arXiv 2507.22448,
 §2.1; Hymba, arXiv 2411.13676)."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, Self
 
@@ -16,10 +15,11 @@ from maxlm.models.blocks import (
     RegisteredMixer,
     build_attention,
     get_kind,
+    normalizes_itself,
 )
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import CacheLayout, LayerCache
-from maxlm.models.costs import LayerCosts, MatrixGroup, get_costs
+from maxlm.models.costs import LayerCosts, get_costs, prefix_names
 from maxlm.models.layers.attend import AttentionInputs
 from maxlm.models.layers.attention_config import AttentionConfig
 from maxlm.models.layers.mixer_output import MixerOutput
@@ -47,6 +47,10 @@ class ParallelHeadsConfig(Config):
             raise MaxlmError(
                 "parallel_heads within parallel_heads", fix="name another kind of mixer"
             )
+        if normalizes_itself(self.mixer):
+            message = f"mixer.kind={get_kind(self.mixer)} within parallel_heads"
+            fix = "name a mixer that reads what attention reads"
+            raise MaxlmError(message, where="mixer", fix=fix)
         return self
 
     def shrunk(self, head_dim: int, seq_len: int) -> Self:
@@ -113,10 +117,10 @@ class ParallelHeads(nnx.Module):
         attention = get_costs(self.attention)
         mixer = get_costs(getattr(self, self.mixer_name))
         matrices = (
-            *_prefix_names("attention", attention.matrices),
+            *prefix_names("attention", attention.matrices),
             *(
                 replace(group, is_beside_attention=True)
-                for group in _prefix_names(self.mixer_name, mixer.matrices)
+                for group in prefix_names(self.mixer_name, mixer.matrices)
             ),
         )
         return replace(mixer, matrices=matrices, attention=attention.attention)
@@ -124,27 +128,6 @@ class ParallelHeads(nnx.Module):
 
 def _scale(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * factor
-
-
-def _prefix_names(
-    module: str, groups: Iterable[MatrixGroup]
-) -> tuple[MatrixGroup, ...]:
-    """Returns groups of a submodule's matrices by their names in the module."""
-
-    def prefix(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"{module}.{name}" for name in names)
-
-    return tuple(
-        replace(
-            group,
-            names=prefix(group.names),
-            needs_raw_output=prefix(group.needs_raw_output),
-            kept_products=(
-                None if group.kept_products is None else prefix(group.kept_products)
-            ),
-        )
-        for group in groups
-    )
 
 
 PARALLEL_HEADS = RegisteredMixer(

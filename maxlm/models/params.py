@@ -38,6 +38,9 @@ the place of each parameter stands an array (or a :class:`ParamSpec`), or a
 StoredParam = Any
 """What stands there: an array, a :class:`Leaf`, or the declaration of one."""
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+SHARED_BLOCKS = "shared_blocks"
+"""Begins the names of parameters that several layers read, ``shared_blocks.block0...``:
+they are in no stack of layers."""
 
 
 @dataclass(frozen=True)

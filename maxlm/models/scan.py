@@ -27,7 +27,13 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.models.remat import RematPolicy, apply_remat
-from maxlm.parallel.layers import LayerTurn, PyTree, scan_layers
+from maxlm.parallel.layers import (
+    CastFn,
+    LayerTurn,
+    PyTree,
+    keep_dtypes,
+    scan_layers,
+)
 from maxlm.parallel.local import LANES, axis_size, get_layout
 
 SharedKeys = Mapping[str, KeysValues]
@@ -100,6 +106,7 @@ def scan_blocks(
     shared: PyTree = None,
     *,
     keys: SharedKeys | None = None,
+    cast_shared: CastFn = keep_dtypes,
     dtype: DTypeLike,
     remat: RematPolicy = "none",
 ) -> LayerCarry:
@@ -116,6 +123,7 @@ def scan_blocks(
         context, shared: trees of arrays that every layer reads, without and with a
             gradient.
         keys: what layers before these have written.
+        cast_shared: see :func:`~maxlm.parallel.layers.scan_layers`.
         dtype: of matrices in use, and of their gradients until all layers are through.
     """
 
@@ -152,20 +160,13 @@ def scan_blocks(
             new_keys = {**new_keys, turn.writes: result.keys_values}
         return LayerCarry(result.x, result.aux, new_keys)
 
-    def cast_matrix(spec: ParamSpec, param: PyTree) -> PyTree:
-        # `param` is an array, or arrays of one leaf that stand for one in its gradient.
-        if spec.role != "matrix" or not jnp.issubdtype(spec.dtype, jnp.floating):
-            return param
-        return jax.tree.map(partial(cast_without_hoisting, dtype=dtype), param)
-
     def cast_layer(block: nnx.Module, layer: StackedLayers) -> StackedLayers:
-        specs = jax.tree.map(
-            _declare_step_values, param_specs(block), layer.params, is_leaf=is_leaf
-        )
-        params = jax.tree.map(cast_matrix, specs, layer.params)
-        return layer._replace(params=params)
+        cast = partial(cast_without_hoisting, dtype=dtype)
+        return layer._replace(params=cast_matrices(block, layer.params, cast))
 
-    first = _make_first_carry(blocks, layers, turns, x, context, shared, keys or {})
+    first = _make_first_carry(
+        blocks, layers, turns, x, context, cast_shared(shared), keys or {}
+    )
     num_layers = len(jax.tree.leaves(layers[0].params)[0])
     is_loop_body = len(turns) == 1 and num_layers > 1
     layer_turns: list[LayerTurn] = []
@@ -173,7 +174,26 @@ def scan_blocks(
         run = apply_remat(partial(run_layer, turn), remat, is_loop_body=is_loop_body)
         cast = partial(cast_layer, blocks[turn.stack])
         layer_turns.append(LayerTurn(turn.stack, partial(run_turn, turn, run), cast))
-    return scan_layers(layer_turns, layers, first, context, shared=shared)
+    return scan_layers(
+        layer_turns, layers, first, context, shared=shared, cast_shared=cast_shared
+    )
+
+
+def cast_matrices(
+    module: nnx.Module, params: Params, cast: Callable[[jax.Array], jax.Array]
+) -> Params:
+    """Returns a module's parameters with its matrices cast, others as they are."""
+
+    def cast_matrix(spec: ParamSpec, param: PyTree) -> PyTree:
+        # `param` is an array, or arrays of one leaf that stand for one in its gradient.
+        if spec.role != "matrix" or not jnp.issubdtype(spec.dtype, jnp.floating):
+            return param
+        return jax.tree.map(cast, param)
+
+    specs = jax.tree.map(
+        _declare_step_values, param_specs(module), params, is_leaf=is_leaf
+    )
+    return jax.tree.map(cast_matrix, specs, params)
 
 
 def _add_to_total(total: Aux, aux: Aux) -> Aux:

@@ -28,6 +28,11 @@ CastFn = Callable[[PyTree], PyTree]
 """One layer's parameters -> the same in the dtypes that it computes in."""
 
 
+def keep_dtypes(tree: PyTree) -> PyTree:
+    """A :data:`CastFn` that casts nothing."""
+    return tree
+
+
 class LayerTurn(NamedTuple):
     """One of the layers that a period runs, in their order."""
 
@@ -65,6 +70,7 @@ def scan_layers(
     context: PyTree,
     *,
     shared: PyTree = None,
+    cast_shared: CastFn = keep_dtypes,
 ) -> PyTree:
     """Returns ``carry`` after all layers, each ``turn.run(turn.cast(parameters), carry,
     context, shared)``; reverse-mode differentiable in ``params``, ``carry`` and
@@ -83,9 +89,12 @@ def scan_layers(
             the turns are repeated.
         carry: arrays; a layer returns the same shapes, dtypes and layouts.
         context: arrays every layer reads, without gradient (positions, segment ids).
-        shared: arrays every layer reads, with a gradient, which is summed over layers.
+        shared: arrays every layer reads, with a gradient, which is summed over layers in
+            their own dtype.
+        cast_shared: changes dtypes of what is shared to those that layers compute in,
+            once for all layers of a pass.
     """
-    return _scan(tuple(turns), tuple(params), carry, context, shared)
+    return _scan(tuple(turns), cast_shared, tuple(params), carry, context, shared)
 
 
 def count_turns(turns: Sequence[LayerTurn], num_stacks: int) -> list[int]:
@@ -134,14 +143,17 @@ def _take_index(index: int, x: jax.Array) -> jax.Array:
     return x[index]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(
     turns: tuple[LayerTurn, ...],
+    cast_shared: CastFn,
     params: tuple[PyTree, ...],
     carry: PyTree,
     context: PyTree,
     shared: PyTree,
 ) -> PyTree:
+    shared = cast_shared(shared)
+
     def body(carry, period_params):
         layers = take_turns(period_params, turns)
         for turn, layer_params in zip(turns, layers, strict=True):
@@ -152,7 +164,8 @@ def _scan(
     return carry
 
 
-def _forward(turns, params, carry, context, shared):
+def _forward(turns, cast_shared, params, carry, context, shared):
+    cast = cast_shared(shared)
     # A scan may trace its body more than once; the last trace is the one that runs.
     traced: list[Residuals] = []
 
@@ -164,8 +177,8 @@ def _forward(turns, params, carry, context, shared):
                 carry = turn.run(layer_params, carry, context, shared)
             return carry
 
-        carry, backward = jax.vjp(run_period, cast_params, carry, shared)
-        residuals, stacked = split_residuals(backward, (cast_params, context, shared))
+        carry, backward = jax.vjp(run_period, cast_params, carry, cast)
+        residuals, stacked = split_residuals(backward, (cast_params, context, cast))
         traced.append(residuals)
         return carry, stacked
 
@@ -237,16 +250,22 @@ def _join_periods(
     )
 
 
-def _backward(turns, saved, d_carry):
+def _backward(turns, cast_shared, saved, d_carry):
     params, context, shared, stacked, residuals = saved
+    cast = cast_shared(shared)
 
     def body(carry, inputs):
         d_carry, d_shared = carry
         period_params, period_stacked = inputs
         cast_params = _cast_period(turns, period_params)
-        backward = residuals.join((cast_params, context, shared), period_stacked)
+        backward = residuals.join((cast_params, context, cast), period_stacked)
         d_layers, d_carry, d_shared_terms = backward(d_carry)
-        d_shared = jax.tree.map(jnp.add, d_shared, d_shared_terms)
+        # A layer's gradient is in the dtype that it computes in, their sum is not.
+        d_shared = jax.tree.map(
+            lambda total, term: total + term.astype(total.dtype),
+            d_shared,
+            d_shared_terms,
+        )
         return (d_carry, d_shared), _join_turns(d_layers, turns, len(params))
 
     d_shared = jax.tree.map(jnp.zeros_like, shared)

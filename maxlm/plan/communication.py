@@ -221,10 +221,10 @@ def _list_matmul_collectives(
         output_axes |= _mesh_axes(rules, kernel.axes[kernel.num_input_dims :])
 
     # Activations: the arrays that are sent are as wide as the residual stream, or as a
-    # latent vector; all have the same bytes.
+    # latent vector, or as two streams side by side; all have the same bytes.
     is_latent = group.input_features == "latent"
     width = work.config.model.d_model
-    if is_latent:
+    if is_latent or group.input_features == "residual":
         first_kernel = group.kernels[0]
         width = prod(first_kernel.shape[: first_kernel.num_input_dims])
     tokens = shape.micro_batch_tokens * group.token_ratio
@@ -246,9 +246,12 @@ def _list_matmul_collectives(
     # parallelism gathers and scatters over them where it would all-reduce.
     sequence_axes = () if is_in_stream_layout else shape.split.sequence_parallel
     # The compiler gathers the same array once: what both branches read, or all layers.
-    is_parallel = group.is_parallel_to_attention or group.is_beside_attention
+    is_parallel = group.is_parallel_to_attention or group.joins_attention
     shares_input = (
-        group.shares_norm or group.is_beside_attention or group.is_input_detached
+        group.shares_norm
+        or group.joins_attention
+        or group.shares_input
+        or group.is_input_detached
     )
 
     # Inputs, and their gradients: partial sums over the axes that split outputs.

@@ -206,6 +206,10 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
     kept_by_run[0] = kept_by_run[0] + _count_frontend_bytes(shape)
     kept_by_run[0] = kept_by_run[0] + _count_layer_input_bytes(shape)
     kept_by_run[0] = kept_by_run[0] + _count_shared_keys_bytes(shape)
+    kept_by_run[0] = kept_by_run[0] + _count_shared_block_bytes(shape)
+    shared_gradients = split.local_bytes(
+        split.gradients, work.select_trained(work.shared_specs)
+    )
     kept_so_far = list(accumulate(kept_by_run))
     run_gradients = [
         sum(_count_stack_gradients(shape, stack) for stack in run)
@@ -217,7 +221,7 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
         # Gradients of later runs are complete; or they are among the sums already.
         later = sum(run_gradients[i + 1 :], start=0.0)
         later = np.where(sums_gradients, 0.0, later)
-        gradients = run_gradients[i] + later + gradient_sums
+        gradients = run_gradients[i] + later + gradient_sums + shared_gradients
         sliced = _list_sliced_layers(shape, run)
         for stack in run:
             for name, working_set in list_layer_working_sets(shape, stack).items():
@@ -385,6 +389,22 @@ def _count_shared_keys_bytes(shape: StepShape) -> Number:
             elements += 2 * 2 * attention.num_kv_heads * attention.head_dim
     num_shards = split.num_shards(split.compute, ("kv_heads",))
     return shape.micro_batch_tokens * elements / num_shards * shape.work.dtype_bytes
+
+
+def _count_shared_block_bytes(shape: StepShape) -> Number:
+    """Counts matrices that several layers share, as all of them read these: cast to the
+    compute dtype, in their shares of storage; and the embeddings beside the stream,
+    with their gradient."""
+    work = shape.work
+    if not work.shared_readers:
+        return 0.0
+    split = shape.split
+    matrices = sum(
+        spec.size / split.num_shards(split.storage, spec.axes)
+        for spec in work.shared_specs.values()
+        if spec.role == "matrix"
+    )
+    return matrices * work.dtype_bytes + 2 * _count_input_bytes(shape)
 
 
 def _count_saved_bytes(shape: StepShape, stack: StackCosts) -> Number:

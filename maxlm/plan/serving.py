@@ -242,7 +242,7 @@ class ServedModel:
             if name in looked_up or name.startswith(FRONTEND_PREFIX):
                 continue
             is_expert = "expert" in work.specs[name].axes
-            total += size * (met_share if is_expert else 1.0)
+            total += size * (met_share if is_expert else work.count_reads(name))
         return total
 
     def _count_shards(self, axes: tuple[str | None, ...]) -> Number:

@@ -99,7 +99,15 @@ class MatmulGroup:
     is_last_branch: bool = True
     """Whether no other branch follows its own in the layer."""
     is_beside_attention: bool = False
-    """Whether it reads what the layer's attention does, in the same branch."""
+    """Whether it is of another mixer in a layer that has attention."""
+    reads_attention_input: bool = True
+    """Whether, beside attention, it reads what attention does, in the same branch."""
+    shares_input: bool = False
+    """Whether another group reads the same input."""
+    sum_kept_as: str | None = None
+    """Name by which remat policies keep what its products are added to."""
+    is_in_stream_layout: bool = False
+    """Whether its module says that tokens lie as in the residual stream."""
     is_input_detached: bool = False
     """See :class:`~maxlm.models.costs.MatrixGroup`."""
 
@@ -109,6 +117,11 @@ class MatmulGroup:
         gradient."""
         is_parallel = self.placement in ("parallel", "parallel_shared")
         return self.branch == "ffn" and is_parallel
+
+    @property
+    def joins_attention(self) -> bool:
+        """Whether it reads attention's input, and its result is added to attention's."""
+        return self.is_beside_attention and self.reads_attention_input
 
     @property
     def shares_norm(self) -> bool:
@@ -218,16 +231,27 @@ class StackCosts:
         tree = param_specs(model)
         self.specs = self._select_own(flatten_names(tree))
         """All parameters."""
-        self.base_specs = self._select_own(flatten_names(select_base_params(tree)))
+        all_base_specs = flatten_names(select_base_params(tree))
+        self.base_specs = self._select_own(all_base_specs)
         """Parameters without those that an adapter adds."""
         self.branches = model.trunks[trunk.prefix].stacks[part.name].costs()
         self.num_branches = len(self.branches)
         self.cross_attention = any(
             branch.branch == "cross_attention" for branch in self.branches
         )
-        self.matmul_groups = self._list_matmuls(trained_names, encoder_rate)
+        self.shared_names = frozenset(
+            f"{trunk.prefix}{branch.module}"
+            for branch in self.branches
+            if branch.is_shared
+        )
+        """Modules whose weights its layers read and lie outside of all stacks."""
+        self.matmul_groups = self._list_matmuls(
+            trunk, trained_names, encoder_rate, all_base_specs
+        )
         """Matrix products by name; without what an adapter adds, like the router."""
-        self.adapter_kernels = self._list_adapter_kernels()
+        self.adapter_kernels = self._list_adapter_kernels(
+            flatten_names(tree), all_base_specs
+        )
         """Matrices that an adapter adds."""
         self.experts: ExpertRouting | None = None
         self.router: Kernel | None = None
@@ -258,16 +282,21 @@ class StackCosts:
         prefix = f"{self.name}."
         return {name: spec for name, spec in specs.items() if name.startswith(prefix)}
 
-    def _list_adapter_kernels(self) -> tuple[Kernel, ...]:
+    def _list_adapter_kernels(
+        self, specs: Mapping[str, ParamSpec], base_specs: Mapping[str, ParamSpec]
+    ) -> tuple[Kernel, ...]:
         # By identity: an adapter's matrix may be declared like one of the base's.
-        base = {id(spec) for spec in self.base_specs.values()}
+        base = {id(spec) for spec in base_specs.values()}
+        modules = tuple(f"{name}." for name in (self.name, *self.shared_names))
         added = {
             name: spec
-            for name, spec in self.specs.items()
-            if spec.role == "matrix" and id(spec) not in base
+            for name, spec in specs.items()
+            if name.startswith(modules)
+            and spec.role == "matrix"
+            and id(spec) not in base
         }
         return tuple(
-            make_kernel(name, spec, self.specs.keys(), stack=self.name)
+            make_kernel(name, spec, added.keys(), stack=self.name)
             for name, spec in added.items()
         )
 
@@ -311,17 +340,31 @@ class StackCosts:
         return counts
 
     def _list_matmuls(
-        self, trained_names: Set[str], encoder_rate: float
+        self,
+        trunk: TrunkSpec,
+        trained_names: Set[str],
+        encoder_rate: float,
+        specs: Mapping[str, ParamSpec],
     ) -> tuple[MatmulGroup, ...]:
         groups = []
-        specs = self.base_specs
-        missing = {name for name, spec in specs.items() if spec.role == "matrix"}
-        has_ffn = any(branch.branch == "ffn" for branch in self.branches)
+        missing = {
+            name for name, spec in self.base_specs.items() if spec.role == "matrix"
+        }
+        has_ffn = any(
+            branch.branch == "ffn" and not branch.is_shared for branch in self.branches
+        )
         for branch in self.branches:
+            is_last_branch = branch.branch == "ffn" or not has_ffn
+            if branch.is_shared:
+                # The layer's own maps read what it gives.
+                is_last_branch = False
+            path = f"{self.name}.{branch.module}"
+            if branch.is_shared:
+                path = f"{trunk.prefix}{branch.module}"
             for matrices in branch.costs.matrices:
                 kernels = []
                 for matrix in sorted(matrices.names):
-                    name = f"{self.name}.{branch.module}.{matrix}"
+                    name = f"{path}.{matrix}"
                     kernel = make_kernel(
                         name,
                         specs[name],
@@ -342,8 +385,12 @@ class StackCosts:
                     input_features=matrices.input_features,
                     token_ratio=encoder_rate if reads_encoder else self.token_ratio,
                     placement=self.placement,
-                    is_last_branch=branch.branch == "ffn" or not has_ffn,
+                    is_last_branch=is_last_branch,
                     is_beside_attention=matrices.is_beside_attention,
+                    reads_attention_input=matrices.reads_attention_input,
+                    shares_input=matrices.shares_input,
+                    sum_kept_as=matrices.sum_kept_as,
+                    is_in_stream_layout=matrices.is_in_stream_layout,
                     is_input_detached=matrices.is_input_detached,
                 )
                 groups.append(group)

@@ -23,6 +23,7 @@ from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
 from maxlm.models.frontends import get_frontend_costs
 from maxlm.models.params import (
+    SHARED_BLOCKS,
     Params,
     ParamSpec,
     flatten_names,
@@ -126,7 +127,7 @@ class RunWorkload:
             for name, spec in self.base_specs.items()
             if spec.role == "matrix"
             and not spec.num_layer_axes
-            and not name.startswith(FRONTEND_PREFIX)
+            and not name.startswith((FRONTEND_PREFIX, f"{SHARED_BLOCKS}."))
         )
         """Matrices behind the layers, but for the head."""
         self.frontend = self._read_frontend(model)
@@ -227,6 +228,11 @@ class RunWorkload:
             for part in run.stacks
         )
         """Layers, in the order in which they are run."""
+        self.shared_readers: Counter[str] = Counter()
+        """Modules whose weights several layers share, and the layers that read each."""
+        for stack in self.stacks:
+            for name in stack.shared_names:
+                self.shared_readers[name] += stack.num_layers
         with_experts = [stack for stack in self.stacks if stack.experts]
         self.num_layers = sum(stack.num_layers for stack in self.stacks)
         self.num_expert_layers = sum(stack.num_layers for stack in with_experts)
@@ -247,6 +253,22 @@ class RunWorkload:
         """Selects the parameters that have gradients."""
         return [spec for name, spec in specs.items() if name in self.trained_names]
 
+    @property
+    def shared_specs(self) -> dict[str, ParamSpec]:
+        """Parameters that several layers share."""
+        prefix = f"{SHARED_BLOCKS}."
+        return {
+            name: spec for name, spec in self.specs.items() if name.startswith(prefix)
+        }
+
+    def count_reads(self, name: str) -> int:
+        """Counts the times that one pass over the layers reads a parameter: once for
+        each layer that shares it."""
+        for module, num_layers in self.shared_readers.items():
+            if name.startswith(f"{module}."):
+                return num_layers
+        return 1
+
     def is_kernel_recomputed(
         self, group: MatmulGroup, kernel: Kernel, remat: RematPolicy
     ) -> bool:
@@ -254,6 +276,8 @@ class RunWorkload:
         kept."""
         if remat == "none":
             return False
+        if group.sum_kept_as is not None:
+            return group.sum_kept_as not in SAVED[remat]
         output = kernel.output_features
         if output == "residual":
             return self.backward_needs_branch_output(group)
@@ -280,9 +304,10 @@ class RunWorkload:
 
     def is_in_stream_layout(self, group: MatmulGroup) -> bool:
         """Whether a group's tokens lie as those of the residual stream do: it maps
-        between the stream and the narrow vectors of experts."""
+        between the stream and the narrow vectors of experts, or its module says so."""
         features = (group.input_features, group.output_features)
-        return group.branch == "ffn" and "latent" in features
+        maps_experts_vectors = group.branch == "ffn" and "latent" in features
+        return group.is_in_stream_layout or maps_experts_vectors
 
     def is_attention_recomputed(self, remat: RematPolicy) -> bool:
         """Whether the backward pass makes attention's scores again from queries and

@@ -275,6 +275,8 @@ def describe_pipeline_obstacle(model: ModelConfig) -> str | None:
         return "modules of model.mtp stand behind them"
     if model.layer_inputs is not None:
         return "each reads its part of model.layer_inputs"
+    if model.shared_blocks:
+        return "some read weights of a block that others read too (mixer.block)"
     if model.shared_kinds:
         return "some read keys of others (model.kinds.*.keys_of)"
     if model.layer_runs[0].name != "layers":

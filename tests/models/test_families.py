@@ -26,7 +26,7 @@ MORE = str.split("""arcee bailing_hybrid bamba cohere cohere2 dots1 ernie4_5 ern
     afmoe flex_olmo granitemoeshared helium hy_v3 lfm2_moe olmo vaultgemma ministral3
     glm_moe_dsa granitemoehybrid_dense hunyuan_v1_moe jamba kimi_k2 llama4_scout minimax_m2 ministral
     nemotron nemotron_h olmo2 olmoe olmo_hybrid opt phi3_longrope_short qwen2_moe qwen3_5
-    qwen3_5_moe seed_oss smollm3 stablelm starcoder2""")
+    qwen3_5_moe seed_oss smollm3 stablelm starcoder2 zamba zamba2 zamba2_plain""")
 mostly = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.more) if n in MORE else n for n in CASES],

@@ -165,3 +165,30 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args)
     )
+
+
+@pytest.mark.heavy
+def test_a_shared_gradient_is_summed_in_its_own_dtype():
+    """Of 600 layers that each give 1: a sum in bf16 would stop at 256."""
+    params = {"w": jnp.ones((600, 1))}
+
+    def add_shared(layer_params, carry, context, shared):
+        assert shared.dtype == jnp.bfloat16
+        return carry + (layer_params["w"].astype(shared.dtype) * shared)
+
+    def total(shared):
+        turns = [LayerTurn(0, add_shared, lambda layer: layer)]
+        carry = jnp.zeros(1, jnp.bfloat16)
+        out = scan_layers(
+            turns,
+            [params],
+            carry,
+            None,
+            shared=shared,
+            cast_shared=lambda shared: shared.astype(jnp.bfloat16),
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(total))(jnp.zeros(1))
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_array_equal(gradient, [600.0])

@@ -84,6 +84,8 @@ def draw_settings(
         if key in values:
             values[key] = 0.5
     values |= _draw_state_space(values, draw)
+    if architecture.startswith("Zamba"):
+        values |= _draw_zamba(values, draw)
     if architecture.startswith("MiMo"):
         # Layers with a window have twice the kv heads.
         values["num_attention_heads"] = 2 * heads
@@ -98,6 +100,30 @@ def draw_settings(
     if architecture.startswith(("Llama", "Mi", "Qwen", "Phi3", "SmolLM", "Glm")):
         values["rms_norm_eps"] = 10.0 ** -draw.randint(2, 7)
     return values
+
+
+def _draw_zamba(values: Values, draw: random.Random) -> Values:
+    """Draws which layers share a block, and heads that make up twice the width."""
+    layers = values["num_hidden_layers"] + 2
+    kinds = ["hybrid", "linear_attention"]
+    inner = 2 * values["hidden_size"]
+    divisors = [n for n in range(1, inner + 1) if inner % n == 0]
+    is_second = "adapter_rank" in values
+    drawn: Values = {
+        "num_hidden_layers": layers,
+        "layers_block_type": draw.sample(
+            [*kinds * 2, *draw.choices(kinds, k=layers - 4)], layers
+        ),
+        "n_mamba_heads": draw.choice(divisors if is_second else divisors[:4]),
+    }
+    if is_second:
+        heads = drawn["n_mamba_heads"]
+        groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        drawn |= {"mamba_ngroups": groups, "adapter_rank": draw.randint(1, 9)}
+        drawn["num_mem_blocks"] = draw.randint(1, 3)
+    if values.get("use_shared_attention_adapter"):
+        drawn["num_key_value_heads"] = values["num_attention_heads"]
+    return drawn
 
 
 def _draw_gemma(values: Values, draw: random.Random, *, is_narrow: bool) -> Values:

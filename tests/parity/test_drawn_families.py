@@ -25,7 +25,7 @@ CASES = (
     *("vaultgemma", "helium", "nanochat", "lfm2_moe", "mimo_v2_flash", "apertus"),
     *("mamba", "falcon_mamba", "jamba", "mamba2", "nemotron_h", "nemotron_h_moe"),
     *("bamba", "granitemoehybrid", "granitemoehybrid_dense", "lfm2", "falcon_h1"),
-    *("falcon_h1_plain", "minimax"),
+    *("falcon_h1_plain", "minimax", "zamba", "zamba2", "zamba2_plain"),
     *("gemma3n", "gemma3n_own_keys", "gemma4", "gemma4_moe"),
 )
 NAMES = [

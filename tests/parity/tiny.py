@@ -16,13 +16,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 STATE_SPACE = (
     *("mixer.A_log", "mixer.dt_bias", "mixer.dt_proj.bias"),
-    *("mamba.A_log", "mamba.dt_bias", "mamba.dt_proj.bias"),
+    *("mamba.A_log", "mamba.dt_bias", "mamba.dt_proj.bias", "mamba.dt_proj_bias"),
 )
 """Ends of the names of a state space's parameters that have a range of their own."""
 
 STATE_SPACE_MAPS = (
     *("mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.dt_proj.weight"),
     *("mamba.in_proj.weight", "mamba.x_proj.weight", "mamba.dt_proj.weight"),
+    *("mamba.x_proj_weight", "mamba.dt_proj_weight"),
 )
 
 
@@ -83,6 +84,13 @@ def randomize(model: Any, *, untie: bool = False) -> Any:
             if name.endswith(STATE_SPACE_MAPS):
                 # What a state holds and shows is a product of three maps' results.
                 spread *= 0.5
+            if "shared_trans" in name and ("q_proj" in name or "k_proj" in name):
+                # Zamba's scores are larger by √2: softmax would be near a choice of one,
+                # which magnifies rounding.
+                spread *= 0.5
+            if "adapter_list" in name:
+                # A term beside another map, which is a product of two.
+                spread *= 0.4
             noise = spread * torch.randn(parameter.shape)
             if name.endswith(STATE_SPACE):
                 # Rates and steps as they begin, about: others leave nothing of a state,

@@ -106,6 +106,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixer": {"kind": "parallel_heads", "attention": _HEADS, "mixer": _SPACE},
         "mlp": {"d_ff": 72},
     },
+    # Zamba2: two layers of four with a block of attention and an MLP that they share.
+    "shared_block": {
+        "kinds": {
+            "space": {"mixer": _SPACE, "ffn": "none"},
+            "hybrid": {
+                "mixer": {
+                    "kind": "shared_block",
+                    "attention": _HEADS,
+                    "mlp": {"d_ff": 72},
+                    "mixer": _SPACE,
+                    "attention_rank": 8,
+                    "mlp_rank": 8,
+                },
+                "ffn": "none",
+            },
+        },
+        "pattern": ["space", "hybrid"],
+    },
     # Qwen3-Next: three layers with a delta rule, one with gated attention, experts.
     "delta_hybrid": {
         "attention": _HEADS | {"output_gate": "element", "qk_norm": True},

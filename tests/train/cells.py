@@ -37,6 +37,7 @@ GATED, MAMBA, DELTA, SPARSE = "gated, chunks", "mamba", "delta rules", "sparse"
 HYBRID = "hybrid"
 NARROW = "narrow values"
 STREAMS = "hyper-connections"
+SHARED = "shared blocks"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -205,6 +206,24 @@ MODELS[HYBRID] = _BASE | {
     "pattern": ["space", "line", "conv", "both"],
     "remat": "attention",
 }
+# Layers that read the weights of two blocks by turns, with low-rank maps of their own.
+_SHARED_BLOCK = {
+    "kind": "shared_block",
+    "attention": _HEADS,
+    "mlp": {"d_ff": 48, "activation": "gelu", "bias": True},
+    "mixer": _SPACE,
+    "attention_rank": 8,
+    "mlp_rank": 16,
+}
+MODELS[SHARED] = _BASE | {
+    "num_layers": 6,
+    "kinds": {
+        "space": {"mixer": _SPACE, "ffn": "none"},
+        "first": {"mixer": _SHARED_BLOCK, "ffn": "none"},
+        "second": {"mixer": _SHARED_BLOCK | {"block": "block1"}, "ffn": "none"},
+    },
+    "pattern": ["space", "first", "second"],
+}
 # Several residual streams, whose weights follow from them.
 MODELS[STREAMS] = _BASE | {
     "attention": _HEADS,
@@ -287,7 +306,7 @@ CELLS: dict[str, Cell] = {
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
-    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS, STREAMS), stage=2),
+    "pp circular": _cell(_pipe("circular", 2), (*ALL, KINDS, STREAMS, SHARED), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
     "tp, 8 ways": _cell({}, (*ALL, MAMBA), tensor=8),
     "tp, 8 ways, kv heads whole": _cell(
@@ -313,7 +332,7 @@ CELLS: dict[str, Cell] = {
     ),
     "fsdp × cp ring × tp+sp": _cell(
         _context("ring") | SP,
-        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT, STREAMS, NARROW),
+        (*ALL, KINDS, GATED, MAMBA, DELTA, HYBRID, LATENT, STREAMS, NARROW, SHARED),
         fsdp=2,
         context=2,
         tensor=2,
@@ -384,6 +403,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "cp ulysses × tp, 8 ways": ("moe",),
     "d_model split in compute": ALL,
     "pp gpipe": (PATTERN, LATENT),
+    "pp circular": (SHARED,),
     "pp 1f1b, 2 micro-batches": ALL,
     "pp 1f1b in layer groups": ALL,
     "pp circular, 4 layer groups": ALL,

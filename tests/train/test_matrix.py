@@ -36,6 +36,7 @@ COLUMNS = {
     cells.DELTA: "delta rules",
     cells.HYBRID: "Mamba-2, other states",
     cells.STREAMS: "hyper-connections",
+    cells.SHARED: "shared blocks",
 }
 DEVICES = 64
 # Each block of YAML, and what a plan is to say of it.

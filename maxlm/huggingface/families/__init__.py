@@ -87,6 +87,8 @@ FAMILIES = Registry[ModelFamily](
         "jamba": f"{_FOLDER}.jamba:JAMBA",
         "lfm2": f"{_FOLDER}.lfm2:LFM2",
         "falcon_h1": f"{_FOLDER}.falcon_h1:FALCON_H1",
+        "zamba": f"{_FOLDER}.zamba:ZAMBA",
+        "zamba2": f"{_FOLDER}.zamba2:ZAMBA2",
         "minimax": f"{_FOLDER}.minimax_01:MINIMAX",
         "nemotron_h": f"{_FOLDER}.nemotron_h:NEMOTRON_H",
         "cohere2": f"{_FOLDER}.cohere:COHERE2",

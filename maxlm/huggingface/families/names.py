@@ -65,6 +65,9 @@ class TensorRule:
     aliases: tuple[str, ...] = ()
     alternative: "TensorRule | None" = None
     """The rule in layers that do not have these parameters."""
+    layer: int | None = None
+    """Number of the layer that has these parameters, where the tensor's name does not
+    say it."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,60 @@ def _stack_rows(pieces: tuple[ParamShape, ...], groups: int) -> TensorConversion
 
     num_rows = groups * int(stops[-1])
     return TensorConversion((num_rows, *inputs), split_rows, join_rows)
+
+
+def join_rules(*rules: TensorRule, axis: int) -> TensorRule:
+    """Returns the rule of tensors side by side along an axis of theirs."""
+    return _combine_rules(rules, axis, is_stacked=False)
+
+
+def stack_rules(*rules: TensorRule) -> TensorRule:
+    """Returns the rule of tensors alike along a first axis of their number."""
+    return _combine_rules(rules, 0, is_stacked=True)
+
+
+def _combine_rules(
+    rules: Sequence[TensorRule], axis: int, *, is_stacked: bool
+) -> TensorRule:
+    def make_conversion(pieces: tuple[ParamShape, ...]) -> TensorConversion:
+        conversions: list[TensorConversion] = []
+        start = 0
+        for rule in rules:
+            stop = start + len(rule.ours)
+            conversions.append(rule.make_conversion(pieces[start:stop]))
+            start = stop
+        stops = np.cumsum([conversion.shape[axis] for conversion in conversions])
+        shape = [*conversions[0].shape]
+        if is_stacked:
+            shape.insert(0, len(conversions))
+        else:
+            shape[axis] = int(stops[-1])
+
+        def split(whole: Array) -> list[Array]:
+            if is_stacked:
+                parts = list(whole)
+            else:
+                parts = np.split(whole, stops[:-1], axis=axis)
+            split: list[Array] = []
+            for conversion, part in zip(conversions, parts, strict=True):
+                split += conversion.split(part)
+            return split
+
+        def join(parts: Sequence[Array]) -> Array:
+            joined: list[Array] = []
+            start = 0
+            for rule, conversion in zip(rules, conversions, strict=True):
+                stop = start + len(rule.ours)
+                joined.append(conversion.join(parts[start:stop]))
+                start = stop
+            if is_stacked:
+                return np.stack(joined)
+            return np.concatenate(joined, axis=axis)
+
+        return TensorConversion(tuple(shape), split, join)
+
+    ours = tuple(name for rule in rules for name in rule.ours)
+    return TensorRule(ours, make_conversion)
 
 
 def map_linear(theirs: str, ours: str) -> NameTable:
@@ -436,6 +493,11 @@ def list_entries(
             for layer in range(encoder_layers):
                 full_name = name.format(encoder_layer=layer)
                 entries += _make_entry(full_name, rule, specs, rule.ours, (layer,))
+            continue
+        if rule.layer is not None:
+            place = places[rule.layer]
+            ours = tuple(f"{place.stack}.{parameter}" for parameter in rule.ours)
+            entries += _make_entry(name, rule, specs, ours, (place.index,))
             continue
         if "{layer}" not in name:
             entries += _make_entry(name, rule, specs, rule.ours, ())

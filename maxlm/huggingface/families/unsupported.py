@@ -105,20 +105,6 @@ KNOWN_UNSUPPORTED: Mapping[str, UnsupportedType] = {
     "blt": UnsupportedType("patches of bytes, and three models in one", "llama"),
     "zaya": UnsupportedType("compressed convolutional attention", "qwen3_moe"),
     # Recurrences and hybrids.
-    # Some of their Mamba layers have a block of attention and MLP before them, whose
-    # weights all of these have together (Zamba2: one of a few sets, by turns). It reads
-    # the stream and the embeddings side by side, 2·d_model wide, and what it gives goes
-    # through a map of the layer's own to what the Mamba layer reads. In Zamba2 each layer
-    # has a LoRA of its own on the block's MLP, and may have one on its attention.
-    **_group(
-        "one set of weights that several layers read, and the embeddings as its input",
-        "nemotron_h",
-        "zamba",
-    ),
-    "zamba2": UnsupportedType(
-        "weights that several layers read, a LoRA in each, and the embeddings as input",
-        "nemotron_h",
-    ),
     **_group("Gated DeltaNet beside windows", "qwen3_next", "lara_mini"),
     **_group(
         "sparse attention, hyper-connections and n-gram embeddings",

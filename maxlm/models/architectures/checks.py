@@ -3,6 +3,7 @@
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.pattern import LayerKind, suggest_kind
 from maxlm.models.architectures.settings import TransformerSettings
+from maxlm.models.blocks import BlockConfig, ReadsSharedBlock, normalizes_itself
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling
@@ -16,6 +17,8 @@ def check_settings(config: TransformerSettings) -> None:
     check_modules(config)
     check_shared_keys(config)
     check_streams(config)
+    check_norms_of_mixers(config)
+    check_shared_blocks(config)
     check_positions(config)
 
 
@@ -173,6 +176,44 @@ def check_streams(config: TransformerSettings) -> None:
         if config.mtp is not None:
             message = f"{name} beside mtp, whose modules have none"
             raise MaxlmError(message, where="mtp", fix="set one of them to null")
+
+
+def check_norms_of_mixers(config: TransformerSettings) -> None:
+    """Raises MaxlmError: a mixer with a norm of its own where the layer has no place for
+    one."""
+    for block in config.list_blocks():
+        if block.mixer is None or not normalizes_itself(block.mixer):
+            continue
+        if block.placement not in ("pre", "sandwich"):
+            message = f"a mixer with a norm of its own, and placement={block.placement}"
+            raise MaxlmError(message, where="placement", fix="use pre or sandwich")
+
+
+def check_shared_blocks(config: TransformerSettings) -> None:
+    """Raises MaxlmError: layers that share weights disagree about these, or are of a
+    model that cannot have them."""
+    first_of_name: dict[str, BlockConfig] = {}
+    for block in config.list_blocks_with_shared():
+        assert isinstance(block.mixer, ReadsSharedBlock)
+        name = block.mixer.block
+        first = first_of_name.setdefault(name, block)
+        assert isinstance(first.mixer, ReadsSharedBlock)
+        settings = (block.mixer.shared_settings, block.norm)
+        if settings != (first.mixer.shared_settings, first.norm):
+            message = f"layers of mixer.block={name} with unlike attention, mlp or norm"
+            fix = "give them the same, or other names of blocks"
+            raise MaxlmError(message, where="kinds", fix=fix)
+    if not first_of_name:
+        return
+    if config.transformer_type != "decoder":
+        message = f"a shared_block in an architecture={config.architecture}"
+        raise MaxlmError(message, where="mixer", fix="use a decoder")
+    if config.mtp is not None:
+        message = "mtp beside a shared_block, which its modules cannot read"
+        raise MaxlmError(message, where="mtp", fix="set it to null")
+    if config.block is not None:
+        message = "block beside a shared_block, which reads one residual stream"
+        raise MaxlmError(message, where="block", fix="set it to null")
 
 
 def check_positions(config: TransformerSettings) -> None:

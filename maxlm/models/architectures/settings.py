@@ -25,6 +25,7 @@ from maxlm.models.blocks import (
     BlockConfig,
     BlockKindChoice,
     Placement,
+    ReadsSharedBlock,
     find_attention,
 )
 from maxlm.models.frontends import FrontendChoice
@@ -187,6 +188,27 @@ class TransformerSettings(Config):
         """Lists the mixers of layers, each once."""
         mixers = [block.mixer for block in self.list_blocks()]
         return tuple(dict.fromkeys(mixer for mixer in mixers if mixer is not None))
+
+    def list_blocks_with_shared(self) -> list[BlockConfig]:
+        """Lists what layers with weights that others read too are built of."""
+        blocks = self.list_blocks()
+        return [block for block in blocks if isinstance(block.mixer, ReadsSharedBlock)]
+
+    @property
+    def shared_blocks(self) -> dict[str, BlockConfig]:
+        """The modules of weights that several layers read, by name: of each, what the
+        first of the layers is built of."""
+        blocks: dict[str, BlockConfig] = {}
+        for block in self.list_blocks_with_shared():
+            assert isinstance(block.mixer, ReadsSharedBlock)
+            blocks.setdefault(block.mixer.block, block)
+        return blocks
+
+    def get_shared_block(self, kind: LayerKind) -> str | None:
+        """Returns the name of the shared module that layers of a kind read; None: they
+        read none."""
+        mixer = self._resolve_mixer(kind)
+        return mixer.block if isinstance(mixer, ReadsSharedBlock) else None
 
     def list_attention(self) -> tuple[AttentionConfig, ...]:
         """Lists the attention of layers, each once."""

@@ -295,6 +295,7 @@ class Transformer(Trunk):
         layer_inputs = None
         if self.layer_inputs is not None:
             layer_inputs = self.layer_inputs(tokens, x)
+        embeddings = x
         x = self.expand_streams(x)
         stacks = self.stacks
         shared_kinds = self.config.shared_kinds
@@ -317,12 +318,20 @@ class Transformer(Trunk):
                 if cross_cache is not None:
                     key, value = cross_cache.keys_values[name][place.index]
                     encoded = CrossCache(key, value, cross_cache.segment_ids)
-                settings, arrays = split_static_inputs(inputs_by_kind[place.kind_index])
+                inputs = inputs_by_kind[place.kind_index]
+                block_name = self.config.get_shared_block(run.kinds[place.kind_index])
+                shared_block = None
+                if block_name is not None:
+                    inputs = inputs._replace(embeddings=embeddings)
+                    shared_block = self.shared_blocks[block_name]
+                settings, arrays = split_static_inputs(inputs)
                 params = take_stacked_layer(params_by_stack[name], place.index)
                 x, cache = run_cached_block(
                     stacks[name],
                     settings,
+                    shared_block,
                     params,
+                    None if shared_block is None else get_values(shared_block),
                     x,
                     arrays,
                     cache,
@@ -500,11 +509,13 @@ def split_static_inputs(
 
 # Layers alike are traced once, which is half of the time that a program of many layers
 # takes to build; inlined, so that the compiler sees the same program as without.
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def run_cached_block(
     block: Block,
     settings: BlockSettings,
+    shared_block: nnx.Module | None,
     params: Params,
+    shared_params: Params | None,
     x: jax.Array,
     arrays: AttentionInputs,
     cache: LayerCache,
@@ -516,7 +527,9 @@ def run_cached_block(
     Args:
         block: the stack that the layer is of.
         settings: stand in for those fields of ``arrays``, which are None there.
+        shared_block: the module of weights that the layer shares, if it does.
         params: the layer's own.
+        shared_params: those of ``shared_block``.
         x: [shards of the batch, S, D], or of several streams [..., N, D].
         layer_input: [shards of the batch, S, P], of a layer that has one.
 
@@ -524,6 +537,9 @@ def run_cached_block(
         x behind the layer, and the cache with the tokens in it.
     """
     inputs = arrays._replace(**settings._asdict())
+    if shared_block is not None:
+        assert shared_params is not None
+        inputs = inputs._replace(shared_block=bind(shared_block, shared_params))
     output = bind(block, params)(x, inputs, cache, encoder_output, layer_input)
     return output.x, output.cache
 

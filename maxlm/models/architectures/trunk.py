@@ -18,7 +18,14 @@ from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind
 from maxlm.models.architectures.runs import LayerRun
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import BLOCKS, Block, Streams, build_block, get_kind
+from maxlm.models.blocks import (
+    BLOCKS,
+    MIXERS,
+    Block,
+    Streams,
+    build_block,
+    get_kind,
+)
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches import RaggedBatch
 from maxlm.models.dtypes import accumulation_dtype
@@ -51,6 +58,7 @@ from maxlm.models.scan import (
     LayerResult,
     SharedKeys,
     StackedLayers,
+    cast_matrices,
     scan_blocks,
 )
 from maxlm.parallel.config import ParallelConfig, Schedule
@@ -102,6 +110,12 @@ class SharedArrays(NamedTuple):
     """[B, T, D]."""
     keys: SharedKeys
     """Keys and values that layers before the run have made."""
+    blocks: Params
+    """Parameters of the modules that several layers read, by name: of those that layers
+    of the run do."""
+    embeddings: jax.Array | None
+    """[B, S, D], what has entered the first layer; None: no layer of the run reads
+    it."""
 
 
 class RunResult(NamedTuple):
@@ -198,10 +212,23 @@ class Trunk(nnx.Module):
                 stacked[stack.name] = stack_layers(block, stack.num_layers, num_groups)
         for run_name, stacked in stacks_by_run_name.items():
             setattr(self, run_name, _join_stacks(run_name, stacked))
+        self.shared_blocks = self._build_shared_blocks()
         self.final_norm = (
             Norm(config.norm, config.d_model, context) if config.final_norm else None
         )
         self.streams = self._build_streams()
+
+    def _build_shared_blocks(self) -> nnx.Dict:
+        """Builds the modules of weights that several layers read, by name."""
+        modules: dict[str, nnx.Module] = {}
+        for name, block in self.config.shared_blocks.items():
+            assert block.mixer is not None
+            registered = MIXERS.get(get_kind(block.mixer))
+            assert registered.build_shared is not None
+            modules[name] = registered.build_shared(
+                block.mixer, block.norm, self.context
+            )
+        return nnx.Dict(modules)
 
     def _build_streams(self) -> Streams | None:
         config = self.config
@@ -315,10 +342,11 @@ class Trunk(nnx.Module):
             )
         total = Aux()
         keys: SharedKeys = {}
+        embeddings = x
         for run in self.config.layer_runs:
             params = get_values(self._get_run_module(run.name))
             x, aux, keys = self._run_layers_of(
-                run, params, x, context, encoder_output, layer_inputs, keys
+                run, params, x, context, encoder_output, layer_inputs, keys, embeddings
             )
             total = total.plus(aux)
         return x, total
@@ -335,7 +363,7 @@ class Trunk(nnx.Module):
         tokens, micro_batch = context
         layers = seed_micro_batch(layers, micro_batch)
         run = next(run for run in self.config.layer_runs if run.name == "layers")
-        x, aux, _ = self._run_layers_of(run, layers, x, tokens, None, None, {})
+        x, aux, _ = self._run_layers_of(run, layers, x, tokens, None, None, {}, None)
         return x, aux
 
     def _run_layers_of(
@@ -347,10 +375,12 @@ class Trunk(nnx.Module):
         encoder_output: EncoderOutput | None,
         layer_inputs: jax.Array | None,
         keys: SharedKeys,
+        embeddings: jax.Array | None,
     ) -> RunResult:
         """Runs the layers of a run one after the other, in a scan where their
         parameters are stacked. ``params``: those of all runs of its name, or of whole
-        periods; ``keys``: what layers before it have made."""
+        periods; ``keys``: what layers before it have made; ``embeddings``: what has
+        entered the first of all layers."""
 
         def run_layer(
             kind_index: int, block: Block, x: jax.Array, arrays: LayerArrays
@@ -364,6 +394,14 @@ class Trunk(nnx.Module):
             if kind.keys_of is not None:
                 keys_values = arrays.keys_values or shared.keys[kind.keys_of]
                 inputs = inputs._replace(shared=keys_values)
+            block_name = self.config.get_shared_block(kind)
+            if block_name is not None:
+                inputs = inputs._replace(
+                    shared_block=bind(
+                        self.shared_blocks[block_name], shared.blocks[block_name]
+                    ),
+                    embeddings=shared.embeddings,
+                )
             encoded = None
             if shared.encoder_states is not None:
                 encoded = EncoderOutput(
@@ -382,7 +420,14 @@ class Trunk(nnx.Module):
             encoder_states = encoder_output.states
             encoder_segment_ids = encoder_output.segment_ids
         context = RunContext(self._list_contexts(run, tokens), encoder_segment_ids)
-        shared = SharedArrays(self.compute_biases(), encoder_states, keys)
+        shared_params = self._select_shared_blocks(run)
+        shared = SharedArrays(
+            self.compute_biases(),
+            encoder_states,
+            keys,
+            shared_params,
+            embeddings if shared_params else None,
+        )
         blocks = self._get_run_stacks(run)
         inputs_by_stack = self.split_layer_inputs(run, layer_inputs)
         layers = {
@@ -433,10 +478,32 @@ class Trunk(nnx.Module):
             context,
             shared,
             keys={name: keys[name] for name in made_here if name in keys},
+            cast_shared=self._cast_shared,
             dtype=self.dtype,
             remat=self.config.remat,
         )
         return RunResult(carry.x, carry.total, {**keys, **carry.keys})
+
+    def _select_shared_blocks(self, run: LayerRun) -> Params:
+        """Returns parameters of the shared modules that layers of a run read."""
+        names = {self.config.get_shared_block(kind) for kind in run.kinds}
+        return {
+            name: get_values(module)
+            for name, module in self.shared_blocks.items()
+            if name in names
+        }
+
+    def _cast_shared(self, shared: SharedArrays) -> SharedArrays:
+        """Casts the matrices of shared modules to the compute dtype."""
+
+        def cast(matrix: jax.Array) -> jax.Array:
+            return matrix.astype(self.dtype)
+
+        blocks = {
+            name: cast_matrices(self.shared_blocks[name], params, cast)
+            for name, params in shared.blocks.items()
+        }
+        return shared._replace(blocks=blocks)
 
     def split_layer_inputs(
         self, run: LayerRun, layer_inputs: jax.Array | None

@@ -43,6 +43,18 @@ class EncoderOutput(NamedTuple):
     """int [B, T]; None: each row is one segment."""
 
 
+class ProjectionTerms(NamedTuple):
+    """Terms that are added to a layer's queries, keys and values as they are projected,
+    before norms and positions; None: nothing is."""
+
+    query: jax.Array | None = None
+    """[B, S, N, H]."""
+    key: jax.Array | None = None
+    """[B, S, K, H]."""
+    value: jax.Array | None = None
+    """[B, S, K, Hv]."""
+
+
 class AttentionInputs(NamedTuple):
     """Inputs of a layer's mixer beside its hidden states."""
 
@@ -66,6 +78,11 @@ class AttentionInputs(NamedTuple):
     shared: KeysValues | None = None
     """Without a cache: what the layer reads whose config has ``shares_keys``; see
     :meth:`~maxlm.models.layers.attention.Attention.__call__`."""
+    shared_block: nnx.Module | None = None
+    """Module of weights that the layer reads and others read too, bound; see
+    :class:`~maxlm.models.blocks.ReadsSharedBlock`."""
+    embeddings: jax.Array | None = None
+    """[B, S, D]: what has entered the first layer; for layers with a shared block."""
 
 
 class AttentionLayer(Protocol):
@@ -158,15 +175,18 @@ def attend(
     return y, None
 
 
-def build_output_gate(config: AttentionConfig, context: BuildContext) -> Linear | None:
-    """Builds the map to a layer's output gate, [D, N, Hv] or [D, N], where it has
-    one."""
+def build_output_gate(
+    config: AttentionConfig, context: BuildContext, input_dim: int | None = None
+) -> Linear | None:
+    """Builds the map to a layer's output gate, [D, N, Hv] or [D, N], where it has one.
+    ``input_dim``: in place of D."""
     if config.output_gate is None:
         return None
     outputs = {"heads": config.num_heads}
     if config.output_gate == "element":
         outputs["head_dim"] = config.value_dim
-    return Linear({"embed": context.d_model}, outputs, context, bias=False)
+    input_features = {"embed": input_dim or context.d_model}
+    return Linear(input_features, outputs, context, bias=False)
 
 
 def apply_output_gate(y: jax.Array, gate: jax.Array | None) -> jax.Array:

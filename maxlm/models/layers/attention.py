@@ -19,6 +19,7 @@ from maxlm.models.layers.attend import (
     AttentionInputs,
     EncoderOutput,
     KeysValues,
+    ProjectionTerms,
     apply_output_gate,
     attend,
     build_output_gate,
@@ -39,32 +40,42 @@ from maxlm.parallel.terms import AttentionTerms, limit_window
 
 class Attention(nnx.Module):
     """Attention (Vaswani et al. 2017, §3.2.2) with grouped kv heads (Ainslie et al.
-    2023)."""
+    2023).
+
+    Args:
+        input_dim: width of the input; None: d_model, that of the output.
+    """
 
     name = "attention"
     """The attribute of a :class:`~maxlm.models.blocks.Block` that it is stored as."""
 
     def __init__(
-        self, config: AttentionConfig, norm: NormConfig, context: BuildContext
+        self,
+        config: AttentionConfig,
+        norm: NormConfig,
+        context: BuildContext,
+        *,
+        input_dim: int | None = None,
     ):
         self.config = config
         self.rules = context.rules
         self.parallel = context.parallel
+        input_features = {"embed": input_dim or context.d_model}
         residual = {"embed": context.d_model}
         query_heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         key_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         value_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.value_dim}
         outputs = {"heads": config.num_heads, "head_dim": config.value_dim}
-        self.query = Linear(residual, query_heads, context, bias=config.bias)
+        self.query = Linear(input_features, query_heads, context, bias=config.bias)
         key = None
         value = None
         if not config.shares_keys:
-            key = Linear(residual, key_heads, context, bias=config.bias)
+            key = Linear(input_features, key_heads, context, bias=config.bias)
             if not config.keys_as_values:
-                value = Linear(residual, value_heads, context, bias=config.bias)
+                value = Linear(input_features, value_heads, context, bias=config.bias)
         self.key = key
         self.value = value
-        self.gate = build_output_gate(config, context)
+        self.gate = build_output_gate(config, context, input_dim)
         self.query_norm, self.key_norm = build_qk_norms(config, norm, context)
         has_value_norm = config.value_norm and not config.shares_keys
         self.value_norm = HeadNorm(norm, context) if has_value_norm else None
@@ -90,8 +101,10 @@ class Attention(nnx.Module):
         x: jax.Array,
         inputs: AttentionInputs,
         cache: AttentionCache | None = None,
+        terms: ProjectionTerms = ProjectionTerms(),
     ) -> MixerOutput:
         """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`.
+        ``terms``: of a layer that has maps of its own beside these.
 
         Tokens of a sequence that is split over devices may stand in another order, that
         of ``maxlm.parallel.context.sequence_order_indices``: ``inputs.positions`` has
@@ -105,7 +118,7 @@ class Attention(nnx.Module):
             [B, S, D]; and the cache with these tokens in it, or without a cache the
             keys and values that the layer has attended to.
         """
-        q, shared_or_new, gate = self._project(x, inputs)
+        q, shared_or_new, gate = self._project(x, inputs, terms)
         # A name that remat policies keep (models/remat.py).
         q = checkpoint_name(q, "qkv")
         if gate is not None:
@@ -122,20 +135,24 @@ class Attention(nnx.Module):
         return MixerOutput(y, new_cache)
 
     def _project(
-        self, x: jax.Array, inputs: AttentionInputs
+        self, x: jax.Array, inputs: AttentionInputs, terms: ProjectionTerms
     ) -> tuple[jax.Array, KeysValues | None, jax.Array | None]:
         """Maps x [B, S, D] to queries [B, S, N, H], to keys and values, and to the gate;
         queries and keys are normalised and turned. Without maps to keys:
         ``inputs.shared``."""
+
+        def add_term(product: jax.Array, term: jax.Array | None) -> jax.Array:
+            return product if term is None else product + term
+
         maps = (self.query, self.key, self.value, self.gate)
         products = iter(project(x, *(linear for linear in maps if linear is not None)))
-        (q,) = self._clip(next(products))
+        (q,) = self._clip(add_term(next(products), terms.query))
         keys_values = inputs.shared
         if self.key is not None:
-            (k,) = self._clip(next(products))
+            (k,) = self._clip(add_term(next(products), terms.key))
             v = k
             if self.value is not None:
-                (v,) = self._clip(next(products))
+                (v,) = self._clip(add_term(next(products), terms.value))
             k = self._place(k, self.key_norm, inputs.rotary)
             if self.value_norm is not None:
                 v = self.value_norm(v)

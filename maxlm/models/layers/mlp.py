@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import expm1, log
 from statistics import NormalDist
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +160,15 @@ def cut_below_quantile(x: jax.Array, share: float) -> jax.Array:
     return jax.nn.relu(wide - quantile).astype(x.dtype)
 
 
+class HiddenTerms(NamedTuple):
+    """Terms that are added to the projections that a hidden layer is made of."""
+
+    up: jax.Array
+    """[B, S, F]."""
+    gate: jax.Array | None
+    """[B, S, F]; None: the layer has no gate."""
+
+
 class Mlp(nnx.Module):
     """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not
     gated. With :class:`Xielu` it has parameters ``positive_slope`` and
@@ -199,14 +208,22 @@ class Mlp(nnx.Module):
         """See :class:`~maxlm.models.blocks.FeedForward`."""
         return self(x), Aux()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, S, D] → [B, S, D]."""
+    def __call__(self, x: jax.Array, terms: HiddenTerms | None = None) -> jax.Array:
+        """x [B, S, D] → [B, S, D]. ``terms``: of a layer that has maps of its own beside
+        these."""
         # The names are those by which remat policies keep values (models/remat.py).
         if self.gate is None:
-            up = checkpoint_name(self.up(x), "mlp_up")
+            up = self.up(x)
+            if terms is not None:
+                up = up + terms.up
+            up = checkpoint_name(up, "mlp_up")
             hidden = self._activate(up, None)
         else:
             gate, up = project(x, self.gate, self.up)
+            if terms is not None:
+                assert terms.gate is not None
+                gate = gate + terms.gate
+                up = up + terms.up
             gate = checkpoint_name(gate, "mlp_gate")
             up = checkpoint_name(up, "mlp_up")
             if self.config.gate_scale != 1:
