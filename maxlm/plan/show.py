@@ -1,11 +1,11 @@
 """Plans as tables for a terminal."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -162,6 +162,56 @@ def format_fit_verdict(plan: RunPlan) -> str:
     )
 
 
+LEAST_WRAPPED_WIDTH = 16
+"""Characters that are left to a column that may wrap, however long the others are."""
+
+
+@dataclass(frozen=True)
+class FittedTable:
+    """A table whose numbers are whole at any width: where it is too wide, columns that
+    may wrap get narrow first, and then those of names.
+
+    Args:
+        right: names of columns that are aligned to the right.
+        wrap: names of columns that may wrap.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: Container[str]
+    wrap: Container[str] = ()
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Table]:
+        """Yields the table for the console's width."""
+        widths = [
+            max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)
+        ]
+        can_wrap = [name in self.wrap for name in self.columns]
+        is_number = [name in self.right for name in self.columns]
+        least_widths = [
+            min(width, LEAST_WRAPPED_WIDTH) if wraps else width
+            for width, wraps in zip(widths, can_wrap, strict=True)
+        ]
+        gaps = len(self.columns) - 1
+        fits = sum(least_widths) + gaps <= options.max_width
+
+        table = Table(box=None, pad_edge=False)
+        for index, name in enumerate(self.columns):
+            is_whole = not can_wrap[index] and (is_number[index] or fits)
+            table.add_column(
+                name,
+                justify="right" if is_number[index] else "left",
+                no_wrap=is_whole,
+                min_width=widths[index] if is_whole else None,
+                overflow="fold",
+            )
+        for row in self.rows:
+            table.add_row(*row)
+        yield table
+
+
 def make_table(
     title: str | None,
     columns: Sequence[str],
@@ -169,20 +219,8 @@ def make_table(
     right: Container[str],
     wrap: Container[str] = (),
 ) -> Group:
-    """Makes a table under a title, which may be wider.
-
-    Args:
-        right: names of columns that are aligned to the right.
-        wrap: names of columns that may wrap.
-    """
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        justify = "right" if name in right else "left"
-        table.add_column(
-            name, justify=justify, no_wrap=name not in wrap, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*row)
+    """Makes a :class:`FittedTable` under a title, which may be wider."""
+    table = FittedTable(columns, list(rows), right, wrap)
     if title is None:
         return Group(table)
     return Group(Text(f"\n{title}", style="italic"), table)
