@@ -165,11 +165,14 @@ def format_fit_verdict(plan: RunPlan) -> str:
 LEAST_WRAPPED_WIDTH = 16
 """Characters that are left to a column that may wrap, however long the others are."""
 
+LONGEST_WHOLE_WORD = 20
+"""Characters of a word that is never cut in two, whatever the width."""
+
 
 @dataclass(frozen=True)
 class FittedTable:
-    """A table whose numbers are whole at any width: where it is too wide, columns that
-    may wrap get narrow first, and then those of names.
+    """A table whose numbers and words are whole at any width: where it is too wide,
+    columns that may wrap get narrow first, then all but those of numbers.
 
     Args:
         right: names of columns that are aligned to the right.
@@ -185,31 +188,51 @@ class FittedTable:
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[Table]:
         """Yields the table for the console's width."""
-        widths = [
-            max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)
-        ]
-        can_wrap = [name in self.wrap for name in self.columns]
-        is_number = [name in self.right for name in self.columns]
-        least_widths = [
-            min(width, LEAST_WRAPPED_WIDTH) if wraps else width
-            for width, wraps in zip(widths, can_wrap, strict=True)
-        ]
-        gaps = len(self.columns) - 1
-        fits = sum(least_widths) + gaps <= options.max_width
-
         table = Table(box=None, pad_edge=False)
-        for index, name in enumerate(self.columns):
-            is_whole = not can_wrap[index] and (is_number[index] or fits)
+        widths = self._fit_widths(options.max_width)
+        for name, width in zip(self.columns, widths, strict=True):
+            justify = "right" if name in self.right else "left"
             table.add_column(
                 name,
-                justify="right" if is_number[index] else "left",
-                no_wrap=is_whole,
-                min_width=widths[index] if is_whole else None,
+                justify=justify,
+                min_width=width,
+                max_width=width,
                 overflow="fold",
             )
         for row in self.rows:
             table.add_row(*row)
         yield table
+
+    def _fit_widths(self, max_width: int) -> list[int]:
+        """Returns each column's characters, in all as many as there are, if they hold
+        every number and word."""
+        cells = list(zip(self.columns, *self.rows, strict=True))
+        widths = [max(map(len, column)) for column in cells]
+        least_widths = [
+            width if name in self.right else _longest_word(column)
+            for name, width, column in zip(self.columns, widths, cells, strict=True)
+        ]
+        gaps = 2 * (len(widths) - 1)
+        wrapping = [i for i, name in enumerate(self.columns) if name in self.wrap]
+        for columns, least in (
+            (wrapping, LEAST_WRAPPED_WIDTH),
+            (range(len(widths)), 0),
+        ):
+            while sum(widths) + gaps > max_width:
+                can_shrink = [
+                    i for i in columns if widths[i] > max(least, least_widths[i])
+                ]
+                if not can_shrink:
+                    break
+                widths[max(can_shrink, key=widths.__getitem__)] -= 1
+        return widths
+
+
+def _longest_word(cells: Iterable[str]) -> int:
+    """Returns the length of the cells' longest word; one that is too long to be kept
+    whole, as a parameter's name, does not count."""
+    words = [word for cell in cells for word in cell.split()]
+    return max((n for n in map(len, words) if n <= LONGEST_WHOLE_WORD), default=1)
 
 
 def make_table(
