@@ -213,13 +213,13 @@ def _train_from(
         tokenizer=run.data.tokenizer,
         folder=run.folder,
         start_step=position.step,
+        skips=position.skips,
         say=run.say,
         on_work=run.watchdog.reset_timer,
     )
     training_batches = open_step_batches(
         context,
         run.data.train_batch_source,
-        position.skips,
         # Once a stop is requested, no batch waits for workers that are still starting.
         is_stop_requested=lambda: run.signals.request.stops,
     )
