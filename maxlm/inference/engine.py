@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
@@ -100,6 +100,7 @@ class Engine:
         tokenizer: for texts, stop strings and grammars; None: tokens alone.
         vocab_size: ids that may be drawn; default: the tokenizer's, else the model's.
         draft: the model that ``config.speculation`` names, on the same mesh.
+        mesh: to generate on; default: that of the parameters.
 
     Attributes:
         config: as given, with ``max_length`` cut to the positions that the model has.
@@ -117,6 +118,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         vocab_size: int | None = None,
         draft: DraftModel | None = None,
+        mesh: Mesh | None = None,
     ):
         model = require_generative(model)
         if model.rules.seq:
@@ -125,7 +127,7 @@ class Engine:
             raise MaxlmError(message, where="mesh", fix=fix)
         self.model = model
         self.tokenizer = tokenizer
-        self.mesh = jax.tree.leaves(params)[0].sharding.mesh
+        self.mesh: Mesh = mesh or jax.tree.leaves(params)[0].sharding.mesh
         if not vocab_size:
             if tokenizer is not None:
                 vocab_size = tokenizer.vocab_size
@@ -163,6 +165,7 @@ class Engine:
             self.vocab_size,
             num_mtp_drafts=num_mtp_drafts,
             kernels=choose_decode_kernels(platform),
+            shares_params=config.shares_params,
         )
         cache_specs = model.cache_specs(layout)
         has_encoder = isinstance(model, EncoderDecoder)
@@ -189,18 +192,20 @@ class Engine:
                 model, config.max_adapters, config.max_adapter_rank
             )
             self._runner = ModelRunner(
-                model, params, self._spec, self._adapters.arrays or None
+                model, params, self._spec, self.mesh, self._adapters.arrays or None
             )
             self._draft_runner = None
             if draft is not None and draft_model is not None:
-                self._draft_runner = ModelRunner(draft_model, draft.params, self._spec)
+                self._draft_runner = ModelRunner(
+                    draft_model, draft.params, self._spec, self.mesh
+                )
         self._runners = [self._runner]
         if self._draft_runner is not None:
             self._runners.append(self._draft_runner)
 
         self._prompt_encoder = PromptEncoder(
             model,
-            self._runner.params,
+            lambda: self._runner.params,
             self.mesh,
             self.num_shards,
             accepts_embeddings=config.accepts_embeddings,
@@ -373,6 +378,50 @@ class Engine:
         while self.has_work:
             has_waiting = bool(self.scheduler.waiting)
             yield from self.step(limit_seconds=stream or has_waiting)
+
+    def set_params(self, params: Params, draft_params: Params | None = None) -> None:
+        """Generates with other parameters from the next step on.
+
+        Sequences that run go on over the caches that they have (an update in flight);
+        nothing else is kept of the parameters before: computed prefixes are dropped,
+        and what a frontend made of prompts is made again. Loaded adapters stay, beside
+        the new parameters.
+
+        Args:
+            params: of the same model, as a training step leaves them (fp32, stacked, in
+                their storage layout), on the engine's mesh or on another one. With
+                ``config.shares_params`` the engine reads these arrays themselves: call
+                :meth:`release_params` before a training step takes them.
+            draft_params: of the draft model; None: its own stay.
+
+        Raises:
+            MaxlmError: parameters of another model, on another mesh where they are to
+                be shared, or of a draft model that there is none of.
+        """
+        if draft_params is not None and self._draft_runner is None:
+            message = "parameters of a draft model, and the engine has none"
+            raise MaxlmError(message, where="draft_params", fix="leave them out")
+        with jax.set_mesh(self.mesh):
+            self._runner.set_params(params)
+            if draft_params is not None and self._draft_runner is not None:
+                self._draft_runner.set_params(draft_params)
+        self.scheduler.change_params()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.request.items is not None:
+                sequence.vectors = self._prompt_encoder.encode(sequence.request)
+
+    def release_params(self) -> None:
+        """Lets go of the model's parameters, and of what was made of them, so that their
+        memory is free or theirs alone who also has them; steps are errors until
+        :meth:`set_params`."""
+        self._runner.release_params()
+
+    def release_caches(self) -> None:
+        """Frees the caches until the next step. Sequences that run wait, and are then
+        computed anew; computed prefixes are dropped."""
+        self.scheduler.vacate_caches()
+        for runner in self._runners:
+            runner.release_state()
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from maxlm.inference.requests import GenerationRequest
 @dataclass(eq=False, slots=True)
 class RunningSequence:
     """One continuation of a request's prompt. The scheduler alone changes it, but for
-    ``needs_host``, ``is_branching``, ``stop_ids``, ``num_drafts`` and
+    ``needs_host``, ``is_branching``, ``stop_ids``, ``vectors``, ``num_drafts`` and
     ``next_drafts``."""
 
     request: GenerationRequest
@@ -30,6 +30,8 @@ class RunningSequence:
     """The prompt, where an encoder reads it."""
     cache_key: Hashable = None
     """Sequences with different ones share no pages."""
+    params_version: int = 0
+    """Number of the parameters that its caches began with, likewise."""
     num_virtual_tokens: int = 0
     """Dummy tokens that stand before the prompt's; see
     :mod:`maxlm.adapters.virtual_tokens`."""
@@ -77,6 +79,11 @@ class RunningSequence:
                 if start <= place < stop and place < len(self.tokens):
                     ids[place - start] = cache_id
         return ids
+
+    @property
+    def prefix_key(self) -> Hashable:
+        """Sequences with equal ones have equal keys and values of equal tokens."""
+        return self.cache_key, self.params_version
 
     @property
     def num_output_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeVar, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, Unpack
 
 import jax
 import numpy as np
@@ -33,9 +33,29 @@ from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
 ModelT = TypeVar("ModelT")
 ResultT = TypeVar("ResultT")
 DeviceBatch = dict[str, jax.Array]
-LossResult = tuple[jax.Array, dict[str, jax.Array]]
+TaskState = dict[str, jax.Array]
+"""Small arrays of a task's own that a step changes, by name."""
+
+
+class Average(NamedTuple):
+    """A sum to log with a denominator of its own, both fp32 scalars."""
+
+    total: jax.Array
+    count: jax.Array
+
+
+LossResult = tuple[jax.Array, Mapping[str, jax.Array | Average]]
 """The loss to differentiate, summed over what is counted, and sums to log: ``tokens``
-(the weight that everything is divided by) among them."""
+(the weight that the loss and every sum that is no :class:`Average` are divided by)
+among them."""
+
+
+class WatchedMetric(NamedTuple):
+    """What tells whether training works."""
+
+    name: str
+    """A metric of the step."""
+    goal: Literal["falls", "rises"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +117,9 @@ class TaskModels:
     trained: Any
     frozen: Mapping[str, Any] = field(default_factory=dict)
     """Models by the names of :meth:`Task.frozen_models`; no gradient reaches them."""
+    state: Mapping[str, jax.Array] = field(default_factory=dict)
+    """The task's own arrays, as :meth:`Task.init_state` made them and
+    :meth:`Task.update_state` last returned them."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +161,9 @@ class Task(Config):
     """Whether its batches have the arrays of the model's frontend, if it has one
     (:mod:`maxlm.models.frontends`), which its loss reads. A subclass with a ``loss`` or
     ``prepare_batch`` of its own declares it anew, too."""
+    watched_metric: ClassVar[WatchedMetric | None] = WatchedMetric("loss", "falls")
+    """The metric by which `maxlm smoke` tells that a small model learns; None: no
+    metric of a few steps tells."""
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
     """The mesh axes, of those that reshape a batch, that its loss supports. A subclass
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
@@ -202,10 +228,31 @@ class Task(Config):
         """Returns finite sources to evaluate on, by name."""
         return {}
 
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+    def init_state(self) -> TaskState:
+        """Returns the arrays of the task's own that training begins with, which steps
+        change and checkpoints hold: a coefficient that adapts, a moving average."""
+        return {}
+
+    def update_state(
+        self, state: Mapping[str, jax.Array], metrics: Mapping[str, jax.Array]
+    ) -> TaskState:
+        """Returns the task's own arrays after a step.
+
+        Args:
+            metrics: of the step, as they are logged.
+        """
+        return dict(state)
+
+    def prepare_batch(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> DeviceBatch:
         """Returns a batch [M, B, ...] of M micro-batches with more arrays for the loss:
         what frozen models make of it, or what is measured over all of it. Gradients do
-        not reach them."""
+        not reach them.
+
+        Args:
+            key: of this step; the losses' keys are drawn from it too.
+        """
         return batch
 
     @abstractmethod

@@ -15,19 +15,15 @@ from maxlm.checkpoint.skips import get_skips, read_skips
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchSource
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import Sums
+from maxlm.optim.step import Metrics
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import (
     PreparedData,
     prepare_data_on_all_hosts,
     read_vocab_size,
 )
-from maxlm.run.setup import (
-    RunSetup,
-    open_training_batches,
-    set_up_run,
-    use_compilation_cache,
-)
+from maxlm.run.rollout_source import RolloutContext, open_step_batches
+from maxlm.run.setup import RunSetup, set_up_run, use_compilation_cache
 from maxlm.run.warm_start import (
     check_init_checkpoint,
     describe_frozen_models,
@@ -38,7 +34,12 @@ from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.tasks.task import DeviceBatch
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
+from maxlm.train.callbacks import (
+    CheckpointCallback,
+    EvaluationCallback,
+    RolloutCallback,
+    StopCallback,
+)
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.heldout import HeldOutEvaluator, HeldOutResults
 from maxlm.train.metrics import MetricsCallback, format_downstream
@@ -113,7 +114,7 @@ class _OpenRun:
 class _TrainingParts:
     """What a run trains and evaluates with; a rollback keeps it."""
 
-    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]
+    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
     """Compiled at its first call."""
     evaluator: HeldOutEvaluator
     evaluate_downstream: DownstreamEvaluation
@@ -207,10 +208,17 @@ def _train_from(
     detector = LossSpikeDetector(config.faults, position.detector_state)
     timer = StepTimer(run.log.event, position.step)
     eval_every = config.train.eval_every if run.data.eval_batch_sources else 0
-    training_batches = open_training_batches(
-        setup,
+    context = RolloutContext(
+        setup=setup,
+        tokenizer=run.data.tokenizer,
+        folder=run.folder,
+        start_step=position.step,
+        say=run.say,
+        on_work=run.watchdog.reset_timer,
+    )
+    training_batches = open_step_batches(
+        context,
         run.data.train_batch_source,
-        position.step,
         position.skips,
         # Once a stop is requested, no batch waits for workers that are still starting.
         is_stop_requested=lambda: run.signals.request.stops,
@@ -219,9 +227,13 @@ def _train_from(
     with training_batches as batches, console as display, run.signals.defer_signals():
         all_reduce = FlagAllReduce(setup.mesh)
         profilers = [] if parts.profiler is None else [parts.profiler]
+        rolling_out = []
+        if batches.rollouts is not None:
+            rolling_out.append(RolloutCallback(batches))
         callbacks = [
             run.watchdog,
             *profilers,
+            *rolling_out,
             MetricsCallback(setup, run.data, run.plan, run.log, display),
             detector,
             EvaluationCallback(parts.evaluator.evaluate_metrics, eval_every),
@@ -235,7 +247,7 @@ def _train_from(
             ),
         ]
         trainer = Trainer(parts.step_fn, num_steps, callbacks, timer)
-        return trainer.run(position.state, batches)
+        return trainer.run(position.state, batches.arrays)
 
 
 def _open_run(

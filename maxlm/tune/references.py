@@ -54,7 +54,9 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
 
     def compute(params: Params, batch: DeviceBatch) -> jax.Array:
         models = TaskModels(None, {"reference": bind(model, params)})
-        return ReferenceTask.prepare_batch(task, models, batch)[LOG_PROBS]
+        # Nothing random happens without gradients: the key has no effect.
+        key = jax.random.key(0)
+        return ReferenceTask.prepare_batch(task, models, batch, key)[LOG_PROBS]
 
     run = bind_mesh(setup.mesh, jax.jit(compute))
     for name in ("files", "validation_files"):
