@@ -33,9 +33,10 @@ from maxlm.runtime.pool import count_usable_cores
 class RolloutSampler:
     """Draws samples for prompts, some dispatches of the engine at a time.
 
-    The parameters may be replaced between two calls (:meth:`set_version`): samples that
-    are under way go on with the new ones, and know which drew each token. The oldest
-    sample goes first, so that long ones do not starve.
+    The parameters may be replaced between two calls (``Engine.set_params``, then
+    :meth:`set_version`): samples that are under way go on with the new ones, and know
+    which drew each token. The oldest sample goes first, so that long ones do not
+    starve.
 
     On several hosts all processes call every method together, and the environment is
     asked on process 0 alone. An environment whose replies take time is asked in
@@ -103,8 +104,16 @@ class RolloutSampler:
         return len(self._list_unfinished())
 
     def set_version(self, step: int) -> None:
-        """Says which step's parameters the engine has from now on."""
+        """Says which step's parameters the engine has from now on. Samples that are
+        under way go on as ``config.update_in_flight`` says."""
+        if step == self.version:
+            return
         self.version = step
+        if self.config.update_in_flight == "recompute":
+            for request_id, episode in self._drawing.items():
+                self.engine.abort(request_id)
+                insort(self._waiting, episode, key=get_episode_order)
+            self._drawing = {}
 
     def add(
         self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int
@@ -234,6 +243,7 @@ class RolloutSampler:
         sampling = self.config.sampling
         num_in_turn = len(sample.tokens) - episode.turn_start
         episode.num_drawn_before = num_in_turn
+        episode.num_requests += 1
         updates = {
             "seed": key % 2**32,
             "max_new_tokens": self._count_room(sample),

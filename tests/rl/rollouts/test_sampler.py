@@ -125,9 +125,11 @@ def test_slow_environments_lose_no_sample(expected, make_sampler, prompts):
 
 @pytest.mark.parametrize("num_dispatches", [1, 5])
 def test_samples_under_way_survive_a_restart(
-    expected, make_sampler, prompts, chat_tokenizer, tmp_path, num_dispatches
+    expected, make_sampler, prompts, policy, chat_tokenizer, tmp_path, num_dispatches
 ):
     first = make_sampler()
+    params = policy.params
+    first.engine.set_params(params)
     first.add(prompts, 1, NUM_SAMPLES)
     samples = first.advance(num_dispatches)
     files = RolloutFiles(tmp_path)
@@ -142,6 +144,7 @@ def test_samples_under_way_survive_a_restart(
         EchoEnvironment(), chat_tokenizer, seed=0, max_prompt_length=99, shuffle=False
     )
     second = make_sampler()
+    second.engine.set_params(params)
     second.set_version(1)
     second.restore(episodes_from_arrays(arrays, rows))
     begun = {
@@ -157,6 +160,18 @@ def test_samples_under_way_survive_a_restart(
         before = np.arange(len(versions)) < num_before
         assert (versions[drawn & before] == 0).all()
         assert (versions[drawn & ~before] == 1).all()
+    # The process that goes on does the same.
+    going_on = make_sampler()
+    going_on.engine.set_params(params)
+    going_on.add(prompts, 1, NUM_SAMPLES)
+    straight = going_on.advance(num_dispatches)
+    going_on.engine.set_params(params)
+    going_on.set_version(1)
+    straight += going_on.advance()
+    assert_same(straight, samples)
+    for name, sample in by_name(straight).items():
+        assert sample.versions == by_name(samples)[name].versions
+        assert sample.log_probs == by_name(samples)[name].log_probs
     # A row that comes again is another prompt.
     again = make_sampler()
     again.add(prompts[:1], 1, 1)
