@@ -21,6 +21,12 @@ class RolloutConfig(Config):
     long_prompts: LongPrompts = "refuse"
     """Longer prompts: ``refuse``: the run does not start; ``leave_out``: they are left
     out, and counted."""
+    resample_zero_variance: bool = False
+    """Whether a prompt whose samples all score the same, which teaches nothing, makes
+    room for the next prompt (dynamic sampling, DAPO, Yu et al. 2025, arXiv 2503.14476,
+    §3.2)."""
+    max_resamples: int = Field(default=3, ge=0)
+    """Rounds of such prompts in a rollout at most; what is left then is kept."""
     max_turns: int | None = Field(default=None, gt=0)
     """Turns of the policy in an episode at most; null: as many as the environment
     has."""
