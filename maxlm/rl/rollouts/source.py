@@ -77,9 +77,7 @@ class PolicyRolloutSource:
         with ExitStack() as stack:
             runner = None
             if jax.process_index() == 0:
-                runner = stack.enter_context(
-                    RewardRunner(self.task.rewards, tokenizer=context.tokenizer)
-                )
+                runner = stack.enter_context(RewardRunner(self.task.rewards))
             yield PolicyRollouts(self, context, runner)
 
 
