@@ -127,7 +127,7 @@ class PolicyRollouts:
         self._runner = runner
         self._files = RolloutFiles(context.folder)
         is_lead = jax.process_index() == 0
-        self._log = SampleLog(context.folder, context.start_step, write=is_lead)
+        self._log = SampleLog(context.folder, write=is_lead)
         self._settings = _digest_settings(setup, context.skips)
         self._updates = source.task.epochs * source.task.minibatches
         self._prepare = _jit_preparation(setup, source.task)
@@ -208,9 +208,9 @@ class PolicyRollouts:
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
         metrics = self._describe(collected)
         if jax.process_index() == 0:
-            self._files.write(number, arrays)
             scored = self._list_scored(collected.groups, batch)
             self._log.append(step, number, scored)
+            self._files.write(number, arrays)
         return arrays, metrics
 
     def _find_first_prompt(self, number: int) -> int:
