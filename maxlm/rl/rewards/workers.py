@@ -62,11 +62,18 @@ class ScoringWorkers(Protocol):
 def score_sample(scorer: Scorer, sample: Sample) -> Outcome:
     """Scores a sample; whatever a reward raises or returns is an outcome."""
     try:
-        return Outcome("scored", read_score(scorer(sample)))
-    except NoScoreError as error:
-        return Outcome("failed", message=str(error), fix="return one finite number")
+        score = scorer(sample)
     except Exception as error:  # of code that is the user's
         return describe_failure(error)
+    return check_outcome(score)
+
+
+def check_outcome(score: object) -> Outcome:
+    """Returns the outcome of what a reward returned."""
+    try:
+        return Outcome("scored", read_score(score))
+    except NoScoreError as error:
+        return Outcome("failed", message=str(error), fix="return one finite number")
 
 
 def describe_failure(error: Exception) -> Outcome:
@@ -155,7 +162,9 @@ class WorkerThreads:
             self._workers.append(worker)
             self._num_idle += 1
         name = f"maxlm-reward-{len(self._workers)}"
-        threading.Thread(target=self._work, args=(worker,), name=name, daemon=True).start()
+        threading.Thread(
+            target=self._work, args=(worker,), name=name, daemon=True
+        ).start()
 
     def _work(self, worker: "_Worker") -> None:
         while True:
@@ -220,7 +229,8 @@ class _ProcessWorker:
         assert connection is not None
         try:
             connection.send((number, sample))
-            if not self._wait(connection, OPENING_LIMIT):
+            # Without more workers while it opens: they would have to do the same.
+            if not connection.poll(OPENING_LIMIT):
                 self._kill()
                 message = f"does not open within {OPENING_LIMIT:g} s"
                 return Outcome("failed", message=message)

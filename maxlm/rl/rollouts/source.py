@@ -79,7 +79,7 @@ class PolicyRolloutSource:
             runner = None
             if jax.process_index() == 0:
                 runner = stack.enter_context(
-                    RewardRunner(self.task.rewards, tokenizer=context.tokenizer)
+                    RewardRunner(self.task.rewards)
                 )
             yield PolicyRollouts(self, context, runner)
 
