@@ -169,7 +169,10 @@ class WorkerThreads:
     def _work(self, worker: "_Worker") -> None:
         while True:
             job = self._jobs.get()
-            if job is None or self.is_closed:
+            if job is None:
+                break
+            if self.is_closed:
+                job.future.cancel()
                 break
             with self._lock:
                 self._num_idle -= 1
@@ -225,6 +228,9 @@ class _ProcessWorker:
         reward = self._rewards[number]
         if self._process is None:
             self._start()
+            if self._threads.is_closed:
+                self._kill()
+                return Outcome("failed", message="was closed")
         connection = self._connection
         assert connection is not None
         try:
@@ -250,7 +256,11 @@ class _ProcessWorker:
             return Outcome("failed", message=message, fix=fix)
 
     def close(self) -> None:
-        self._kill()
+        # The pipe is left to the thread that may be reading it.
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.join()
 
     def _wait(self, connection: Connection, seconds: float) -> bool:
         if connection.poll(min(seconds, _PATIENCE)):
