@@ -30,6 +30,11 @@ class RolloutConfig(Config):
     max_turns: int | None = Field(default=None, gt=0)
     """Turns of the policy in an episode at most; null: as many as the environment
     has."""
+    update_in_flight: Literal["recompute", "keep_caches"] = "recompute"
+    """Samples that are under way when the parameters are replaced: ``recompute``: the
+    new ones read what is there anew, so that they draw from their own distribution, and
+    a run that is killed and resumed is the same run; ``keep_caches``: they go on over
+    the keys and values of the old ones, which costs nothing."""
     environment_errors: Literal["stop", "end_episode"] = "stop"
     """An environment that fails to answer: ``stop`` ends the run with one line;
     ``end_episode``: the sample ends where it is, incomplete, and is counted."""

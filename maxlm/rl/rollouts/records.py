@@ -6,8 +6,10 @@ and the samples that were under way at its end. ``samples/rollouts.jsonl`` has a
 for each sample.
 """
 
+import hashlib
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.rl.rollouts.episode import Episode
 from maxlm.rl.samples import Prompt, Sample
-from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
 from maxlm.runtime.json_files import parse_json
 from maxlm.runtime.json_types import JsonObject
 from maxlm.train.records import read_records
@@ -29,6 +31,9 @@ FOLDER = "rollouts"
 SAMPLES_FILE = Path("samples") / "rollouts.jsonl"
 Arrays = Mapping[str, np.ndarray]
 _DIGITS = 8
+_DIGEST = "sha256"
+# Of a member that is encrypted or compressed in a way that there is not.
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, NotImplementedError, struct.error)
 # Keys of arrays of samples under way, behind a prefix.
 _TOKEN_ARRAYS = ("tokens", "is_sampled", "log_probs", "versions")
 _DTYPES = {
@@ -62,7 +67,8 @@ class RolloutFiles:
         with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **dict(arrays))  # pyright: ignore[reportArgumentType]
+            members = {**arrays, _DIGEST: _hash_arrays(arrays)}
+            np.savez(file, allow_pickle=False, **members)
             file.flush()
             os.fsync(file.fileno())
 
@@ -71,13 +77,18 @@ class RolloutFiles:
         file is damaged."""
         path = self.get_path(rollout_number)
         try:
-            # Every member has a checksum, which reading it checks.
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                arrays = {name: file[name] for name in file.files}
+            # Members have checksums, but their names have none.
+            digest = arrays.pop(_DIGEST)
+            if not np.array_equal(digest, _hash_arrays(arrays)):
+                raise ValueError("it has changed since it was written")
+            return arrays
         except FileNotFoundError:
             return None
-        # What numpy raises of a file that was cut short or changed.
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        # What numpy and zipfile raise of a file that was cut short or changed: any of
+        # their checks may be the first that fails.
+        except (OSError, ValueError, LookupError, EOFError, *_ZIP_ERRORS) as error:
             message = f"the record of rollout {rollout_number} is damaged: {error}"
             fix = (
                 "delete it and all later ones, and resume: they are sampled again, "
@@ -91,8 +102,8 @@ class RolloutFiles:
         return sorted(int(path.stem) for path in paths if path.stem.isdigit())
 
     def delete_after(self, rollout_number: int) -> None:
-        """Deletes later rollouts: training goes on from there once more, with other
-        settings. A run that resumes as it was keeps them, and trains on them again."""
+        """Deletes later rollouts, to be sampled again. A run that resumes as it was
+        keeps them, and trains on them once more."""
         for number in self.list_numbers():
             if number > rollout_number:
                 self.get_path(number).unlink(missing_ok=True)
@@ -105,6 +116,15 @@ class RolloutFiles:
         for number in numbers[: max(0, len(numbers) - num_kept)]:
             if number < first_needed:
                 self.get_path(number).unlink(missing_ok=True)
+
+
+def _hash_arrays(arrays: Arrays) -> np.ndarray:
+    """SHA-256 of names, types, shapes and values: uint8 [32]."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
@@ -148,6 +168,8 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
     states_json = arrays["unfinished_states"].tobytes()
     states = parse_json(states_json, FOLDER, "delete the record, and resume")
     episodes = []
+    # Samples of a group have the same prompt.
+    prompts: dict[tuple[int, int, int], Prompt] = {}
     stop = 0
     for state, length in zip(states, arrays["unfinished_lengths"], strict=True):
         start = stop
@@ -156,7 +178,11 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
             name: arrays[f"unfinished_{name}"][start:stop].tolist()
             for name in _TOKEN_ARRAYS
         }
-        prompt = rows.read_row(state["row_number"])
+        row_number = state["row_number"]
+        group = (state["rollout_number"], row_number, state["occurrence"])
+        if group not in prompts:
+            prompts[group] = rows.read_row(row_number)
+        prompt = prompts[group]
         if list(prompt.tokens) != values["tokens"][: state["num_prompt_tokens"]]:
             message = f"the prompt of row {prompt.row_number} has changed since it was "
             message += "sampled from"
@@ -201,17 +227,19 @@ class SampleLog:
     ``rewards`` by name, ``reward``, ``advantage``, ``length`` (tokens that the policy
     drew), ``complete`` and ``versions`` (the first and the last).
 
+    A rollout's lines are appended before its arrays are written: so a rollout with
+    arrays has its lines. Where it is drawn again, such as after a kill between the two,
+    its new lines take the place of the old ones and of those of later rollouts.
+
     Args:
         folder: the run's.
-        resume_step: lines of later steps are dropped; None: none are.
         write: False on all processes but the first: nothing is written then.
     """
 
-    def __init__(
-        self, folder: str | Path, resume_step: int | None = None, *, write: bool = True
-    ):
+    def __init__(self, folder: str | Path, *, write: bool = True):
         self.path = Path(folder) / SAMPLES_FILE
         self._write = write
+        self._next_rollout = 0
         if not write:
             return
         with convert_write_errors(self.path):
@@ -220,27 +248,23 @@ class SampleLog:
             # A kill may have cut the last line short.
             end_of_whole_lines = self.path.read_bytes().rfind(b"\n") + 1
             os.truncate(self.path, end_of_whole_lines)
-        if resume_step is not None:
-            self.rewind(resume_step)
-
-    def rewind(self, step: int) -> None:
-        """Drops every line whose ``step`` is later, and lines that hold no record."""
-        if not self._write:
-            return
-        with replace_file(self.path) as temporary, temporary.open("w") as file:
-            for record in read_records(self.path):
-                if record["step"] <= step:
-                    file.write(f"{json.dumps(record)}\n")
+        for record in read_records(self.path):
+            self._next_rollout = max(self._next_rollout, _get_rollout(record) + 1)
 
     def append(
         self, step: int, rollout_number: int, samples: Sequence[ScoredSample]
     ) -> None:
-        """Appends lines, all or none. Raises MaxlmError: they cannot be written."""
+        """Appends a rollout's lines, all or none. Raises MaxlmError: they cannot be
+        written."""
         if not self._write:
             return
+        if rollout_number < self._next_rollout:
+            self._drop_from(rollout_number)
+        self._next_rollout = rollout_number + 1
         records = [_make_record(step, rollout_number, sample) for sample in samples]
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         with convert_write_errors(self.path):
+            check_run_not_moved(self.path)
             size = self.path.stat().st_size
             try:
                 with self.path.open("ab") as file:
@@ -248,6 +272,20 @@ class SampleLog:
             except OSError:  # A full disk may have taken the first part.
                 os.truncate(self.path, size)
                 raise
+
+    def _drop_from(self, rollout_number: int) -> None:
+        """Drops the lines of a rollout and later ones, and those that hold no
+        record."""
+        with replace_file(self.path) as temporary, temporary.open("w") as file:
+            for record in read_records(self.path):
+                if _get_rollout(record) < rollout_number:
+                    file.write(f"{json.dumps(record)}\n")
+
+
+def _get_rollout(record: JsonObject) -> int:
+    """The rollout of a line; -1: it names none."""
+    number = record.get("rollout")
+    return number if isinstance(number, int) else -1
 
 
 def read_sample_log(folder: str | Path) -> Iterator[JsonObject]:

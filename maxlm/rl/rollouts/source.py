@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -78,9 +77,7 @@ class PolicyRolloutSource:
         with ExitStack() as stack:
             runner = None
             if jax.process_index() == 0:
-                runner = stack.enter_context(
-                    RewardRunner(self.task.rewards, tokenizer=context.tokenizer)
-                )
+                runner = stack.enter_context(RewardRunner(self.task.rewards))
             yield PolicyRollouts(self, context, runner)
 
 
@@ -130,7 +127,7 @@ class PolicyRollouts:
         self._runner = runner
         self._files = RolloutFiles(context.folder)
         is_lead = jax.process_index() == 0
-        self._log = SampleLog(context.folder, context.start_step, write=is_lead)
+        self._log = SampleLog(context.folder, write=is_lead)
         self._settings = _digest_settings(setup, context.skips)
         self._updates = source.task.epochs * source.task.minibatches
         self._prepare = _jit_preparation(setup, source.task)
@@ -211,9 +208,9 @@ class PolicyRollouts:
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
         metrics = self._describe(collected)
         if jax.process_index() == 0:
-            self._files.write(number, arrays)
             scored = self._list_scored(collected.groups, batch)
             self._log.append(step, number, scored)
+            self._files.write(number, arrays)
         return arrays, metrics
 
     def _find_first_prompt(self, number: int) -> int:
