@@ -42,14 +42,16 @@ def run(tmp_path_factory):
             file.write(json.dumps(row) + "\n")
     tiny.write_text(folder / "text", 4)
     settings = tiny.settings(folder, str(folder / "text"))
-    settings["data"] |= {"heldout_fraction": 0, "seq_len": 32, "sources": []}
+    settings["data"] |= {"heldout_fraction": 0, "seq_len": 32}
+    settings |= {"mesh": {"data": 1}, "reporting": {"tensorboard": False}}
+    settings |= {"name": "base", "train": {"steps": 1}}
+    train_model(RunConfig.model_validate(settings), say=lambda _: None)
+    settings["data"]["sources"] = []
     settings["model"] |= {"heads": {"score": 1}}
     settings |= {
         "name": "reward",
         "task": {"kind": "reward", "files": [str(folder / "pairs.jsonl")]},
-        "train": {"steps": 1},
-        "mesh": {"data": 1},
-        "reporting": {"tensorboard": False},
+        "train": {"steps": 1, "start_from": str(folder / "base")},
     }
     return train_model(RunConfig.model_validate(settings), say=lambda _: None).folder
 
