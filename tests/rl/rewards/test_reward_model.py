@@ -81,5 +81,5 @@ def test_each_sample_is_scored_by_itself(run):
     np.testing.assert_allclose(np.delete(scores, 1), want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(single, want, rtol=1e-5, atol=1e-6)
     reward = make_reward("reward_model", run=str(run.parent))
-    with pytest.raises(MaxlmError, match="reward reward_model.*no run here"):
+    with pytest.raises(MaxlmError, match=r"reward reward_model.*no run here"):
         RewardRunner([reward]).check([])
