@@ -7,7 +7,8 @@ from types import ModuleType
 
 from maxlm.config import MaxlmError
 
-_FIX = "pip install 'maxlm[rl]' && pip install --no-deps reasoning-gym"
+INSTALLATION = "pip install 'maxlm[rl]' && pip install --no-deps reasoning-gym"
+"""How it is installed."""
 # One of its tasks draws puzzles with it; all others, and all scorers, do without. It
 # has no wheels: it would have to be compiled.
 _SOLVER = "pycosat"
@@ -23,7 +24,7 @@ def import_reasoning_gym() -> ModuleType:
         return importlib.import_module("reasoning_gym.factory")
     except ModuleNotFoundError as error:
         message = f"reasoning-gym needs the package {error.name}"
-        raise MaxlmError(message, fix=_FIX) from None
+        raise MaxlmError(message, fix=INSTALLATION) from None
     finally:
         if not has_solver:
             del sys.modules[_SOLVER]

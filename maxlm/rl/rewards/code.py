@@ -204,8 +204,9 @@ def read_tests(value: object) -> list[ProgramTest]:
     if isinstance(value, Mapping):
         inputs = value.get("inputs")
         outputs = value.get("outputs")
-        are_lists = isinstance(inputs, list) and isinstance(outputs, list)
-        if not are_lists or len(inputs) != len(outputs):
+        if not isinstance(inputs, list) or not isinstance(outputs, list):
+            return []
+        if len(inputs) != len(outputs):
             return []
         pairs = [
             {"input": text, "output": expected}

@@ -1,7 +1,7 @@
 """Scores of reasoning-gym's tasks (Stojanovski et al. 2505.24760)."""
 
 from maxlm.config import MaxlmError
-from maxlm.rl.reasoning_gym_package import import_reasoning_gym
+from maxlm.rl.reasoning_gym_package import INSTALLATION, import_reasoning_gym
 from maxlm.rl.rewards.answers import AnswerReward
 from maxlm.rl.rewards.reward import (
     Scorer,
@@ -33,7 +33,7 @@ class ReasoningGymReward(AnswerReward):
         return "process"
 
     def check_setup(self) -> None:
-        require_package("reasoning_gym", "reasoning-gym", self.kind)
+        require_package("reasoning_gym", "reasoning-gym", self.kind, INSTALLATION)
 
     def check_row(self, row: JsonMapping) -> None:
         require_column(row, "answer", "reasoning-gym's scorer")

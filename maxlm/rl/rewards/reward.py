@@ -123,8 +123,10 @@ def require_column(row: JsonMapping, column: str, setting: str) -> object:
     return value
 
 
-def require_package(module: str, package: str, kind: str) -> None:
+def require_package(
+    module: str, package: str, kind: str, installation: str = "pip install 'maxlm[rl]'"
+) -> None:
     """Raises MaxlmError: a package is not installed."""
     if find_spec(module) is None:
         message = f"a reward of kind={kind} needs the package {package}"
-        raise MaxlmError(message, fix="pip install 'maxlm[rl]'")
+        raise MaxlmError(message, fix=installation)

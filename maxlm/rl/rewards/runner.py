@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from maxlm.config import MaxlmError
 from maxlm.rl.rewards.reward import BatchScorer, Reward
 from maxlm.rl.rewards.workers import (
-    Outcome,
+    ScoreOutcome,
     WorkerThreads,
     check_outcome,
     describe_failure,
@@ -69,7 +69,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         self._processes: WorkerThreads | None = None
         self._threads: WorkerThreads | None = None
         self._batch_scorers: dict[int, BatchScorer] = {}
-        self._futures: dict[SampleKey, list[Future[Outcome] | None]] = {}
+        self._futures: dict[SampleKey, list[Future[ScoreOutcome] | None]] = {}
         self._submitted: dict[SampleKey, Sample] = {}
         """Kept, so that no other object gets their identity."""
 
@@ -154,7 +154,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
 
     def _start(
         self, number: int, reward: Reward, sample: Sample
-    ) -> "Future[Outcome] | None":
+    ) -> "Future[ScoreOutcome] | None":
         if reward.worker == "batch":
             return None
         if reward.worker == "process":
@@ -165,11 +165,13 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
             if self._threads is None:
                 self._threads = start_threads(self.rewards)
             return self._threads.submit(number, sample)
-        future: Future[Outcome] = Future()
+        future: Future[ScoreOutcome] = Future()
         future.set_result(score_sample(reward.score, sample))
         return future
 
-    def _score_batch(self, number: int, samples: Sequence[Sample]) -> list[Outcome]:
+    def _score_batch(
+        self, number: int, samples: Sequence[Sample]
+    ) -> list[ScoreOutcome]:
         reward = self.rewards[number]
         if number not in self._batch_scorers:
             self._batch_scorers[number] = reward.open_batch()
@@ -186,7 +188,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
                 outcomes.append(check_outcome(score))
         return outcomes
 
-    def _settle(self, reward: Reward, sample: Sample, outcome: Outcome) -> float:
+    def _settle(self, reward: Reward, sample: Sample, outcome: ScoreOutcome) -> float:
         """Returns the score that an outcome counts as."""
         if outcome.status == "scored":
             return outcome.score
@@ -212,10 +214,8 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         num_samples = len(has_timed_out)
         if num_samples < 2:
             return
-        for reward, is_silent in zip(
-            self.rewards, has_timed_out.all(axis=0), strict=True
-        ):
-            if is_silent:
+        for number, reward in enumerate(self.rewards):
+            if has_timed_out[:, number].all():
                 message = f"all {num_samples} samples took longer than "
                 message += f"{reward.time_limit:g} s"
                 fix = "raise time_limit, or correct the reward"

@@ -40,8 +40,11 @@ def make_reward(kind: str, **settings: Any) -> Reward:
     return REWARDS.get(kind).model_validate({"kind": kind, **settings})
 
 
-def make_function_reward(function: str, **settings: Any) -> Reward:
-    return make_reward("python", function=f"{HERE}:{function}", **settings)
+def make_function_reward(
+    function: str, settings: Mapping[str, Any] | None = None
+) -> Reward:
+    source = {"kind": "python", "function": f"{HERE}:{function}"}
+    return REWARDS.get("python").model_validate({**source, **(settings or {})})
 
 
 def tell_time(sample: Sample) -> float:

@@ -87,8 +87,8 @@ def test_numbers_are_read_as_they_are_written(number):
         assert parse_number(f"{number:.3f}") == number
 
 
-def score(reward, text, row, **parts):
-    return reward.score(make_sample(text, row, **parts))
+def score(reward, text, row, turns=None):
+    return reward.score(make_sample(text, row, turns=turns))
 
 
 def test_exact_match_scores_the_answer_alone():

@@ -68,7 +68,7 @@ def test_json_follows_the_schema(text, score):
 
 
 def test_a_schema_that_is_none_is_refused_and_no_address_is_fetched():
-    with pytest.raises(MaxlmError, match="no JSON schema: .*'integr'"):
+    with pytest.raises(MaxlmError, match=r"no JSON schema: .*'integr'"):
         make_reward("json_schema").check_row({"schema": '{"type": "integr"}'})
     with pytest.raises(MaxlmError, match="is no JSON"):
         make_reward("json_schema").check_row({"schema": "{"})

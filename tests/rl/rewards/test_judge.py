@@ -141,13 +141,17 @@ def test_a_judge_that_is_away_is_one_line():
         address = server.url
     reward = make_reward("judge", address=f"{address}#fake", max_retries=0)
     pattern = f"^reward judge, row 7, sample 0: {address}/: does not answer"
-    with RewardRunner([reward]) as runner:
-        with pytest.raises(MaxlmError, match=pattern) as caught:
-            runner.score([make_sample("a"), make_sample("b", number=1)])
+    with (
+        RewardRunner([reward]) as runner,
+        pytest.raises(MaxlmError, match=pattern) as caught,
+    ):
+        runner.score([make_sample("a"), make_sample("b", number=1)])
     assert "\n" not in str(caught.value)
     reward = make_reward("judge", address=address, max_retries=0)
-    with RewardRunner([reward]) as runner:
-        with pytest.raises(MaxlmError, match="^reward judge, .*does not answer"):
-            runner.check([])
+    with (
+        RewardRunner([reward]) as runner,
+        pytest.raises(MaxlmError, match=r"^reward judge, .*does not answer"),
+    ):
+        runner.check([])
     with pytest.raises(MaxlmError, match="leave the judge no choice"):
         make_reward("judge", address="localhost", verdicts={"good": 1})

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.heavy
 pytest.importorskip("zss")  # as an incomplete installation is
 
 
-def make_row(task: str, **settings) -> dict:
-    dataset = import_reasoning_gym().create_dataset(task, seed=3, size=5, **settings)
+def make_row(task: str) -> dict:
+    dataset = import_reasoning_gym().create_dataset(task, seed=3, size=5)
     return {"dataset": task, **dataset[4]}
 
 

@@ -42,14 +42,16 @@ def run(tmp_path_factory):
             file.write(json.dumps(row) + "\n")
     tiny.write_text(folder / "text", 4)
     settings = tiny.settings(folder, str(folder / "text"))
-    settings["data"] |= {"heldout_fraction": 0, "seq_len": 32, "sources": []}
+    settings["data"] |= {"heldout_fraction": 0, "seq_len": 32}
+    settings |= {"mesh": {"data": 1}, "reporting": {"tensorboard": False}}
+    settings |= {"name": "base", "train": {"steps": 1}}
+    train_model(RunConfig.model_validate(settings), say=lambda _: None)
+    settings["data"]["sources"] = []
     settings["model"] |= {"heads": {"score": 1}}
     settings |= {
         "name": "reward",
         "task": {"kind": "reward", "files": [str(folder / "pairs.jsonl")]},
-        "train": {"steps": 1},
-        "mesh": {"data": 1},
-        "reporting": {"tensorboard": False},
+        "train": {"steps": 1, "start_from": str(folder / "base")},
     }
     return train_model(RunConfig.model_validate(settings), say=lambda _: None).folder
 
@@ -79,5 +81,5 @@ def test_each_sample_is_scored_by_itself(run):
     np.testing.assert_allclose(np.delete(scores, 1), want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(single, want, rtol=1e-5, atol=1e-6)
     reward = make_reward("reward_model", run=str(run.parent))
-    with pytest.raises(MaxlmError, match="reward reward_model.*no run here"):
+    with pytest.raises(MaxlmError, match=r"reward reward_model.*no run here"):
         RewardRunner([reward]).check([])

@@ -17,15 +17,16 @@ from tests.rl.rewards.rewarded import (
 )
 
 pytestmark = pytest.mark.heavy
+LIMITS = {"time_limit": 1, "on_timeout": -2}
 
 
 @pytest.fixture(scope="module")
 def runner():
     """Two warm processes; the first reward misbehaves, the others do not."""
     rewards = [
-        make_function_reward("misbehave", name="misbehaving"),
-        make_function_reward("tell_time", name="time", time_limit=1, on_timeout=-2),
-        make_function_reward("count_letters", name="letters", time_limit=1),
+        make_function_reward("misbehave", {"name": "misbehaving"}),
+        make_function_reward("tell_time", {"name": "time"} | LIMITS),
+        make_function_reward("count_letters", {"name": "letters"} | LIMITS),
     ]
     with RewardRunner(rewards, workers=2) as runner:
         runner.score([make_sample("warm", number=number) for number in range(2)])
@@ -47,7 +48,7 @@ def test_a_sample_that_hangs_delays_no_other(runner):
 
 def test_a_process_whose_interpreter_is_held_is_killed_and_replaced(runner):
     samples = [make_sample(text) for text in ("hold", "aa", "bbb")]
-    assert runner.score(samples)[:, 2].tolist() == [0, 2, 3]
+    assert runner.score(samples)[:, 2].tolist() == [-2, 2, 3]
     assert runner.score(samples[1:])[:, 2].tolist() == [2, 3]
 
 
@@ -74,7 +75,7 @@ def test_a_reward_that_fails_is_one_line(runner, text, message):
 
 
 def test_failures_can_count_as_scores_and_are_counted():
-    reward = make_function_reward("misbehave", on_error=-1)
+    reward = make_function_reward("misbehave", {"on_error": -1})
     with RewardRunner([reward], workers=1) as runner:
         texts = ["nan", "fine", "raise", "exit", "fine"]
         scores = runner.score([make_sample(text) for text in texts])
@@ -85,7 +86,7 @@ def test_failures_can_count_as_scores_and_are_counted():
 @pytest.mark.more
 def test_samples_behind_hung_workers_get_one_more():
     """The one worker there is hangs for all of the test."""
-    reward = make_function_reward("tell_time", time_limit=6, on_timeout=None)
+    reward = make_function_reward("tell_time", {"time_limit": 6, "on_timeout": None})
     with RewardRunner([reward], workers=1) as runner:
         runner.score([make_sample("warm")])
         began = time.monotonic()
@@ -121,17 +122,21 @@ def test_scores_are_in_the_order_of_samples_in_any_thread(runner):
 
 def test_a_module_that_cannot_be_imported_is_one_line():
     reward = make_reward("python", function="no_such_package.rewards:score")
-    with RewardRunner([reward], workers=1) as runner:
-        with pytest.raises(MaxlmError, match="no module named no_such_package"):
-            runner.score([make_sample("")])
+    with (
+        RewardRunner([reward], workers=1) as runner,
+        pytest.raises(MaxlmError, match="no module named no_such_package"),
+    ):
+        runner.score([make_sample("")])
     with pytest.raises(MaxlmError, match=r"no_file.py: no such file"):
         RewardRunner([make_reward("python", function="no_file.py:score")]).check([])
     with pytest.raises(MaxlmError, match="names no function"):
         make_reward("python", function="score")
     reward = make_reward("python", function=f"{HERE}:nothing")
-    with RewardRunner([reward], workers=1) as runner:
-        with pytest.raises(MaxlmError, match="no function nothing there"):
-            runner.score([make_sample("")])
+    with (
+        RewardRunner([reward], workers=1) as runner,
+        pytest.raises(MaxlmError, match="no function nothing there"),
+    ):
+        runner.score([make_sample("")])
 
 
 def test_rows_are_checked_before_training():
@@ -148,7 +153,8 @@ def test_rows_are_checked_before_training():
     with RewardRunner(rewards) as runner:
         runner.check(prompts[:1])
         with pytest.raises(
-            MaxlmError, match="reward math, row 4: no column 'solution'.*prompt, answer"
+            MaxlmError,
+            match=r"reward math, row 4: no column 'solution'.*prompt, answer",
         ):
             runner.check(prompts)
     with pytest.raises(MaxlmError, match="two rewards are called length"):
