@@ -72,7 +72,7 @@ def create_reasoning_gym_dataset(
             create_dataset,
         )
     except ImportError as error:
-        message = "environment.kind=reasoning_gym needs the package reasoning-gym"
+        message = f"environment.kind=reasoning_gym needs reasoning-gym ({error})"
         raise MaxlmError(message, fix="pip install maxlm[rl]") from error
     if task not in DATASETS:
         near = get_close_matches(task, DATASETS, n=1)
