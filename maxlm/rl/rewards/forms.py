@@ -44,7 +44,9 @@ class LengthReward(Reward):
     @model_validator(mode="after")
     def _check_buffer(self) -> Self:
         if self.buffer > self.max_length:
-            message = f"buffer={self.buffer} is longer than max_length={self.max_length}"
+            message = (
+                f"buffer={self.buffer} is longer than max_length={self.max_length}"
+            )
             raise MaxlmError(message, where="buffer", fix="shorten it")
         return self
 
@@ -54,7 +56,7 @@ class LengthReward(Reward):
 
     def score(self, sample: Sample) -> float:
         excess = sample.num_sampled - (self.max_length - self.buffer)
-        return -min(max(excess / self.buffer, 0.0), 1.0)
+        return 0.0 - min(max(excess / self.buffer, 0.0), 1.0)
 
 
 class EnvironmentReward(Reward):

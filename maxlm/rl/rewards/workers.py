@@ -62,11 +62,18 @@ class ScoringWorkers(Protocol):
 def score_sample(scorer: Scorer, sample: Sample) -> Outcome:
     """Scores a sample; whatever a reward raises or returns is an outcome."""
     try:
-        return Outcome("scored", read_score(scorer(sample)))
-    except NoScoreError as error:
-        return Outcome("failed", message=str(error), fix="return one finite number")
+        score = scorer(sample)
     except Exception as error:  # of code that is the user's
         return describe_failure(error)
+    return check_outcome(score)
+
+
+def check_outcome(score: object) -> Outcome:
+    """Returns the outcome of what a reward returned."""
+    try:
+        return Outcome("scored", read_score(score))
+    except NoScoreError as error:
+        return Outcome("failed", message=str(error), fix="return one finite number")
 
 
 def describe_failure(error: Exception) -> Outcome:
@@ -155,12 +162,17 @@ class WorkerThreads:
             self._workers.append(worker)
             self._num_idle += 1
         name = f"maxlm-reward-{len(self._workers)}"
-        threading.Thread(target=self._work, args=(worker,), name=name, daemon=True).start()
+        threading.Thread(
+            target=self._work, args=(worker,), name=name, daemon=True
+        ).start()
 
     def _work(self, worker: "_Worker") -> None:
         while True:
             job = self._jobs.get()
-            if job is None or self.is_closed:
+            if job is None:
+                break
+            if self.is_closed:
+                job.future.cancel()
                 break
             with self._lock:
                 self._num_idle -= 1
@@ -216,11 +228,15 @@ class _ProcessWorker:
         reward = self._rewards[number]
         if self._process is None:
             self._start()
+            if self._threads.is_closed:
+                self._kill()
+                return Outcome("failed", message="was closed")
         connection = self._connection
         assert connection is not None
         try:
             connection.send((number, sample))
-            if not self._wait(connection, OPENING_LIMIT):
+            # Without more workers while it opens: they would have to do the same.
+            if not connection.poll(OPENING_LIMIT):
                 self._kill()
                 message = f"does not open within {OPENING_LIMIT:g} s"
                 return Outcome("failed", message=message)
@@ -240,7 +256,11 @@ class _ProcessWorker:
             return Outcome("failed", message=message, fix=fix)
 
     def close(self) -> None:
-        self._kill()
+        # The pipe is left to the thread that may be reading it.
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.join()
 
     def _wait(self, connection: Connection, seconds: float) -> bool:
         if connection.poll(min(seconds, _PATIENCE)):

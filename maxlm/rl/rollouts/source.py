@@ -77,9 +77,7 @@ class PolicyRolloutSource:
         with ExitStack() as stack:
             runner = None
             if jax.process_index() == 0:
-                runner = stack.enter_context(
-                    RewardRunner(self.task.rewards, tokenizer=context.tokenizer)
-                )
+                runner = stack.enter_context(RewardRunner(self.task.rewards))
             yield PolicyRollouts(self, context, runner)
 
 
@@ -241,7 +239,10 @@ class PolicyRollouts:
             batch |= self._compute_on_devices(batch, number, state)
         scores = np.stack([group.scores for group in groups])
         weights = [reward.weight for reward in self._task.rewards]
-        return self._task.finish_rollouts(scores, weights, batch)
+        is_complete = np.array(
+            [[sample.is_complete for sample in group.samples] for group in groups]
+        )
+        return self._task.finish_rollouts(scores, weights, is_complete, batch)
 
     def _compute_on_devices(
         self, batch: Batch, number: int, state: TrainState
