@@ -4,7 +4,7 @@ An engine reports them, and a training pass that is given them uses the same exp
 (router replay: Ma et al. 2025, arXiv 2510.11370).
 
 Shapes: B batch, S sequence, L layers of a stack, E layers with experts in the order of
-the layers (modules of ``mtp`` are not among them), k most experts of a token.
+the layers (modules of ``mtp`` are not among them), k experts of a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,18 +86,14 @@ def split_routes(
 def join_routes(
     config: TransformerConfig, routes: Mapping[str, Sequence[jax.Array] | jax.Array]
 ) -> jax.Array:
-    """Returns the routes of all layers as one array [B, S, E, k]; where a layer has
-    fewer experts a token, -1 stands behind them.
+    """Returns the routes of all layers as one array [B, S, E, k].
 
     Args:
         routes: by stack, int32 [B, S, k] of each of its layers.
     """
     shape = get_route_shape(config)
-    layers: list[jax.Array] = []
-    for layer in list_expert_layers(config):
-        expert_ids = routes[layer.stack_name][layer.index]
-        num_missing = shape.experts_per_token - expert_ids.shape[-1]
-        widths = ((0, 0), (0, 0), (0, num_missing))
-        padded = jnp.pad(expert_ids, widths, constant_values=OWN_CHOICE)
-        layers.append(padded.astype(shape.dtype))
+    layers = [
+        routes[layer.stack_name][layer.index].astype(shape.dtype)
+        for layer in list_expert_layers(config)
+    ]
     return jnp.stack(layers, axis=2)

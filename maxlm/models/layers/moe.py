@@ -363,8 +363,7 @@ class Moe(nnx.Module):
         *,
         record_routes: bool = False,
     ) -> tuple[jax.Array, Aux]:
-        """See :class:`~maxlm.models.blocks.FeedForward`; ``routes``: int [B, S, k or
-        more], as :func:`route` takes them."""
+        """See :class:`~maxlm.models.blocks.FeedForward`; ``routes``: int [B, S, k], as :func:`route` takes them."""
         mask = None
         if segment_ids is not None:
             token_layout = get_layout(x)[:2]
@@ -415,7 +414,7 @@ class Moe(nnx.Module):
         Args:
             mask: bool [B, S], laid out as x; False for padding, which no routed expert
                 serves and no statistic counts. None: all tokens.
-            routes: int [B, S, k or more]: see :func:`route`.
+            routes: int [B, S, k]: see :func:`route`.
         """
         config = self.config
         num_experts = config.num_experts
@@ -428,8 +427,8 @@ class Moe(nnx.Module):
             bias = read_weight(self.selection_bias, self.rules, logits.dtype).value
         if routes is not None:
             token_layout = get_layout(x)[:2]
-            routes = routes[..., : config.experts_per_token].astype(jnp.int32)
             routes = reshard(routes, make_spec((*token_layout, ())))
+            routes = routes.astype(jnp.int32)
         routing = route(logits, bias, config, routes)
         if mask is None:
             mask = jnp.ones_like(logits[..., 0], dtype=bool)
