@@ -18,8 +18,6 @@ from maxlm.models.params import bind
 from tests.inference.conftest import CONFIGS, VOCAB, Tiny, build
 
 EXPERTS = CONFIGS["llama"] | {
-    "num_layers": 3,
-    "dense_layers": 1,
     "moe": {"num_experts": 7, "experts_per_token": 3, "d_ff": 10},
 }
 PREFIX = list(range(20, 43))
@@ -51,9 +49,7 @@ def choose_routes(model, params, ids):
     return aux.routes
 
 
-def generate(
-    engine: Engine, prompts=PROMPTS, sampling=SAMPLED, **options
-) -> Sequences:
+def generate(engine: Engine, prompts=PROMPTS, sampling=SAMPLED, **options) -> Sequences:
     requests = [
         GenerationRequest(str(i), tuple(prompt), sampling, routes=True, **options)
         for i, prompt in enumerate(prompts)
@@ -131,20 +127,26 @@ def test_preempted_and_guessed_tokens_have_theirs(experts, one_device_mesh, sett
 
 @pytest.mark.more
 def test_routes_on_a_mesh_are_those_of_one_device(experts, one_device_mesh, mesh):
+    """With a dense layer before those with experts."""
     several = mesh(data=2, expert=2, tensor=2)
+    settings = EXPERTS | {
+        "num_layers": 3,
+        "dense_layers": 1,
+        "moe": EXPERTS["moe"] | {"num_experts": 8},
+    }
     with jax.set_mesh(several):
         config = EngineConfig(**SMALL | {"max_sequences": 1})
-        split = build(EXPERTS | {"moe": EXPERTS["moe"] | {"num_experts": 8}}, several)
+        split = build(settings, several)
         sequences = generate(Engine(split.model, split.params, config))
     with jax.set_mesh(one_device_mesh):
-        whole = build(
-            EXPERTS | {"moe": EXPERTS["moe"] | {"num_experts": 8}}, one_device_mesh
-        )
+        whole = build(settings, one_device_mesh)
         check_routes(whole, sequences)
 
 
 def test_routes_are_refused_where_there_are_none(experts, llama):
-    with pytest.raises(MaxlmError, match="record_routes for a model that is no decoder"):
+    with pytest.raises(
+        MaxlmError, match="record_routes for a model that is no decoder"
+    ):
         Engine(llama.model, llama.params, EngineConfig(**SMALL))
     config = EngineConfig(**SMALL | {"record_routes": False})
     engine = Engine(experts.model, experts.params, config)
@@ -173,7 +175,12 @@ def test_replay_brings_a_training_pass_to_an_engine_of_lower_precision(
     rerouted = 0.0
     prompts = np.random.default_rng(0).integers(0, VOCAB, (12, 20)).tolist()
     for name, moe in {"some": many, "all": many | {"experts_per_token": 16}}.items():
-        config = EXPERTS | {"num_layers": 5, "moe": moe, "init_std": 0.4}
+        config = EXPERTS | {
+            "num_layers": 5,
+            "dense_layers": 1,
+            "moe": moe,
+            "init_std": 0.4,
+        }
         with jax.set_mesh(one_device_mesh):
             low = build(config, one_device_mesh, jnp.bfloat16)
             full = build(config, one_device_mesh)
@@ -186,9 +193,7 @@ def test_replay_brings_a_training_pass_to_an_engine_of_lower_precision(
                 routes = np.full((1, ids.shape[1], *output.routes.shape[1:]), -1)
                 own, _ = compute_logprobs(full.model, full.params, ids, routes)
                 routes[0, :-1] = output.routes
-                replayed, sums = compute_logprobs(
-                    full.model, full.params, ids, routes
-                )
+                replayed, sums = compute_logprobs(full.model, full.params, ids, routes)
                 sampled = [token.logprob for token in output.logprobs]
                 first = len(prompt) - 1
                 for kind, logprobs in {"own": own, "replayed": replayed}.items():
@@ -198,7 +203,9 @@ def test_replay_brings_a_training_pass_to_an_engine_of_lower_precision(
                     load = sums["expert_load"]
                     rerouted += sums["expert_rerouted"] / load / len(prompts)
     means = {key: np.mean(values) for key, values in differences.items()}
-    print(means, {key: np.max(values) for key, values in differences.items()}, rerouted)
     assert means["all", "own"] == pytest.approx(means["all", "replayed"], rel=1e-3)
-    assert means["some", "own"] > 2 * means["all", "own"]
-    assert means["some", "replayed"] < 1.2 * means["all", "own"]
+    assert rerouted > 0.005
+    assert means["some", "own"] > 1.4 * means["all", "own"]
+    assert means["some", "replayed"] < 1.1 * means["all", "own"]
+    largest = {key: np.max(values) for key, values in differences.items()}
+    assert largest["some", "own"] > 3 * largest["some", "replayed"]
