@@ -83,6 +83,7 @@ class BoundModel(Protocol):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         vectors: InputVectors | None = None,
+        routes: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Returns final hidden states [..., S, D], and what layers add to the loss."""
         ...
