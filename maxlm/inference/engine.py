@@ -29,7 +29,11 @@ from maxlm.inference.banned_sequences import (
 from maxlm.inference.cpu import choose_decode_kernels
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
-from maxlm.inference.generative_model import GenerativeModel, require_generative
+from maxlm.inference.generative_model import (
+    GenerativeModel,
+    check_batch_invariant,
+    require_generative,
+)
 from maxlm.inference.grammar import GrammarCompiler
 from maxlm.inference.model_runner import (
     MAX_PAGE_COPIES,
@@ -68,6 +72,7 @@ from maxlm.models.caches.layout import (
     list_paged_windows,
 )
 from maxlm.models.params import Params
+from maxlm.parallel.batch_invariance import BATCH_INVARIANT_KERNELS
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -122,6 +127,8 @@ class Engine:
         mesh: Mesh | None = None,
     ):
         model = require_generative(model)
+        if config.batch_invariant:
+            check_batch_invariant(model, config.cache)
         if model.rules.seq:
             message = f"the sequence is split over {' and '.join(model.rules.seq)}"
             fix = "generate on a mesh with context=1"
@@ -167,7 +174,12 @@ class Engine:
             max_row_length,
             self.vocab_size,
             num_mtp_drafts=num_mtp_drafts,
-            kernels=choose_decode_kernels(platform),
+            kernels=(
+                BATCH_INVARIANT_KERNELS
+                if config.batch_invariant
+                else choose_decode_kernels(platform)
+            ),
+            batch_invariant=config.batch_invariant,
             shares_params=config.shares_params,
             record_routes=config.record_routes,
         )

@@ -263,7 +263,7 @@ def _sample(
 
     def sample(flags, *shard_arrays):
         squeezed = jax.tree.map(lambda x: x[0], shard_arrays)
-        drawn = _sample_shard(spec.vocab_size, flags, *squeezed)
+        drawn = _sample_shard(spec, flags, *squeezed)
         return jax.tree.map(lambda x: x[None], drawn)
 
     by_shard = rules.spec("batch")
@@ -321,7 +321,7 @@ def _get_vectors(inputs: StepInputs) -> InputVectors | None:
 
 
 def _sample_shard(
-    vocab_size: int,
+    spec: EngineSpec,
     flags: tuple[jax.Array, jax.Array, jax.Array],
     logits: jax.Array,
     rows: jax.Array,
@@ -343,7 +343,7 @@ def _sample_shard(
     """
     has_grammar, needs_logprobs, needs_top_logprobs = flags
     drawn = _draw_shard(
-        vocab_size,
+        spec.vocab_size,
         logits,
         rows,
         lengths,
@@ -355,7 +355,12 @@ def _sample_shard(
     )
     tokens = jnp.where(forced_tokens >= 0, forced_tokens, drawn)
     logprobs = compute_logprobs(
-        logits, tokens, needs_logprobs, needs_top_logprobs, vocab_size=vocab_size
+        logits,
+        tokens,
+        needs_logprobs,
+        needs_top_logprobs,
+        vocab_size=spec.vocab_size,
+        in_tiles=spec.batch_invariant,
     )
     return tokens, logprobs
 

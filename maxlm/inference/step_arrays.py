@@ -39,6 +39,8 @@ class EngineSpec:
     kernels: DecodeKernels | None = None
     """What steps multiply and attend with where they support it; None: what a forward
     pass in training does."""
+    batch_invariant: bool = False
+    """Whether all sums of a token have one order; then ``kernels`` do."""
     shares_params: bool = False
     """Whether steps read parameters as they are stored, and not as
     :func:`~maxlm.inference.params.prepare_params` lays them out."""
