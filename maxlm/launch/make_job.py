@@ -21,7 +21,8 @@ from maxlm.launch.options import (
 )
 from maxlm.launch.places import check_paths, find_placeholder_settings
 from maxlm.launch.schedulers import SCHEDULERS, JobScheduler, get_scheduler
-from maxlm.plan.predict import Machine, RunPlan, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.plan.topology import Topology
 from maxlm.run.config import RunConfig

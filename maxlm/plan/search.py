@@ -21,7 +21,8 @@ from maxlm.config.load import load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
-from maxlm.plan.predict import SAFE_FILL_RATIO, Machine, estimate_costs, plan_run
+from maxlm.plan.machine import SAFE_FILL_RATIO, Machine
+from maxlm.plan.predict import estimate_costs, plan_run
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run.config import RunConfig

@@ -12,7 +12,8 @@ from rich.text import Text
 from maxlm.models.architectures.runs import strip_stack_name
 from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.layout import ParamRow, RunLayout
-from maxlm.plan.predict import SAFE_FILL_RATIO, RunPlan
+from maxlm.plan.machine import SAFE_FILL_RATIO
+from maxlm.plan.predict import RunPlan
 from maxlm.plan.search import SearchResult
 from maxlm.plan.serving import ServingPlan
 from maxlm.plan.timing import StepTime
