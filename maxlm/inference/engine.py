@@ -153,7 +153,7 @@ class Engine:
         num_mtp_modules = count_drafting_modules(model, config.speculation)
         windows = list_paged_windows(model, config.cache, num_mtp_modules)
         platform = self.mesh.devices.flat[0].platform
-        layout = _make_cache_layout(
+        layout = make_cache_layout(
             row_config, windows, self.num_shards, platform, num_mtp_modules
         )
         num_drafts = 0 if config.speculation is None else config.speculation.num_drafts
@@ -637,7 +637,7 @@ class Engine:
         return [*outputs.values()]
 
 
-def _make_cache_layout(
+def make_cache_layout(
     config: EngineConfig,
     windows: tuple[int | None, ...],
     num_shards: int,

@@ -111,7 +111,7 @@ def make_job(
         name=name,
         title=title,
         hosts=hosts,
-        program="train" if run.task.reads_text else "tune",
+        program=run.task.command,
         config=config,
         settings=tuple(settings),
         config_text=config_text,

@@ -89,7 +89,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = param_specs(model) if trainable is None else trainable
     trained, untrained = split_params(state.params, trainable)
-    frozen = _bind_frozen(frozen_models, state.frozen, state.params)
+    frozen = bind_frozen(frozen_models, state.frozen, state.params)
     models = TaskModels(bind(model, state.params), frozen, state.task)
     batch = task.prepare_batch(models, batch, fold_in_name(key, "prepare_batch"))
 
@@ -181,7 +181,7 @@ def _select_learned(specs: Params, tree: optax.Updates) -> optax.Updates:
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
-def _bind_frozen(
+def bind_frozen(
     models: Mapping[str, nnx.Module], frozen: Mapping[str, Params], params: Params
 ) -> dict[str, nnx.Module]:
     """Binds frozen models to their own parameters, or to the base of the adapted
@@ -208,7 +208,7 @@ def evaluate_step(
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without
     gradients. An :class:`Average` becomes two sums: its total, and its count under its
     name behind ``COUNT_PREFIX``."""
-    bound_frozen = _bind_frozen(frozen_models, frozen, params)
+    bound_frozen = bind_frozen(frozen_models, frozen, params)
     models = TaskModels(bind(model, params), bound_frozen, task_state)
     # Nothing random happens without gradients: the key has no effect.
     key = jax.random.key(0)

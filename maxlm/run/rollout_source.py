@@ -25,7 +25,9 @@ class RolloutContext:
     folder: Path
     """The run's, in which rollouts are kept."""
     start_step: int
-    """Number of the first batch that is asked for."""
+    """Updates made before."""
+    skips: Skips
+    """Batches that the run leaves out."""
     say: Callable[[str], None]
     """Takes lines that tell what happens, on process 0."""
     on_work: Callable[[], None]
@@ -93,14 +95,14 @@ class StepBatches:
 def open_step_batches(
     context: RolloutContext,
     source: BatchSource,
-    skips: Skips = (),
     is_stop_requested: Callable[[], bool] = lambda: False,
 ) -> Generator[StepBatches]:
-    """Opens a source's batches from ``context.start_step`` to the run's last, but for
-    ``skips``. ``is_stop_requested``: see
+    """Opens a source's batches of the steps after ``context.start_step`` up to the run's
+    last, but for ``context.skips``. ``is_stop_requested``: see
     :class:`~maxlm.data.loader.prefetch.Prefetcher`."""
     setup = context.setup
     start = context.start_step
+    skips = context.skips
     if not isinstance(source, RolloutSource):
         training_batches = open_training_batches(
             setup, source, start, skips, is_stop_requested=is_stop_requested

@@ -149,7 +149,7 @@ class RunSetup:
             ema_decay=self.config.train.ema_decay,
             gradient_layouts=layouts,
             trainable=self.trainable,
-            frozen_models=self._frozen_modules,
+            frozen_models=self.frozen_modules,
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
@@ -162,7 +162,7 @@ class RunSetup:
             evaluate_step,
             model=self.model,
             task=self.config.task,
-            frozen_models=self._frozen_modules,
+            frozen_models=self.frozen_modules,
         )
         evaluate = bind_mesh(self.mesh, jax.jit(step))
 
@@ -183,7 +183,8 @@ class RunSetup:
         return TrainState(step, params, opt_state, ema, task=task_state)
 
     @property
-    def _frozen_modules(self) -> dict[str, Model]:
+    def frozen_modules(self) -> dict[str, Model]:
+        """The task's models beside the trained one, not bound to parameters."""
         return {name: placed.model for name, placed in self.task_models.items()}
 
 

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, Unpack
 
 import jax
@@ -162,6 +163,18 @@ class Task(Config):
     """Whether its batches have the arrays of the model's frontend, if it has one
     (:mod:`maxlm.models.frontends`), which its loss reads. A subclass with a ``loss`` or
     ``prepare_batch`` of its own declares it anew, too."""
+    command: ClassVar[Literal["train", "tune", "rl"]] = "train"
+    """The verb of ``maxlm`` that runs it."""
+    shown_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"loss": "loss {:.4f}", "accuracy": "accuracy {:.1%}"}
+    )
+    """Metrics that the progress of a run shows first, where a step has them, and how
+    each is written."""
+    plotted_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"loss": "loss (nats per token, or the task's own)", "accuracy": "accuracy"}
+    )
+    """Metrics that are drawn at a run's end, where its records have them, and what each
+    is called."""
     watched_metric: ClassVar[WatchedMetric | None] = WatchedMetric("loss", "falls")
     """The metric by which `maxlm smoke` tells that a small model learns; None: no
     metric of a few steps tells."""

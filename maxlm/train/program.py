@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 
@@ -40,7 +40,7 @@ from maxlm.train.callbacks import (
     RolloutCallback,
     StopCallback,
 )
-from maxlm.train.display import ConsoleDisplay, plot_loss
+from maxlm.train.display import ConsoleDisplay, plot_metrics
 from maxlm.train.heldout import HeldOutEvaluator, HeldOutResults
 from maxlm.train.metrics import MetricsCallback, format_downstream
 from maxlm.train.profile import Profiler
@@ -87,6 +87,18 @@ class TrainingResult:
     state: TrainState
     folder: Path
     heldout: HeldOutResults
+
+
+class TrainingProgram(Protocol):
+    """A program that trains, as the command line calls it; see :func:`train_model`."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        *,
+        resume: str | Path | None,
+        profile: tuple[int, int] | None,
+    ) -> TrainingResult: ...
 
 
 @dataclass(frozen=True)
@@ -213,17 +225,19 @@ def _train_from(
         tokenizer=run.data.tokenizer,
         folder=run.folder,
         start_step=position.step,
+        skips=position.skips,
         say=run.say,
         on_work=run.watchdog.reset_timer,
     )
     training_batches = open_step_batches(
         context,
         run.data.train_batch_source,
-        position.skips,
         # Once a stop is requested, no batch waits for workers that are still starting.
         is_stop_requested=lambda: run.signals.request.stops,
     )
-    console = ConsoleDisplay(num_steps, position.step, show=run.is_lead)
+    console = ConsoleDisplay(
+        num_steps, position.step, show=run.is_lead, shown=config.task.shown_metrics
+    )
     with training_batches as batches, console as display, run.signals.defer_signals():
         all_reduce = FlagAllReduce(setup.mesh)
         profilers = [] if parts.profiler is None else [parts.profiler]
@@ -532,7 +546,9 @@ def _draw_plots(run: _OpenRun) -> None:
     metrics_path = run.folder / "metrics.jsonl"
     plots = run.folder / "plots"
     plots.mkdir(exist_ok=True)
-    plot_loss(metrics_path, plots / "loss.png")
+    plot_metrics(
+        metrics_path, plots / "loss.png", run.setup.config.task.plotted_metrics
+    )
     records = [*read_records(metrics_path)]
     flops_per_token = run.plan.layout.flops_per_token
     draw_downstream(records, flops_per_token, plots / "downstream.png")

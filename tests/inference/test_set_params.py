@@ -171,7 +171,9 @@ def test_parameters_that_a_training_step_took_are_an_error_in_one_line(shallow):
     engine.set_params(params)
     # The arrays are the trainer's own.
     arrays = jax.tree.leaves(params)
-    assert all(x is y for x, y in zip(jax.tree.leaves(engine.params), arrays, strict=True))
+    assert all(
+        x is y for x, y in zip(jax.tree.leaves(engine.params), arrays, strict=True)
+    )
     params = donating(params)
     engine.add_request(GenerationRequest("a", PROMPT, GREEDY, top_logprobs=0))
     with pytest.raises(MaxlmError, match="given up.*\n?.*set_params"):
@@ -244,9 +246,7 @@ def test_parameters_come_from_other_devices(mesh, build_tiny):
         jax.devices()[4:8]
     )
     # From the start too.
-    engine = Engine(
-        served.model, changed.params, EngineConfig(**SMALL), mesh=there
-    )
+    engine = Engine(served.model, changed.params, EngineConfig(**SMALL), mesh=there)
     assert generate(engine)[0] == tokens
     shared = make_engine(served, shares_params=True)
     with pytest.raises(MaxlmError, match="another mesh"):

@@ -21,7 +21,9 @@ class Episode:
     is_over: bool = False
     """Whether nothing follows but the environment's score."""
     num_drawn_before: int = 0
-    """Tokens of its turn that an earlier request drew, before a restart."""
+    """Tokens of its turn that earlier requests drew."""
+    num_requests: int = 0
+    """Requests to the engine so far."""
     order: int = 0
     """Its place by arrival: smaller ones go first."""
 
@@ -30,7 +32,7 @@ class Episode:
         sample = self.sample
         return (
             f"rollout {self.rollout_number}, row {sample.prompt.row_number}."
-            f"{self.occurrence}, sample {sample.number}, turn {self.num_policy_turns}"
+            f"{self.occurrence}, sample {sample.number}, part {self.num_requests}"
         )
 
     @property

@@ -112,7 +112,9 @@ class PromptOrder:
     ) -> NDArray[np.int64]:
         """Counts the tokens of each row's prompt."""
         num_parts = max(1, num_rows // _PART_ROWS)
-        parts = np.array_split(np.arange(num_rows), num_parts)
+        parts = [
+            part.tolist() for part in np.array_split(np.arange(num_rows), num_parts)
+        ]
         lengths = np.zeros(num_rows, np.int64)
         num_done = 0
         measure = partial(_measure_part, self._environment, self._tokenizer, self.rows)
@@ -144,8 +146,7 @@ def _measure_part(
     numbers: Sequence[int],
 ) -> tuple[Sequence[int], list[int]]:
     lengths = [
-        len(_encode_row(environment, tokenizer, rows, int(number)))
-        for number in numbers
+        len(_encode_row(environment, tokenizer, rows, number)) for number in numbers
     ]
     return numbers, lengths
 

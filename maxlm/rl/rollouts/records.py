@@ -6,8 +6,10 @@ and the samples that were under way at its end. ``samples/rollouts.jsonl`` has a
 for each sample.
 """
 
+import hashlib
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ FOLDER = "rollouts"
 SAMPLES_FILE = Path("samples") / "rollouts.jsonl"
 Arrays = Mapping[str, np.ndarray]
 _DIGITS = 8
+_DIGEST = "sha256"
+# Of a member that is encrypted or compressed in a way that there is not.
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, NotImplementedError, struct.error)
 # Keys of arrays of samples under way, behind a prefix.
 _TOKEN_ARRAYS = ("tokens", "is_sampled", "log_probs", "versions")
 _DTYPES = {
@@ -62,7 +67,7 @@ class RolloutFiles:
         with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **dict(arrays))  # pyright: ignore[reportArgumentType]
+            np.savez(file, **{**arrays, _DIGEST: _hash_arrays(arrays)})
             file.flush()
             os.fsync(file.fileno())
 
@@ -71,13 +76,18 @@ class RolloutFiles:
         file is damaged."""
         path = self.get_path(rollout_number)
         try:
-            # Every member has a checksum, which reading it checks.
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                arrays = {name: file[name] for name in file.files}
+            # Members have checksums, but their names have none.
+            digest = arrays.pop(_DIGEST)
+            if not np.array_equal(digest, _hash_arrays(arrays)):
+                raise ValueError("it has changed since it was written")
+            return arrays
         except FileNotFoundError:
             return None
-        # What numpy raises of a file that was cut short or changed.
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        # What numpy and zipfile raise of a file that was cut short or changed: any of
+        # their checks may be the first that fails.
+        except (OSError, ValueError, LookupError, EOFError, *_ZIP_ERRORS) as error:
             message = f"the record of rollout {rollout_number} is damaged: {error}"
             fix = (
                 "delete it and all later ones, and resume: they are sampled again, "
@@ -91,8 +101,8 @@ class RolloutFiles:
         return sorted(int(path.stem) for path in paths if path.stem.isdigit())
 
     def delete_after(self, rollout_number: int) -> None:
-        """Deletes later rollouts: training goes on from there once more, with other
-        settings. A run that resumes as it was keeps them, and trains on them again."""
+        """Deletes later rollouts, to be sampled again. A run that resumes as it was
+        keeps them, and trains on them once more."""
         for number in self.list_numbers():
             if number > rollout_number:
                 self.get_path(number).unlink(missing_ok=True)
@@ -105,6 +115,15 @@ class RolloutFiles:
         for number in numbers[: max(0, len(numbers) - num_kept)]:
             if number < first_needed:
                 self.get_path(number).unlink(missing_ok=True)
+
+
+def _hash_arrays(arrays: Arrays) -> np.ndarray:
+    """SHA-256 of names, types, shapes and values: uint8 [32]."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
@@ -201,14 +220,18 @@ class SampleLog:
     ``rewards`` by name, ``reward``, ``advantage``, ``length`` (tokens that the policy
     drew), ``complete`` and ``versions`` (the first and the last).
 
+    A rollout's lines are appended before its arrays are written: so a rollout with
+    arrays always has its lines.
+
     Args:
         folder: the run's.
-        resume_step: lines of later steps are dropped; None: none are.
+        next_rollout: the first that will be sampled: lines of it and later ones, which
+            a run that was killed may have left, are dropped.
         write: False on all processes but the first: nothing is written then.
     """
 
     def __init__(
-        self, folder: str | Path, resume_step: int | None = None, *, write: bool = True
+        self, folder: str | Path, next_rollout: int = 0, *, write: bool = True
     ):
         self.path = Path(folder) / SAMPLES_FILE
         self._write = write
@@ -220,16 +243,15 @@ class SampleLog:
             # A kill may have cut the last line short.
             end_of_whole_lines = self.path.read_bytes().rfind(b"\n") + 1
             os.truncate(self.path, end_of_whole_lines)
-        if resume_step is not None:
-            self.rewind(resume_step)
+        self._drop_from(next_rollout)
 
-    def rewind(self, step: int) -> None:
-        """Drops every line whose ``step`` is later, and lines that hold no record."""
-        if not self._write:
-            return
+    def _drop_from(self, rollout_number: int) -> None:
+        """Drops the lines of a rollout and later ones, and those that hold no
+        record."""
         with replace_file(self.path) as temporary, temporary.open("w") as file:
             for record in read_records(self.path):
-                if record["step"] <= step:
+                number = record.get("rollout")
+                if isinstance(number, int) and number < rollout_number:
                     file.write(f"{json.dumps(record)}\n")
 
     def append(

@@ -52,11 +52,13 @@ def encode_reply(
     tokens = tail.encode(tokenizer)
     if sample.tokens[-1] not in tokenizer.stop_ids:
         return tokens
+    if tokens[0] in tokenizer.stop_ids:
+        return tokens[1:]
+    # Some templates write more behind a turn's text before they end it.
     end = _render_tail(tokenizer, history, [], variables).encode(tokenizer)
     num_drawn = _find_turn_end(tokenizer, end)
     if tokens[:num_drawn] != end[:num_drawn]:
-        message = "ends a turn otherwise once others follow"
-        raise _make_template_error(message)
+        raise _make_template_error("ends a turn otherwise once others follow")
     return tokens[num_drawn:]
 
 

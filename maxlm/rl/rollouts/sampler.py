@@ -15,6 +15,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.loader.permutation import derive_key
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
+from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.requests import GenerationRequest, SequenceOutput
 from maxlm.rl.environments.environment import Environment
 from maxlm.rl.rollouts.config import RolloutConfig
@@ -32,9 +33,10 @@ from maxlm.runtime.pool import count_usable_cores
 class RolloutSampler:
     """Draws samples for prompts, some dispatches of the engine at a time.
 
-    The parameters may be replaced between two calls (:meth:`set_version`): samples that
-    are under way go on with the new ones, and know which drew each token. The oldest
-    sample goes first, so that long ones do not starve.
+    The parameters may be replaced between two calls (``Engine.set_params``, then
+    :meth:`set_version`): samples that are under way go on with the new ones, and know
+    which drew each token. The oldest sample goes first, so that long ones do not
+    starve.
 
     On several hosts all processes call every method together, and the environment is
     asked on process 0 alone. An environment whose replies take time is asked in
@@ -70,9 +72,9 @@ class RolloutSampler:
         self.seed = seed
         self.version = 0
         self.environment_errors: list[MaxlmError] = []
-        self.max_prompt_length = find_max_prompt_length(
-            config, engine.config.max_length
-        )
+        self.max_length = find_max_length(engine.config)
+        """Tokens of the longest sample."""
+        self.max_prompt_length = find_max_prompt_length(config, self.max_length)
         self.max_turns = environment.max_turns
         if config.max_turns is not None:
             self.max_turns = min(self.max_turns, config.max_turns)
@@ -102,8 +104,16 @@ class RolloutSampler:
         return len(self._list_unfinished())
 
     def set_version(self, step: int) -> None:
-        """Says which step's parameters the engine has from now on."""
+        """Says which step's parameters the engine has from now on. Samples that are
+        under way go on as ``config.update_in_flight`` says."""
+        if step == self.version:
+            return
         self.version = step
+        if self.config.update_in_flight == "recompute":
+            for request_id, episode in self._drawing.items():
+                self.engine.abort(request_id)
+                insort(self._waiting, episode, key=get_episode_order)
+            self._drawing = {}
 
     def add(
         self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int
@@ -233,6 +243,7 @@ class RolloutSampler:
         sampling = self.config.sampling
         num_in_turn = len(sample.tokens) - episode.turn_start
         episode.num_drawn_before = num_in_turn
+        episode.num_requests += 1
         updates = {
             "seed": key % 2**32,
             "max_new_tokens": self._count_room(sample),
@@ -249,7 +260,7 @@ class RolloutSampler:
     def _count_room(self, sample: Sample) -> int:
         """Tokens that a sample may still draw."""
         num_left = self.config.sampling.max_new_tokens - sample.num_sampled
-        return min(num_left, self.engine.config.max_length - len(sample.tokens))
+        return min(num_left, self.max_length - len(sample.tokens))
 
     def _take(self, output: SequenceOutput) -> None:
         """Adds tokens that were drawn to their sample."""
@@ -315,7 +326,7 @@ class RolloutSampler:
             tokens = encode_reply(self.environment, self.tokenizer, sample, answer)
         except MaxlmError as error:
             return self._take_error(episode, error)
-        has_room = len(sample.tokens) + len(tokens) < self.engine.config.max_length
+        has_room = len(sample.tokens) + len(tokens) < self.max_length
         if not has_room or self._count_room(sample) < 1:
             # The policy has no room to go on: what it would have read does not matter.
             sample.is_complete = False
@@ -364,6 +375,16 @@ class RolloutSampler:
                 self.environment_errors.append(line)
             del self._over[0]
             self._finished.append(sample)
+
+
+def find_max_length(config: EngineConfig) -> int:
+    """Returns how many tokens the longest sequence of an engine may have, by its length
+    and by its pages."""
+    if config.num_pages is None:
+        return config.max_length
+    # One page is padding, and the last token of a sequence is never read.
+    num_in_pages = (config.num_pages - 1) * config.page_size + 1
+    return min(config.max_length, num_in_pages)
 
 
 def find_max_prompt_length(config: RolloutConfig, max_length: int) -> int:
