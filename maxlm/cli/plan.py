@@ -368,7 +368,7 @@ def _plan_serving(
     from maxlm.plan.served_model import ServingOptions
     from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, search_serving
     from maxlm.plan.serving_cache import CacheFormat
-    from maxlm.plan.show import render_serving_search, render_serving_tables
+    from maxlm.plan.show_serving import render_serving_search, render_serving_tables
     from maxlm.run.config import RunConfig
     from maxlm.sharding import mesh_sizes, parse_mesh
 

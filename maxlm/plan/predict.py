@@ -1,23 +1,31 @@
 """The plan of a run on a machine: memory, communication and time, before it starts."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
+from typing import NamedTuple
+
+import numpy as np
 
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
+from maxlm.plan.generation import GenerationPlanner
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import RunLayout, compute_run_layout
 from maxlm.plan.machine import SAFE_FILL_RATIO, Machine, select_matmul_dtype
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective
+from maxlm.plan.phases import ExtraPhases, estimate_extra_phases
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.torus import find_torus_dimensions
-from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
+from maxlm.plan.workload import MeshPartitioning, Number, RunWorkload, StepShape
 from maxlm.run.config import RunConfig, resolve_micro_batches
 from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import MESH_AXES
+
+TRAINING_STEP = "training step"
+"""Name of the phase in which the trained model learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,8 @@ class RunPlan:
     collectives: tuple[CollectiveCost, ...]
     time: StepTime | None
     goodput: Goodput | None
+    extra: ExtraPhases = field(default_factory=ExtraPhases)
+    """What the run does beside its training steps."""
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -57,7 +67,17 @@ class RunPlan:
         if self.machine is not None:
             limit = self.machine.chip.memory_bytes
             peak_flops = self.machine.chip.peak_flops["bf16"] * layout.devices
-        total = float(self.memory.total)
+        bytes_by_phase = {
+            TRAINING_STEP: float(self.memory.total),
+            **{phase.name: float(phase.total_bytes) for phase in self.extra.phases},
+        }
+        self.bytes_by_phase = bytes_by_phase
+        """Bytes on each device at the peak of each phase of the run."""
+        self.peak_phase = max(bytes_by_phase, key=bytes_by_phase.__getitem__)
+        """The phase that needs most memory."""
+        total = bytes_by_phase[self.peak_phase]
+        self.peak_bytes = total
+        """Bytes on each device at the run's peak."""
         self.checkpoint_every = self.shape.work.config.checkpoint.every_steps
         self.memory_limit_bytes = limit
         """Bytes of main memory that a program may use."""
@@ -67,12 +87,32 @@ class RunPlan:
         )
         """Whether the run fits by less than the plan may be wrong."""
         self.step_seconds = None
+        """Seconds of a training step alone."""
+        self.mean_step_seconds = None
+        """Seconds from a step to the next on average, all phases of the run
+        included."""
+        self.longest_step_seconds = None
+        """Seconds from a step to the next where a rollout lies between, or passes
+        over rows."""
         self.tokens_per_second = None
+        """Tokens of training steps a second, other phases left out."""
         if self.time is not None:
+            extra_seconds = float(self.extra.total_seconds)
             self.step_seconds = float(self.time.total)
+            self.mean_step_seconds = self.step_seconds + extra_seconds
+            rollout_seconds = self.steps_per_rollout * extra_seconds
+            self.longest_step_seconds = self.step_seconds + rollout_seconds
             self.tokens_per_second = layout.tokens_per_step / self.step_seconds
         self.total_peak_flops_per_second = peak_flops
         """FLOP/s of all devices together."""
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Training steps that a rollout serves; 1: nothing is generated."""
+        config = self.shape.work.config
+        data = config.data
+        generation = config.task.generation(data.seq_len, data.batch_size)
+        return 1 if generation is None else generation.steps_per_rollout
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
         """Share of the machine's peak spent on the model's own work."""
@@ -101,10 +141,11 @@ class RunPlan:
     def run_hours(self) -> float | None:
         """Hours of the whole run, failures included, with checkpoints at the best
         interval."""
-        if self.step_seconds is None or self.goodput is None or not self.goodput.best:
+        step_seconds = self.mean_step_seconds
+        if step_seconds is None or self.goodput is None or not self.goodput.best:
             return None
         steps = self.layout.tokens_total / self.layout.tokens_per_step
-        seconds = steps * self.step_seconds / self.goodput.best
+        seconds = steps * step_seconds / self.goodput.best
         return seconds / 3600
 
     def to_json(self) -> JsonObject:
@@ -120,6 +161,10 @@ class RunPlan:
             "remat": self.shape.remat,
             "micro_batches": self.shape.micro_batches,
             "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},
+            "phases": [phase.to_json() for phase in self.extra.phases],
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase,
+            "steps_per_rollout": self.steps_per_rollout,
             "checkpoint_every": self.checkpoint_every,
             "fits": self.fits,
             "collectives": [collective.to_json() for collective in self.collectives],
@@ -135,6 +180,7 @@ class RunPlan:
         return {
             **parts,
             "step": self.step_seconds,
+            "mean_step": self.mean_step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu(),
             "mfu_full_attention": self.mfu(full_attention=True),
@@ -173,14 +219,15 @@ def plan_run(
     shape = StepShape(
         work, sizes, config.train.micro_batches, config.model.remat, topology
     )
-    memory, collectives, time = estimate_costs(shape, machine)
+    planner = GenerationPlanner(config, machine)
+    memory, collectives, time, extra = estimate_costs(shape, machine, planner)
     goodput = None
     if time is not None:
         state_bytes = float(memory.parameters + memory.optimizer + memory.average)
         goodput = estimate_goodput(
             layout.devices,
             state_bytes,
-            float(time.total),
+            float(time.total + extra.total_seconds),
             config.checkpoint.every_steps,
             reliability,
         )
@@ -196,6 +243,7 @@ def plan_run(
         collectives=tuple(cost for cost in costs if cost.sent_bytes > 0),
         time=time,
         goodput=goodput,
+        extra=extra,
     )
 
 
@@ -221,15 +269,43 @@ def _describe_links(
     return links
 
 
+class RunCosts(NamedTuple):
+    """Costs of a run, or of each of many."""
+
+    memory: DeviceMemory
+    collectives: tuple[PlannedCollective, ...]
+    time: StepTime | None
+    """None: no machine was named."""
+    extra: ExtraPhases
+
+    @property
+    def peak_bytes(self) -> Number:
+        """Bytes on each device at the peak of the phase that needs most."""
+        peak = self.memory.total
+        for phase in self.extra.phases:
+            peak = np.maximum(peak, phase.total_bytes)
+        return peak
+
+    @property
+    def mean_step_seconds(self) -> Number:
+        """Seconds from a step to the next on average; needs a machine."""
+        assert self.time is not None
+        return self.time.total + self.extra.total_seconds
+
+
 def estimate_costs(
-    shape: StepShape, machine: Machine | None
-) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
-    """Returns memory, collectives and, on a machine, the time of a run, or of each of
-    many."""
-    memory = estimate_memory(shape)
+    shape: StepShape, machine: Machine | None, planner: GenerationPlanner
+) -> RunCosts:
+    """Estimates what a run costs, or each of many.
+
+    Args:
+        planner: of the run's generation on this machine.
+    """
+    extra = estimate_extra_phases(shape, machine, planner)
+    memory = replace(estimate_memory(shape), caches=extra.resident_bytes)
     collectives = list_collectives(shape)
     if machine is None:
-        return memory, collectives, None
+        return RunCosts(memory, collectives, None, extra)
     time = estimate_time(
         shape,
         machine,
@@ -237,7 +313,7 @@ def estimate_costs(
         dtype=select_matmul_dtype(machine.chip, shape.work.dtype_bytes),
         transient_bytes=memory.transient_bytes,
     )
-    return memory, collectives, time
+    return RunCosts(memory, collectives, time, extra)
 
 
 def _estimate_collective_cost(

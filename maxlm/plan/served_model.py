@@ -30,8 +30,10 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
 from maxlm.models.architectures.transformer import Decoder
+from maxlm.models.caches.config import CacheConfig
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
+from maxlm.plan.forward import count_forward_token_bytes
 from maxlm.plan.machine import SAFE_FILL_RATIO, Machine, select_matmul_dtype
 from maxlm.plan.network import PlannedCollective
 from maxlm.plan.serving_cache import (
@@ -41,7 +43,6 @@ from maxlm.plan.serving_cache import (
     count_state_bytes,
     find_attention_cache,
 )
-from maxlm.plan.stacks import get_num_streams
 from maxlm.plan.timing import (
     DECODE_EFFICIENCY,
     EFFICIENCY,
@@ -158,11 +159,12 @@ class ServedModel:
 
     Args:
         sizes: mesh axis → devices.
-        cache: format of the caches.
+        cache: format or settings of the caches.
         machine: where; None: bytes alone, as a TPU has them.
         shares_params: whether steps read the parameters of a trainer as they are
             stored, and gather and cast a layer's when its turn comes; otherwise they
             have a copy in the compute dtype and layout.
+        page_size: tokens of a page of the caches; None: the format's own.
     """
 
     def __init__(
@@ -171,22 +173,25 @@ class ServedModel:
         machine: Machine | None,
         options: ServingOptions,
         sizes: Mapping[str, int],
-        cache: CacheFormat,
+        cache: CacheFormat | CacheConfig,
         *,
         shares_params: bool = False,
+        page_size: int | None = None,
     ):
         run = work.config
         platform = "tpu" if machine is None else machine.topology.platform
         self.machine = machine
         self.platform = platform
         self.options = options
-        self.cache: CacheFormat = cache
+        self.cache: CacheFormat | CacheConfig = cache
         self.shares_params = shares_params
         self.sizes = sizes
         dtype = resolve_compute_dtype(run.compute_dtype, platform)
         placed = place_run(run, sizes, dtype, for_training=False)
         assert isinstance(placed.model, Decoder)
         self.model = placed.model
+        self.trainer_storage = placed.storage
+        """Layout of a trainer's parameters on this mesh."""
         # As the model lies on this mesh; nothing is trained.
         rules = {
             "storage": placed.storage if shares_params else placed.compute,
@@ -206,11 +211,15 @@ class ServedModel:
         num_modules = 0 if mtp is None else min(mtp.num_modules, options.mtp_drafts)
         self.head_ways = prod(sizes[axis] for axis in placed.compute.heads)
         self.layer_caches = count_layer_caches(
-            placed.model, cache, platform, self.head_ways, num_modules
+            placed.model, cache, platform, self.head_ways, num_modules, page_size
         )
         """Caches of layers, and the number of layers that have each."""
         self.unsplit_caches = count_layer_caches(
-            placed.model, cache, platform, num_mtp_modules=num_modules
+            placed.model,
+            cache,
+            platform,
+            num_mtp_modules=num_modules,
+            page_size=page_size,
         )
         """Those of a replica of one device, where no head is twice."""
 
@@ -286,33 +295,28 @@ class ServedModel:
     def count_memory_bytes(self, rows: int) -> dict[str, float]:
         """Counts the bytes of so many rows at their full length, by what they are
         for."""
-        model = self.work.config.model
-
         # Of each sequence: its logits in fp32, with what sampling makes of them, and
         # its caches.
-        vocab_ways = float(self._count_shards(("vocab",)))
-        logits_bytes = 2 * FP32 * model.vocab_size / vocab_ways
+        logits_bytes = self.count_logits_bytes()
         cache_bytes = self.count_cache_bytes(self.options.length)
         sequence_bytes = logits_bytes + cache_bytes
 
-        # A chunk of a prompt in a layer: the residual stream and its norms, and all
-        # that the layer's matrices write.
-        layer_width = max(
-            self.split.local_non_residual_width(group)
-            for group in self.work.matmul_layer_counts
-        )
-        streams_width = get_num_streams(model) * model.d_model
-        elements_per_token = 4 * streams_width + 2 * float(layer_width)
-        if model.layer_inputs is not None:
-            # Made for all layers at once, of a row and a projection.
-            elements_per_token += 3 * model.num_layers * model.layer_inputs.width
-        bytes_per_token = elements_per_token * self.work.dtype_bytes
         chunk_tokens = min(self.options.prompt, PREFILL_CHUNK)
         return {
             "weights": sum(self.weight_bytes.values()),
-            "working": chunk_tokens * bytes_per_token,
+            "working": self.count_chunk_bytes(chunk_tokens),
             "sequences": rows * sequence_bytes,
         }
+
+    def count_logits_bytes(self) -> float:
+        """Counts the bytes of a sequence's logits in fp32, with what sampling makes of
+        them."""
+        vocab_ways = float(self._count_shards(("vocab",)))
+        return 2 * FP32 * self.work.config.model.vocab_size / vocab_ways
+
+    def count_chunk_bytes(self, tokens: int) -> float:
+        """Counts the bytes of a chunk of prompts in a layer."""
+        return tokens * float(count_forward_token_bytes(self.work, self.split))
 
     def count_max_rows(self) -> int:
         """Counts the sequences of a replica that fit."""
@@ -374,11 +378,46 @@ class ServedModel:
         bandwidth = chip.memory_bandwidth * EFFICIENCY[chip.family].memory
         return moved / bandwidth
 
-    def estimate_prompts_seconds(self, prompts: Number, rows: Number) -> Number:
-        """Estimates the passes over so many prompts of each replica, several at once if
-        they are short, of ``rows`` at most."""
-        at_once = np.clip(PREFILL_CHUNK // self.options.prompt, 1, rows)
+    def estimate_prompts_seconds(
+        self, prompts: Number, rows: Number, chunk_tokens: int = PREFILL_CHUNK
+    ) -> Number:
+        """Estimates the passes over so many prompts of each replica: several at once if
+        they are short, of ``rows`` and ``chunk_tokens`` at most."""
+        at_once = np.clip(chunk_tokens // self.options.prompt, 1, rows)
         return prompts / at_once * self.estimate_prefill_seconds(at_once)
+
+    def estimate_copy_seconds(self) -> float:
+        """Estimates the time to make the copy of a trainer's parameters that steps
+        read: cast, gathered and written; 0: they are shared."""
+        if self.shares_params:
+            return 0.0
+        machine = self._machine
+        efficiency = EFFICIENCY[machine.chip.family]
+        bandwidth = machine.chip.memory_bandwidth * efficiency.memory
+        seconds = 0.0
+        for name, spec in self.work.specs.items():
+            stored_axes = {
+                axis
+                for logical in spec.axes
+                for axis in self.trainer_storage.mesh_axes(logical)
+            }
+            axes_in_use = {
+                axis
+                for logical in spec.axes
+                for axis in self.split.compute.mesh_axes(logical)
+            }
+            gathered_axes = tuple(
+                axis for axis in self.sizes if axis in stored_axes - axes_in_use
+            )
+            size = self.weight_bytes[name]
+            gather = machine.estimate_seconds(
+                "all-gather", gathered_axes, size, self.split
+            )
+            stored = spec.nbytes / self.split.num_shards(
+                self.trainer_storage, spec.axes
+            )
+            seconds += float(gather) / efficiency.network + (stored + size) / bandwidth
+        return seconds
 
     def estimate_prefill_seconds(self, prompts: Number = 1) -> Number:
         """Estimates a forward pass over so many prompts of each replica, to their first

@@ -13,6 +13,7 @@ from itertools import product
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.models.caches.config import CacheConfig
 from maxlm.plan.machine import Machine
 from maxlm.plan.search import list_divisors
 from maxlm.plan.served_model import (
@@ -89,6 +90,8 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
     options = served.options
     machine = served.machine
     assert machine is not None
+    cache = served.cache
+    assert not isinstance(cache, CacheConfig)
     chip = machine.chip
     replicas = served.replicas
     max_rows = served.count_max_rows()
@@ -111,7 +114,7 @@ def plan_served_model(served: ServedModel) -> ServingPlan:
         machine={**machine.to_json(), "decode": decode_efficiency},
         devices=machine.topology.devices,
         mesh=dict(served.sizes),
-        cache=served.cache,
+        cache=cache,
         options=options,
         memory=memory,
         token_cache_bytes=count_token_bytes(served.unsplit_caches),

@@ -4,6 +4,7 @@ starts: plain numbers, no arrays."""
 from dataclasses import dataclass, field
 
 from maxlm.models.caches.config import CacheConfig, PagedCacheConfig
+from maxlm.sharding import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,12 @@ class GenerationWork:
     shares_params: bool = False
     """Whether the engine reads the trainer's parameters as they are stored, and holds
     no copy of its own."""
-    keeps_caches: bool = True
+    keeps_caches: bool = False
     """Whether the caches stay on the devices while the trainer runs."""
+    mesh: MeshConfig | None = None
+    """Mesh of the same devices that generates; None: the run's own, the axes that split
+    layers and sequences given to ``data``
+    (:func:`~maxlm.sharding.mesh.fold_for_generation`)."""
 
     @property
     def expected_prompt_tokens(self) -> float:
