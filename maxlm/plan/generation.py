@@ -14,7 +14,6 @@ environment take, and that of the host.
 """
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -65,7 +64,6 @@ class GenerationPlanner:
         work = config.task.generation(config.data.seq_len, config.data.batch_size)
         self.work: GenerationWork | None = work
         """What is generated; None: nothing."""
-        self._config = config
         self._machine = machine
         self._costs: dict[tuple[int, ...], GenerationCost | MaxlmError] = {}
         self._model_work: RunWorkload | None = None
@@ -89,23 +87,8 @@ class GenerationPlanner:
 
     def plan(self, sizes: Mapping[str, int]) -> GenerationCost:
         """Plans a rollout on a run's mesh. Raises MaxlmError: it cannot generate."""
-        key = tuple(sizes.values())
-        cost = self._costs.get(key)
-        if cost is None:
-            try:
-                cost = self._plan(sizes)
-            except MaxlmError as error:
-                cost = error
-            self._costs[key] = cost
-        if isinstance(cost, MaxlmError):
-            raise cost
-        return cost
-
-    def _plan(self, sizes: Mapping[str, int]) -> GenerationCost:
         work = self.work
-        model_work = self._model_work
         assert work is not None
-        assert model_work is not None
         generation_sizes = fold_for_generation(sizes)
         if work.mesh is not None:
             generation_sizes = mesh_sizes(work.mesh, prod(sizes.values()))
@@ -113,15 +96,31 @@ class GenerationPlanner:
             message = "the parameters lie on another mesh than the engine's"
             fix = "set shares_params=false: the engine then has a copy of its own"
             raise MaxlmError(message, where="shares_params", fix=fix)
+        # Many meshes of a search generate on the same one.
+        key = tuple(generation_sizes.values())
+        cost = self._costs.get(key)
+        if cost is None:
+            try:
+                cost = self._plan(work, generation_sizes)
+            except MaxlmError as error:
+                cost = error
+            self._costs[key] = cost
+        if isinstance(cost, MaxlmError):
+            raise cost
+        return cost
+
+    def _plan(self, work: GenerationWork, sizes: Mapping[str, int]) -> GenerationCost:
+        model_work = self._model_work
+        assert model_work is not None
         options = ServingOptions(
             prompt=model_work.config.data.seq_len,
             new=max(1, round(work.expected_new_tokens)),
         )
         served = ServedModel(
-            copy(model_work),
+            model_work,
             self._machine,
             options,
-            generation_sizes,
+            sizes,
             work.cache,
             shares_params=work.shares_params,
             page_size=work.page_size,
