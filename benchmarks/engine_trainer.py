@@ -299,7 +299,9 @@ def main() -> None:
         engine = make_engine(case)
         run_engine(engine, prompts, sampling)
         engine.set_params(changed.params)
-        differences = compute_differences(changed, run_engine(engine, prompts, sampling))
+        differences = compute_differences(
+            changed, run_engine(engine, prompts, sampling)
+        )
         print(f"{kind:8} {'after other parameters':24} {np.abs(differences).max():.1e}")
         cut = SamplingConfig(top_p=0.8, top_k=50, min_p=0.1, max_new_tokens=20)
         sequences = run_engine(engine, prompts, cut, num_sequences=8)

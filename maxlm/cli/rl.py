@@ -69,3 +69,30 @@ def _load_program() -> "TrainingProgram":
     from maxlm.rl.program import train_policy
 
     return train_policy
+
+
+def prompts(
+    out: Annotated[Path, Argument(help="The .jsonl file to write.")],
+    settings: SettingsArgument = None,
+    count: Annotated[
+        int | None,
+        Option("-n", "--count", min=1, help="Rows; default: all that there are."),
+    ] = None,
+    seed: Annotated[int, Option(help="Of rows that are drawn.")] = 0,
+) -> None:
+    """Write an environment's prompts, with their answers, as rows of a file: to look at
+    them, or for `maxlm tune`. Settings are the environment's, as kind=addition
+    num_digits=3.
+
+    maxlm rl prompts sums.jsonl kind=addition -n 2000
+    """
+    from maxlm.config.load import load_config
+    from maxlm.rl.prompts_file import EnvironmentSettings, write_prompts
+
+    environment_settings = [f"environment.{setting}" for setting in settings or ()]
+    config = load_config(EnvironmentSettings, None, environment_settings).value
+    num_rows = write_prompts(config.environment, out, count, seed=seed)
+    print(f"{num_rows:,} prompts in {out}")
+
+
+subcommands = {"prompts": prompts}

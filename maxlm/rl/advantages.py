@@ -1,16 +1,13 @@
 """Advantages: how much better a sample, or a token, is than expected.
 
-Those of groups come from scores alone, on the host in float64; a generalised advantage
-estimate from a model's values, on the device.
+Computed on the host in float64: those of groups from scores alone, a generalised
+advantage estimate from a model's values.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from numpy.typing import NDArray
 
 ScoreScale = Literal["group", "batch", "mean", "none"]
@@ -61,7 +58,7 @@ def compute_group_advantages(
             f"{scores.shape[-1]} rewards have {len(reward_weights)} weights"
         )
     is_scored = ~np.isnan(scores)
-    has_score = is_scored.any(-1)
+    has_score = np.asarray(is_scored.any(-1))
     if merge == "normalize_then_sum":
         centred = scores - _average(scores, is_scored, 1)
         deviation = _deviate(scores, is_scored, 1, ddof)
@@ -91,6 +88,16 @@ def compute_group_advantages(
     return np.where(has_score & ~is_equal, advantages, 0.0)
 
 
+def sum_scores(
+    scores: NDArray[np.float64], weights: Sequence[float]
+) -> NDArray[np.float64]:
+    """Adds up rewards [prompts, k, rewards] by weight: [prompts, k]. One that is NaN
+    counts for nothing; without any, the sum is NaN."""
+    is_scored = ~np.isnan(scores)
+    totals = np.where(is_scored, scores * np.asarray(weights), 0.0).sum(-1)
+    return np.where(is_scored.any(-1), totals, np.nan)
+
+
 def compute_leave_one_out_advantages(
     scores: NDArray[np.float64],
 ) -> NDArray[np.float64]:
@@ -114,7 +121,7 @@ def find_zero_variance_groups(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
     is_scored = ~np.isnan(scores)
     deviation = _deviate(scores, is_scored, 1, 0)
     is_constant = _is_constant(deviation, scores, is_scored)
-    return is_constant.reshape(len(scores), -1).all(1)
+    return np.asarray(is_constant.reshape(len(scores), -1).all(1))
 
 
 def _average(
@@ -159,70 +166,63 @@ def _divide(
 
 
 def estimate_advantages(
-    rewards: jax.Array,
-    values: jax.Array,
-    is_step: jax.Array,
-    segment_ids: jax.Array,
+    rewards: NDArray[np.float64],
+    values: NDArray[np.float64],
+    is_step: NDArray[np.bool_],
+    segment_ids: NDArray[np.int32],
     *,
     discount: float,
     decay: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> NDArray[np.float64]:
     """Computes generalised advantage estimates (Schulman et al. 2015, arXiv 1506.02438,
-    equation 16) of packed rows [..., S]: A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1}
-    − V_t, where t + 1 is the next step of the same segment; 0 behind the last.
+    equation 16) of packed rows [rows, S]: A_t = δ_t + γλ·A_{t+1} with δ_t = r_t +
+    γ·V_{t+1} − V_t, where t + 1 is the next step of the same segment, and no step is
+    worth 0; 0 where no step is.
 
     Args:
-        rewards, values: of each step, [..., S].
+        rewards, values: of each step; what else stands there is not read.
         is_step: entries that are steps; others, such as an environment's tokens, are
             passed over.
         segment_ids: 1, 2, ... of sequences; 0 of padding.
         discount: γ.
         decay: λ.
-
-    Returns:
-        Advantages, and advantages + values; both 0 where no step is.
     """
     is_step = is_step & (segment_ids != 0)
-    following_ids = jnp.concatenate(
-        [segment_ids[..., 1:], jnp.zeros_like(segment_ids[..., :1])], axis=-1
-    )
-    is_last = segment_ids != following_ids
-
-    def step_back(
-        carry: tuple[jax.Array, jax.Array], entry: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        reward, value, is_step, is_last = entry
-        # Nothing of another sequence's passes its end.
-        next_value, next_advantage = (jnp.where(is_last, 0.0, x) for x in carry)
-        delta = reward + discount * next_value - value
+    advantages = np.zeros(rewards.shape, np.float64)
+    # Of each row, the step behind the entry at hand.
+    next_value = np.zeros(len(rewards), np.float64)
+    next_advantage = np.zeros(len(rewards), np.float64)
+    next_segment = np.zeros(len(rewards), segment_ids.dtype)
+    for entry in reversed(range(rewards.shape[1])):
+        segment = segment_ids[:, entry]
+        is_same = segment == next_segment
+        next_value = np.where(is_same, next_value, 0.0)
+        next_advantage = np.where(is_same, next_advantage, 0.0)
+        delta = rewards[:, entry] + discount * next_value - values[:, entry]
         advantage = delta + discount * decay * next_advantage
-        carry = (
-            jnp.where(is_step, value, next_value),
-            jnp.where(is_step, advantage, next_advantage),
-        )
-        return carry, jnp.where(is_step, advantage, 0.0)
-
-    entries = tuple(
-        jnp.moveaxis(array, -1, 0) for array in (rewards, values, is_step, is_last)
-    )
-    zeros = jnp.zeros_like(entries[1][0])
-    _, advantages = lax.scan(step_back, (zeros, zeros), entries, reverse=True)
-    advantages = jnp.moveaxis(advantages, 0, -1)
-    return advantages, jnp.where(is_step, advantages + values, 0.0)
+        is_here = is_step[:, entry]
+        advantages[:, entry] = np.where(is_here, advantage, 0.0)
+        next_value = np.where(is_here, values[:, entry], next_value)
+        next_advantage = np.where(is_here, advantage, next_advantage)
+        next_segment = segment
+    return advantages
 
 
 def whiten(
-    values: jax.Array, is_counted: jax.Array, *, keep_mean: bool = False
-) -> jax.Array:
+    values: NDArray[np.float64],
+    is_counted: NDArray[np.bool_],
+    *,
+    keep_mean: bool = False,
+) -> NDArray[np.float64]:
     """Scales the values that count to a variance of 1, and shifts them to a mean of 0
     unless ``keep_mean``; others become 0. The variance divides by their number less
     1."""
-    counted = is_counted.astype(values.dtype)
-    count = jnp.maximum(counted.sum(), 1.0)
-    mean = jnp.where(is_counted, values, 0.0).sum() / count
-    centred = jnp.where(is_counted, values - mean, 0.0)
-    variance = jnp.square(centred).sum() / jnp.maximum(count - 1.0, 1.0)
-    whitened = centred * lax.rsqrt(variance + WHITEN_EPSILON)
-    if keep_mean:
-        whitened = jnp.where(is_counted, whitened + mean, 0.0)
+    counted = values[is_counted]
+    whitened = np.zeros(values.shape, np.float64)
+    if not counted.size:
+        return whitened
+    mean = counted.mean()
+    variance = np.square(counted - mean).sum() / max(counted.size - 1, 1)
+    scaled = (counted - mean) / np.sqrt(variance + WHITEN_EPSILON)
+    whitened[is_counted] = scaled + mean if keep_mean else scaled
     return whitened

@@ -65,7 +65,9 @@ class ReinforceTask(Task):
     ) -> Any:
         totals = scores @ np.array(weights)
         advantages = (totals - totals.mean(axis=1, keepdims=True)).reshape(-1, 1)
-        return batch | {"advantages": (advantages * batch["weights"]).astype(np.float32)}
+        return batch | {
+            "advantages": (advantages * batch["weights"]).astype(np.float32)
+        }
 
     def loss(self, models: TaskModels, batch: Any, key: jax.Array) -> Any:
         inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])

@@ -34,7 +34,11 @@ def check(case, sequences) -> None:
     assert np.abs(differences).max() <= BOUND
 
 
-FEW = (("dense", "together"), ("hybrid", "chunks of 3"), ("moe", "the trainer's arrays"))
+FEW = (
+    ("dense", "together"),
+    ("hybrid", "chunks of 3"),
+    ("moe", "the trainer's arrays"),
+)
 CELLS = [
     pytest.param(
         kind, name, marks=pytest.mark.heavy if (kind, name) in FEW else pytest.mark.more
@@ -60,7 +64,9 @@ def test_log_probabilities_are_the_trainer_s(cases, kind, name):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.heavy if kind == "dense" else pytest.mark.more)
+        pytest.param(
+            kind, marks=pytest.mark.heavy if kind == "dense" else pytest.mark.more
+        )
         for kind in KINDS
     ],
 )
@@ -108,7 +114,9 @@ def test_ratios_have_mean_one_where_filters_cut_the_distribution(cases):
     ratios = np.exp(compute_differences(case, sequences))
     assert len(ratios) == 16 * 6 * len(PROMPTS)
     assert ratios.mean() == pytest.approx(1, abs=1e-6)
-    masses = np.concatenate([compute_kept_mass(case, s, sampling) for s in sequences[::6]])
+    masses = np.concatenate(
+        [compute_kept_mass(case, s, sampling) for s in sequences[::6]]
+    )
     assert masses.mean() < 0.9
 
 

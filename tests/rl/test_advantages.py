@@ -1,8 +1,6 @@
 """Advantages of groups are those of one group after the other; the generalised estimate
 is that of its definition, a double loop in float64."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -128,31 +126,21 @@ def estimate_by_definition(rewards, values, is_step, segment_ids, discount, deca
 def test_generalised_advantages(discount, decay):
     steps = draw_steps(5, 6, 41)
     want = estimate_by_definition(*steps, discount, decay)
-    with jax.enable_x64(True):
-        arrays = [jnp.asarray(array) for array in steps]
-        advantages, returns = jax.jit(
-            lambda *x: estimate_advantages(*x, discount=discount, decay=decay)
-        )(*arrays)
-        assert advantages.dtype == jnp.float64
-        np.testing.assert_allclose(advantages, want, rtol=0, atol=1e-9)
-        counts = steps[2] & (steps[3] > 0)
-        np.testing.assert_allclose(
-            returns, np.where(counts, want + steps[1], 0), rtol=0, atol=1e-9
-        )
+    ours = estimate_advantages(*steps, discount=discount, decay=decay)
+    np.testing.assert_allclose(ours, want, rtol=0, atol=1e-9)
     assert np.abs(want).max() > 1
 
 
 def test_whitening():
     random = np.random.default_rng(2)
-    values = random.normal(3.0, 5.0, (4, 9)).astype(np.float32)
+    values = random.normal(3.0, 5.0, (4, 9))
     is_counted = random.random((4, 9)) < 0.6
     values[~is_counted] = 1e9
-    chosen = values[is_counted].astype(np.float64)
+    chosen = values[is_counted]
     want = (chosen - chosen.mean()) / np.sqrt(chosen.var(ddof=1) + 1e-8)
-    ours = np.asarray(whiten(jnp.asarray(values), jnp.asarray(is_counted)))
-    np.testing.assert_allclose(ours[is_counted], want, rtol=1e-5, atol=1e-6)
+    ours = whiten(values, is_counted)
+    np.testing.assert_allclose(ours[is_counted], want)
     assert not ours[~is_counted].any()
-    ours = whiten(jnp.asarray(values), jnp.asarray(is_counted), keep_mean=True)
-    np.testing.assert_allclose(
-        np.asarray(ours)[is_counted], want + chosen.mean(), rtol=1e-5
-    )
+    ours = whiten(values, is_counted, keep_mean=True)
+    np.testing.assert_allclose(ours[is_counted], want + chosen.mean())
+    assert not whiten(values, np.zeros_like(is_counted)).any()

@@ -44,7 +44,9 @@ class LengthReward(Reward):
     @model_validator(mode="after")
     def _check_buffer(self) -> Self:
         if self.buffer > self.max_length:
-            message = f"buffer={self.buffer} is longer than max_length={self.max_length}"
+            message = (
+                f"buffer={self.buffer} is longer than max_length={self.max_length}"
+            )
             raise MaxlmError(message, where="buffer", fix="shorten it")
         return self
 

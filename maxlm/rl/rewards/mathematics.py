@@ -140,4 +140,3 @@ def _differ_relatively(right: Any, answer: Any) -> bool:
     difference = abs(right - answer)
     limit = _MAX_RELATIVE_DIFFERENCE * max(abs(right), abs(answer))
     return bool(difference.evalf() > limit.evalf())
-

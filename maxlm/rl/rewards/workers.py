@@ -155,7 +155,9 @@ class WorkerThreads:
             self._workers.append(worker)
             self._num_idle += 1
         name = f"maxlm-reward-{len(self._workers)}"
-        threading.Thread(target=self._work, args=(worker,), name=name, daemon=True).start()
+        threading.Thread(
+            target=self._work, args=(worker,), name=name, daemon=True
+        ).start()
 
     def _work(self, worker: "_Worker") -> None:
         while True:

@@ -5,7 +5,11 @@ from jax.sharding import Mesh
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
 from maxlm.models.params import Params
-from maxlm.rl.rollouts.sampler import RolloutSampler, find_max_prompt_length
+from maxlm.rl.rollouts.sampler import (
+    RolloutSampler,
+    find_max_length,
+    find_max_prompt_length,
+)
 from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.run.placement import place_run
 from maxlm.run.setup import RunSetup
@@ -40,7 +44,7 @@ class PolicyEngine:
         if "max_length" not in task.engine.model_fields_set:
             self._config = task.engine.model_copy(update={"max_length": max_tokens})
         self.max_prompt_length = find_max_prompt_length(
-            task.rollouts, min(max_tokens, self._config.max_length)
+            task.rollouts, min(max_tokens, find_max_length(self._config))
         )
         self._mesh = _make_generation_mesh(setup, task.generation_mesh)
         placed = place_run(

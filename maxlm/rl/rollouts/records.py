@@ -22,7 +22,7 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.rl.rollouts.episode import Episode
 from maxlm.rl.samples import Prompt, Sample
-from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
 from maxlm.runtime.json_files import parse_json
 from maxlm.runtime.json_types import JsonObject
 from maxlm.train.records import read_records
@@ -67,7 +67,8 @@ class RolloutFiles:
         with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **{**arrays, _DIGEST: _hash_arrays(arrays)})
+            members = {**arrays, _DIGEST: _hash_arrays(arrays)}
+            np.savez(file, allow_pickle=False, **members)
             file.flush()
             os.fsync(file.fileno())
 
@@ -167,6 +168,8 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
     states_json = arrays["unfinished_states"].tobytes()
     states = parse_json(states_json, FOLDER, "delete the record, and resume")
     episodes = []
+    # Samples of a group have the same prompt.
+    prompts: dict[tuple[int, int, int], Prompt] = {}
     stop = 0
     for state, length in zip(states, arrays["unfinished_lengths"], strict=True):
         start = stop
@@ -175,7 +178,11 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
             name: arrays[f"unfinished_{name}"][start:stop].tolist()
             for name in _TOKEN_ARRAYS
         }
-        prompt = rows.read_row(state["row_number"])
+        row_number = state["row_number"]
+        group = (state["rollout_number"], row_number, state["occurrence"])
+        if group not in prompts:
+            prompts[group] = rows.read_row(row_number)
+        prompt = prompts[group]
         if list(prompt.tokens) != values["tokens"][: state["num_prompt_tokens"]]:
             message = f"the prompt of row {prompt.row_number} has changed since it was "
             message += "sampled from"
@@ -221,20 +228,18 @@ class SampleLog:
     drew), ``complete`` and ``versions`` (the first and the last).
 
     A rollout's lines are appended before its arrays are written: so a rollout with
-    arrays always has its lines.
+    arrays has its lines. Where it is drawn again, such as after a kill between the two,
+    its new lines take the place of the old ones and of those of later rollouts.
 
     Args:
         folder: the run's.
-        next_rollout: the first that will be sampled: lines of it and later ones, which
-            a run that was killed may have left, are dropped.
         write: False on all processes but the first: nothing is written then.
     """
 
-    def __init__(
-        self, folder: str | Path, next_rollout: int = 0, *, write: bool = True
-    ):
+    def __init__(self, folder: str | Path, *, write: bool = True):
         self.path = Path(folder) / SAMPLES_FILE
         self._write = write
+        self._next_rollout = 0
         if not write:
             return
         with convert_write_errors(self.path):
@@ -243,26 +248,23 @@ class SampleLog:
             # A kill may have cut the last line short.
             end_of_whole_lines = self.path.read_bytes().rfind(b"\n") + 1
             os.truncate(self.path, end_of_whole_lines)
-        self._drop_from(next_rollout)
-
-    def _drop_from(self, rollout_number: int) -> None:
-        """Drops the lines of a rollout and later ones, and those that hold no
-        record."""
-        with replace_file(self.path) as temporary, temporary.open("w") as file:
-            for record in read_records(self.path):
-                number = record.get("rollout")
-                if isinstance(number, int) and number < rollout_number:
-                    file.write(f"{json.dumps(record)}\n")
+        for record in read_records(self.path):
+            self._next_rollout = max(self._next_rollout, _get_rollout(record) + 1)
 
     def append(
         self, step: int, rollout_number: int, samples: Sequence[ScoredSample]
     ) -> None:
-        """Appends lines, all or none. Raises MaxlmError: they cannot be written."""
+        """Appends a rollout's lines, all or none. Raises MaxlmError: they cannot be
+        written."""
         if not self._write:
             return
+        if rollout_number < self._next_rollout:
+            self._drop_from(rollout_number)
+        self._next_rollout = rollout_number + 1
         records = [_make_record(step, rollout_number, sample) for sample in samples]
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         with convert_write_errors(self.path):
+            check_run_not_moved(self.path)
             size = self.path.stat().st_size
             try:
                 with self.path.open("ab") as file:
@@ -270,6 +272,20 @@ class SampleLog:
             except OSError:  # A full disk may have taken the first part.
                 os.truncate(self.path, size)
                 raise
+
+    def _drop_from(self, rollout_number: int) -> None:
+        """Drops the lines of a rollout and later ones, and those that hold no
+        record."""
+        with replace_file(self.path) as temporary, temporary.open("w") as file:
+            for record in read_records(self.path):
+                if _get_rollout(record) < rollout_number:
+                    file.write(f"{json.dumps(record)}\n")
+
+
+def _get_rollout(record: JsonObject) -> int:
+    """The rollout of a line; -1: it names none."""
+    number = record.get("rollout")
+    return number if isinstance(number, int) else -1
 
 
 def read_sample_log(folder: str | Path) -> Iterator[JsonObject]:

@@ -29,6 +29,8 @@ from maxlm.rl.rollouts.replies import check_template_keeps_turns, encode_reply
 from maxlm.rl.samples import Prompt, Sample
 from maxlm.runtime.pool import count_usable_cores
 
+_MAX_OPEN_ROLLOUTS = 100
+
 
 class RolloutSampler:
     """Draws samples for prompts, some dispatches of the engine at a time.
@@ -130,6 +132,13 @@ class RolloutSampler:
                 where = f"row {prompt.row_number} of prompts"
                 fix = "shorten it, or raise the engine's max_length"
                 raise MaxlmError(message, where=where, fix=fix)
+        # No prompts are added to rollouts that are this old.
+        first_number = rollout_number - _MAX_OPEN_ROLLOUTS
+        self._occurrences = {
+            key: occurrence
+            for key, occurrence in self._occurrences.items()
+            if key[0] > first_number
+        }
         for prompt in prompts:
             key = (rollout_number, prompt.row_number)
             occurrence = self._occurrences.get(key, 0)
@@ -206,15 +215,6 @@ class RolloutSampler:
                 self._calls.ask(episode)
             else:
                 self._waiting.append(episode)
-
-    def forget_rollouts_before(self, rollout_number: int) -> None:
-        """Forgets which rows earlier rollouts had: none of their prompts is added any
-        more."""
-        self._occurrences = {
-            key: occurrence
-            for key, occurrence in self._occurrences.items()
-            if key[0] >= rollout_number
-        }
 
     def _enqueue(self, episode: Episode) -> None:
         episode.order = next(self._counter)

@@ -77,9 +77,7 @@ class PolicyRolloutSource:
         with ExitStack() as stack:
             runner = None
             if jax.process_index() == 0:
-                runner = stack.enter_context(
-                    RewardRunner(self.task.rewards, tokenizer=context.tokenizer)
-                )
+                runner = stack.enter_context(RewardRunner(self.task.rewards))
             yield PolicyRollouts(self, context, runner)
 
 
@@ -129,7 +127,7 @@ class PolicyRollouts:
         self._runner = runner
         self._files = RolloutFiles(context.folder)
         is_lead = jax.process_index() == 0
-        self._log = SampleLog(context.folder, context.start_step, write=is_lead)
+        self._log = SampleLog(context.folder, write=is_lead)
         self._settings = _digest_settings(setup, context.skips)
         self._updates = source.task.epochs * source.task.minibatches
         self._prepare = _jit_preparation(setup, source.task)
@@ -210,9 +208,9 @@ class PolicyRollouts:
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
         metrics = self._describe(collected)
         if jax.process_index() == 0:
-            self._files.write(number, arrays)
             scored = self._list_scored(collected.groups, batch)
             self._log.append(step, number, scored)
+            self._files.write(number, arrays)
         return arrays, metrics
 
     def _find_first_prompt(self, number: int) -> int:
@@ -241,7 +239,10 @@ class PolicyRollouts:
             batch |= self._compute_on_devices(batch, number, state)
         scores = np.stack([group.scores for group in groups])
         weights = [reward.weight for reward in self._task.rewards]
-        return self._task.finish_rollouts(scores, weights, batch)
+        is_complete = np.array(
+            [[sample.is_complete for sample in group.samples] for group in groups]
+        )
+        return self._task.finish_rollouts(scores, weights, is_complete, batch)
 
     def _compute_on_devices(
         self, batch: Batch, number: int, state: TrainState

@@ -67,13 +67,18 @@ class RolloutTask(Protocol):
         ...
 
     def finish_rollouts(
-        self, scores: NDArray[np.float64], weights: Sequence[float], batch: Batch
+        self,
+        scores: NDArray[np.float64],
+        weights: Sequence[float],
+        is_complete: NDArray[np.bool_],
+        batch: Batch,
     ) -> Batch:
         """Returns a rollout's arrays [rows, ...] to train on, on the host.
 
         Args:
             scores: of each reward, [prompts, samples, rewards]; NaN: it gave none.
             weights: of the rewards.
+            is_complete: whether the policy ended a sample itself, [prompts, samples].
             batch: the packed samples, with what :meth:`prepare_rollouts` added; their
                 advantages are 0.
         """

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -115,7 +116,7 @@ def engine(shared_engine, one_device_mesh) -> Iterator[Engine]:
         shared_engine.step()
 
 
-def make_config(tokenizer: Tokenizer, **settings) -> RolloutConfig:
+def make_config(tokenizer: Tokenizer, settings: dict[str, Any]) -> RolloutConfig:
     sampling = SamplingConfig(
         temperature=1.3,
         top_p=0.9,
@@ -130,7 +131,7 @@ def make_sampler(engine, chat_tokenizer):
     def make(
         environment: Environment | None = None, *, seed: int = 3, **settings
     ) -> RolloutSampler:
-        config = make_config(chat_tokenizer, **settings)
+        config = make_config(chat_tokenizer, settings)
         environment = environment or EchoEnvironment()
         return RolloutSampler(engine, chat_tokenizer, environment, config, seed=seed)
 

@@ -60,20 +60,20 @@ def test_rows_hold_every_sample(parts, sequences_per_row, num_spare_rows, data):
     batch = pack_samples(samples, advantages, layout, num_rows=num_rows, counts=counts)
     assert all(array.shape == (num_rows, layout.seq_len) for array in batch.values())
     # Read back by segments, a sequence after the other.
-    found = []
+    sequences = []
     for row in range(num_rows):
         segments = batch["segment_ids"][row]
         for segment in range(1, segments.max() + 1):
             inside = np.flatnonzero(segments == segment)
             if inside.size:
-                found.append({name: a[row, inside] for name, a in batch.items()})
+                sequences.append({name: a[row, inside] for name, a in batch.items()})
         padding = segments == 0
         for name, array in batch.items():
             assert (array[row, padding] == (-1 if name == "versions" else 0)).all()
     # A sample of one token has no target.
     longer = [i for i, sample in enumerate(samples) if len(sample.tokens) > 1]
-    assert len(found) == len(longer)
-    for i, sequence in zip(longer, found, strict=True):
+    assert len(sequences) == len(longer)
+    for i, sequence in zip(longer, sequences, strict=True):
         sample = samples[i]
         drawn = np.array(sample.is_sampled[1:], np.float32)
         assert sequence["tokens"].tolist() == sample.tokens[:-1]

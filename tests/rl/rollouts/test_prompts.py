@@ -24,13 +24,21 @@ def write_rows(tmp_path):
 
 @pytest.fixture
 def order(chat_tokenizer):
-    def make(environment, *, seed=0, max_prompt_length=30, **settings) -> PromptOrder:
+    def make(
+        environment,
+        *,
+        seed=0,
+        max_prompt_length=30,
+        long_prompts="refuse",
+        shuffle=True,
+    ) -> PromptOrder:
         return PromptOrder(
             environment,
             chat_tokenizer,
             seed=seed,
             max_prompt_length=max_prompt_length,
-            **settings,
+            long_prompts=long_prompts,
+            shuffle=shuffle,
         )
 
     return make

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from maxlm.config import MaxlmError
 from maxlm.rl.rollouts.records import (
     RolloutFiles,
     SampleLog,
@@ -12,7 +13,6 @@ from maxlm.rl.rollouts.records import (
     read_sample_log,
 )
 from maxlm.rl.samples import Prompt, Sample
-from tests.errors import message
 
 SAMPLE = Sample(
     Prompt(4, (1, 2), {"answer": "x"}),
@@ -63,9 +63,8 @@ def test_damaged_files_are_one_line(tmp_path):
             path.write_bytes(damaged)
             try:
                 actual = files.read(3)
-            except Exception:
-                error = message(files.read, 3)
-                assert f"{path}: the record of rollout 3 is damaged" in error
+            except MaxlmError as error:
+                assert f"{path}: the record of rollout 3 is damaged" in str(error)
                 num_errors += 1
                 continue
             # A byte that means nothing, such as a time.
@@ -87,7 +86,7 @@ def test_rollouts_that_a_checkpoint_needs_stay(tmp_path):
     assert files.list_numbers() == [6]
 
 
-def test_lines_of_rollouts_to_be_sampled_again_are_dropped(tmp_path):
+def test_a_rollout_that_is_drawn_again_has_its_new_lines(tmp_path):
     scored = ScoredSample(SAMPLE, "q", {"exact": 1.0, "judge": None}, 1.0, float("nan"))
     log = SampleLog(tmp_path)
     for number in range(3):
@@ -111,9 +110,13 @@ def test_lines_of_rollouts_to_be_sampled_again_are_dropped(tmp_path):
         "complete": True,
         "versions": [5, 6],
     }
-    SampleLog(tmp_path, 1).append(2, 1, [scored])
+    again = SampleLog(tmp_path)
+    assert [*read_sample_log(tmp_path)] == lines
+    again.append(2, 1, [scored])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["rollout"] for line in lines] == [0, 0, 1]
+    again.append(4, 2, [scored])
+    assert [line["rollout"] for line in read_sample_log(tmp_path)] == [0, 0, 1, 2]
     silent = SampleLog(tmp_path / "other", write=False)
     silent.append(0, 0, [scored])
     assert not silent.path.exists()
