@@ -155,7 +155,8 @@ def _count_cache_bytes(
     """Counts the engine's caches, as it allocates them at once."""
     config = EngineConfig(
         max_sequences=max_sequences,
-        max_length=work.max_length,
+        max_length=work.room_tokens or work.max_length,
+        num_pages=work.num_pages,
         page_size=work.page_size,
         prefill_tokens=work.prefill_tokens,
         cache=work.cache,

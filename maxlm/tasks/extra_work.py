@@ -46,6 +46,11 @@ class GenerationWork:
     max_sequences: int | None = None
     """Sequences that run together on each shard of the batch, the engine's
     ``max_sequences``; None: all of the shard."""
+    room_tokens: int | None = None
+    """Tokens that the engine has room for in a sequence, its ``max_length``; None: those
+    of the longest."""
+    num_pages: int | None = None
+    """Pages of the engine's caches in each shard; None: enough for all sequences."""
     page_size: int = 16
     """Tokens of a page of the engine's caches."""
     prefill_tokens: int = 512
