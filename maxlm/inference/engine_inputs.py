@@ -348,7 +348,7 @@ class InputBuilder:
                 continue
             configs[row] = sequence.request.sampling
             stop_ids[row] = sequence.stop_ids
-            streams[row] = sequence.index
+            streams[row] = sequence.request.first_stream + sequence.index
             adapters[row] = sequence.request.adapter
             prompt_lengths[row] = sequence.num_prompt_tokens
         self._prompt_lengths = prompt_lengths.reshape(D, R)

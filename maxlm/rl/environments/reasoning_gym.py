@@ -9,6 +9,7 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.rl.environments.environment import Environment, PromptRows
+from maxlm.rl.reasoning_gym_package import import_reasoning_gym
 from maxlm.runtime.json_types import JsonObject
 
 
@@ -66,21 +67,14 @@ def create_reasoning_gym_dataset(
 ) -> Any:
     """Returns a task's ``reasoning_gym.dataset.ProceduralDataset`` of ``size`` entries.
     Raises MaxlmError: the package is missing, or knows no such task or settings."""
-    try:
-        from reasoning_gym.factory import (  # pyright: ignore[reportMissingImports]
-            DATASETS,
-            create_dataset,
-        )
-    except ImportError as error:
-        message = "environment.kind=reasoning_gym needs the package reasoning-gym"
-        raise MaxlmError(message, fix="pip install maxlm[rl]") from error
-    if task not in DATASETS:
-        near = get_close_matches(task, DATASETS, n=1)
+    factory = import_reasoning_gym()
+    if task not in factory.DATASETS:
+        near = get_close_matches(task, factory.DATASETS, n=1)
         fix = f"did you mean {near[0]}?" if near else "see reasoning-gym's gallery"
         message = f"reasoning-gym has no task {task!r}"
         raise MaxlmError(message, where="environment.task", fix=fix)
     try:
-        return create_dataset(task, **{**settings, "seed": seed, "size": size})
+        return factory.create_dataset(task, **{**settings, "seed": seed, "size": size})
     # It checks its settings by assertions, and names that it does not know are
     # arguments of a dataclass.
     except (AssertionError, TypeError, ValueError) as error:

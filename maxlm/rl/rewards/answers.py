@@ -64,9 +64,9 @@ class AnswerReward(Reward):
         """Returns the answer, without spaces around it; None: there is none."""
         text = sample.last_answer
         if self.after is not None:
-            before, marker, text = text.rpartition(self.after)
-            if not marker:
+            if self.after not in text:
                 return None
+            text = text.rpartition(self.after)[2]
         answer = extract_answer(text, self.extract, self.tag, self.pattern)
         if answer is None:
             return None
@@ -106,9 +106,12 @@ def extract_answer(
 
 
 def _read_last_tags(text: str, tag: str) -> str | None:
-    before, opening, answer = text.rpartition(f"<{tag}>")
-    answer, closing, _ = answer.partition(f"</{tag}>")
-    return answer if opening and closing else None
+    opening = f"<{tag}>"
+    closing = f"</{tag}>"
+    if opening not in text:
+        return None
+    answer, end, _ = text.rpartition(opening)[2].partition(closing)
+    return answer if end else None
 
 
 def read_last_box(text: str) -> str | None:
@@ -146,10 +149,9 @@ def _find_closing_brace(text: str, start: int) -> int | None:
 
 def parse_number(text: str) -> Decimal | None:
     """Returns the number that a whole text is, of ASCII digits; None: it is none."""
-    if not _NUMBER.fullmatch(text) or not any("0" <= c <= "9" for c in text):
-        return None
-    mantissa, _, exponent = text.lower().partition("e")
-    if not any("0" <= c <= "9" for c in mantissa):
+    mantissa = text.lower().partition("e")[0]
+    has_digits = any("0" <= character <= "9" for character in mantissa)
+    if not has_digits or not _NUMBER.fullmatch(text):
         return None
     return Decimal(text.replace(",", ""))
 

@@ -56,7 +56,7 @@ class LengthReward(Reward):
 
     def score(self, sample: Sample) -> float:
         excess = sample.num_sampled - (self.max_length - self.buffer)
-        return -min(max(excess / self.buffer, 0.0), 1.0)
+        return 0.0 - min(max(excess / self.buffer, 0.0), 1.0)
 
 
 class EnvironmentReward(Reward):

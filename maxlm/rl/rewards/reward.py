@@ -15,6 +15,8 @@ from maxlm.runtime.json_types import JsonMapping
 
 Scorer = Callable[[Sample], object]
 """Returns the score of one sample, which :func:`read_score` checks."""
+BatchScorer = Callable[[Sequence[Sample]], Sequence[object]]
+"""Returns a score for each sample, or the error of those that have none."""
 Worker = Literal["caller", "process", "thread", "batch"]
 """Where a reward scores: at once, where samples are submitted, for what takes
 microseconds on any text; in a process that is killed beyond its time limit, for code
@@ -76,8 +78,9 @@ class Reward(Config):
         """Returns the score of a sample: one finite number."""
         raise NotImplementedError
 
-    def score_batch(self, samples: Sequence[Sample]) -> Sequence[object]:
-        """Returns a score for each sample, of rewards whose ``worker`` is ``batch``."""
+    def open_batch(self) -> BatchScorer:
+        """Returns what scores samples together, of rewards whose ``worker`` is
+        ``batch``; called once, before the first."""
         raise NotImplementedError
 
 
@@ -120,8 +123,10 @@ def require_column(row: JsonMapping, column: str, setting: str) -> object:
     return value
 
 
-def require_package(module: str, package: str, kind: str) -> None:
+def require_package(
+    module: str, package: str, kind: str, installation: str = "pip install 'maxlm[rl]'"
+) -> None:
     """Raises MaxlmError: a package is not installed."""
     if find_spec(module) is None:
         message = f"a reward of kind={kind} needs the package {package}"
-        raise MaxlmError(message, fix="pip install 'maxlm[rl]'")
+        raise MaxlmError(message, fix=installation)

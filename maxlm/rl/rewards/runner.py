@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.rl.rewards.reward import Reward
+from maxlm.rl.rewards.reward import BatchScorer, Reward
 from maxlm.rl.rewards.workers import (
-    Outcome,
+    ScoreOutcome,
     WorkerThreads,
+    check_outcome,
+    describe_failure,
     score_sample,
     start_processes,
     start_threads,
@@ -66,7 +68,10 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         self._num_workers = workers or count_usable_cores()
         self._processes: WorkerThreads | None = None
         self._threads: WorkerThreads | None = None
-        self._futures: dict[SampleKey, list[Future[Outcome] | None]] = {}
+        self._batch_scorers: dict[int, BatchScorer] = {}
+        self._futures: dict[SampleKey, list[Future[ScoreOutcome] | None]] = {}
+        self._submitted: dict[SampleKey, Sample] = {}
+        """Kept, so that no other object gets their identity."""
 
     def __exit__(self, kind, value, trace) -> None:
         self.close()
@@ -78,7 +83,9 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
                 workers.close()
         self._processes = None
         self._threads = None
+        self._batch_scorers.clear()
         self._futures.clear()
+        self._submitted.clear()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Checks this machine, and that the rows of prompts have what rewards read.
@@ -101,6 +108,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         key = _make_key(sample)
         if key in self._futures:
             raise ValueError(f"sample {key} was submitted before")
+        self._submitted[key] = sample
         self._futures[key] = [
             self._start(number, reward, sample)
             for number, reward in enumerate(self.rewards)
@@ -118,7 +126,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         scores = np.empty((len(samples), len(self.rewards)), np.float64)
         has_timed_out = np.zeros(scores.shape, bool)
         batches = {
-            number: self._score_batch(reward, samples)
+            number: self._score_batch(number, samples)
             for number, reward in enumerate(self.rewards)
             if reward.worker == "batch"
         }
@@ -135,6 +143,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         self._check_timeouts(has_timed_out)
         for sample in samples:
             del self._futures[_make_key(sample)]
+            del self._submitted[_make_key(sample)]
         return scores
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
@@ -145,7 +154,7 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
 
     def _start(
         self, number: int, reward: Reward, sample: Sample
-    ) -> "Future[Outcome] | None":
+    ) -> "Future[ScoreOutcome] | None":
         if reward.worker == "batch":
             return None
         if reward.worker == "process":
@@ -156,22 +165,30 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
             if self._threads is None:
                 self._threads = start_threads(self.rewards)
             return self._threads.submit(number, sample)
-        future: Future[Outcome] = Future()
+        future: Future[ScoreOutcome] = Future()
         future.set_result(score_sample(reward.score, sample))
         return future
 
-    def _score_batch(self, reward: Reward, samples: Sequence[Sample]) -> list[Outcome]:
-        scores = reward.score_batch(samples)
+    def _score_batch(
+        self, number: int, samples: Sequence[Sample]
+    ) -> list[ScoreOutcome]:
+        reward = self.rewards[number]
+        if number not in self._batch_scorers:
+            self._batch_scorers[number] = reward.open_batch()
+        scores = self._batch_scorers[number](samples)
         if len(scores) != len(samples):
             message = f"returned {len(scores)} scores for {len(samples)} samples"
             fix = "return one for each, in their order"
             raise MaxlmError(message, where=f"reward {reward.name}", fix=fix)
-        return [
-            score_sample(lambda _, score=score: score, sample)
-            for sample, score in zip(samples, scores, strict=True)
-        ]
+        outcomes = []
+        for score in scores:
+            if isinstance(score, Exception):
+                outcomes.append(describe_failure(score))
+            else:
+                outcomes.append(check_outcome(score))
+        return outcomes
 
-    def _settle(self, reward: Reward, sample: Sample, outcome: Outcome) -> float:
+    def _settle(self, reward: Reward, sample: Sample, outcome: ScoreOutcome) -> float:
         """Returns the score that an outcome counts as."""
         if outcome.status == "scored":
             return outcome.score
@@ -197,10 +214,8 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
         num_samples = len(has_timed_out)
         if num_samples < 2:
             return
-        for reward, is_silent in zip(
-            self.rewards, has_timed_out.all(axis=0), strict=True
-        ):
-            if is_silent:
+        for number, reward in enumerate(self.rewards):
+            if has_timed_out[:, number].all():
                 message = f"all {num_samples} samples took longer than "
                 message += f"{reward.time_limit:g} s"
                 fix = "raise time_limit, or correct the reward"

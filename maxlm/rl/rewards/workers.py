@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -37,7 +38,7 @@ _MAX_WORKERS_PER_CORE = 8
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScoreOutcome:
     """What became of one score of one sample."""
 
     status: Literal["scored", "timed_out", "failed"]
@@ -50,7 +51,7 @@ class Outcome:
 class ScoringWorkers(Protocol):
     """Score samples at once, each without waiting for another."""
 
-    def submit(self, number: int, sample: Sample) -> "Future[Outcome]":
+    def submit(self, number: int, sample: Sample) -> "Future[ScoreOutcome]":
         """Lets the reward of that number score a sample."""
         ...
 
@@ -59,22 +60,31 @@ class ScoringWorkers(Protocol):
         ...
 
 
-def score_sample(scorer: Scorer, sample: Sample) -> Outcome:
+def score_sample(scorer: Scorer, sample: Sample) -> ScoreOutcome:
     """Scores a sample; whatever a reward raises or returns is an outcome."""
     try:
-        return Outcome("scored", read_score(scorer(sample)))
-    except NoScoreError as error:
-        return Outcome("failed", message=str(error), fix="return one finite number")
+        score = scorer(sample)
     except Exception as error:  # of code that is the user's
         return describe_failure(error)
+    return check_outcome(score)
 
 
-def describe_failure(error: Exception) -> Outcome:
+def check_outcome(score: object) -> ScoreOutcome:
+    """Returns the outcome of what a reward returned."""
+    try:
+        return ScoreOutcome("scored", read_score(score))
+    except NoScoreError as error:
+        return ScoreOutcome(
+            "failed", message=str(error), fix="return one finite number"
+        )
+
+
+def describe_failure(error: Exception) -> ScoreOutcome:
     """Returns the outcome of an error: one of ours as it is, another with where it was
     raised."""
     if isinstance(error, MaxlmError):
         where = f"{error.where}: " if error.where else ""
-        return Outcome("failed", message=f"{where}{error.message}", fix=error.fix)
+        return ScoreOutcome("failed", message=f"{where}{error.message}", fix=error.fix)
     message = f"raised {type(error).__name__}"
     text = describe_text(str(error), 200)
     if text:
@@ -82,14 +92,14 @@ def describe_failure(error: Exception) -> Outcome:
     frames = traceback.extract_tb(error.__traceback__)
     if frames:
         message += f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-    return Outcome("failed", message=message)
+    return ScoreOutcome("failed", message=message)
 
 
 @dataclass(frozen=True)
 class _Job:
     number: int
     sample: Sample
-    future: "Future[Outcome]"
+    future: "Future[ScoreOutcome]"
 
 
 class WorkerThreads:
@@ -118,9 +128,9 @@ class WorkerThreads:
         self._num_idle = 0
         self.is_closed = False
 
-    def submit(self, number: int, sample: Sample) -> "Future[Outcome]":
+    def submit(self, number: int, sample: Sample) -> "Future[ScoreOutcome]":
         """See :class:`ScoringWorkers`."""
-        future: Future[Outcome] = Future()
+        future: Future[ScoreOutcome] = Future()
         self._jobs.put(_Job(number, sample, future))
         self._start_thread(self._num_threads)
         return future
@@ -162,7 +172,10 @@ class WorkerThreads:
     def _work(self, worker: "_Worker") -> None:
         while True:
             job = self._jobs.get()
-            if job is None or self.is_closed:
+            if job is None:
+                break
+            if self.is_closed:
+                job.future.cancel()
                 break
             with self._lock:
                 self._num_idle -= 1
@@ -178,7 +191,7 @@ class WorkerThreads:
 
 
 class _Worker(Protocol):
-    def score(self, number: int, sample: Sample) -> Outcome: ...
+    def score(self, number: int, sample: Sample) -> ScoreOutcome: ...
 
     def close(self) -> None: ...
 
@@ -211,27 +224,31 @@ class _ProcessWorker:
     def __init__(self, rewards: Sequence[Reward], threads: WorkerThreads):
         self._rewards = rewards
         self._threads = threads
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: BaseProcess | None = None
         self._connection: Connection | None = None
 
-    def score(self, number: int, sample: Sample) -> Outcome:
+    def score(self, number: int, sample: Sample) -> ScoreOutcome:
         reward = self._rewards[number]
         if self._process is None:
             self._start()
+            if self._threads.is_closed:
+                self._kill()
+                return ScoreOutcome("failed", message="was closed")
         connection = self._connection
         assert connection is not None
         try:
             connection.send((number, sample))
-            if not self._wait(connection, OPENING_LIMIT):
+            # Without more workers while it opens: they would have to do the same.
+            if not connection.poll(OPENING_LIMIT):
                 self._kill()
                 message = f"does not open within {OPENING_LIMIT:g} s"
-                return Outcome("failed", message=message)
+                return ScoreOutcome("failed", message=message)
             failure = connection.recv()
             if failure is not None:
                 return failure
             if not self._wait(connection, reward.time_limit):
                 self._kill()
-                return Outcome("timed_out")
+                return ScoreOutcome("timed_out")
             return connection.recv()
         except (EOFError, OSError):
             process = self._process
@@ -239,10 +256,14 @@ class _ProcessWorker:
             code = None if process is None else process.exitcode
             message = f"its process ended (exit code {code})"
             fix = "see what it prints; -9 is most likely for want of memory"
-            return Outcome("failed", message=message, fix=fix)
+            return ScoreOutcome("failed", message=message, fix=fix)
 
     def close(self) -> None:
-        self._kill()
+        # The pipe is left to the thread that may be reading it.
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.join()
 
     def _wait(self, connection: Connection, seconds: float) -> bool:
         if connection.poll(min(seconds, _PATIENCE)):
@@ -339,8 +360,8 @@ class _ThreadWorker:
         self._rewards = rewards
         self._opener = opener
 
-    def score(self, number: int, sample: Sample) -> Outcome:
-        future: Future[Outcome] = Future()
+    def score(self, number: int, sample: Sample) -> ScoreOutcome:
+        future: Future[ScoreOutcome] = Future()
 
         def run() -> None:
             try:
@@ -354,7 +375,7 @@ class _ThreadWorker:
         try:
             return future.result(self._rewards[number].time_limit)
         except TimeoutError:
-            return Outcome("timed_out")
+            return ScoreOutcome("timed_out")
 
     def close(self) -> None:
         pass
