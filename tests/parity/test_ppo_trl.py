@@ -26,7 +26,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from flax.traverse_util import unflatten_dict  # noqa: E402
 
 from maxlm.models.params import bind, flatten_names  # noqa: E402
 from maxlm.rl.rollouts.packing import RowLayout, pack_samples  # noqa: E402
@@ -90,9 +89,7 @@ def test_an_update(theirs):
     module = with_head.build(rules=rules, dtype=jnp.float32)
     start = read_params(detach(policy), value_weight.numpy())
     params = compare.placed(start, mesh)
-    frozen = compare.placed(
-        read_params(detach(reference), value_weight.numpy()), mesh
-    )
+    frozen = compare.placed(read_params(detach(reference), value_weight.numpy()), mesh)
 
     task = PpoTask.model_validate(
         {

@@ -1,15 +1,15 @@
 """How well a policy answers prompts that it does not learn from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.rl.environments import Environment, EnvironmentConfig
+from maxlm.rl.environments import EnvironmentConfig
 from maxlm.rl.rewards.reward import Reward
-from maxlm.rl.samples import Prompt, Sample
+from maxlm.rl.samples import Sample
 
 
 class ValidationConfig(Config):

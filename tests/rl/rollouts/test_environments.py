@@ -257,9 +257,20 @@ def test_on_several_hosts_all_answers_come_together(monkeypatch):
 
 
 def test_answers_come_as_they_are_ready():
-    calls = EnvironmentCalls(RandomlySlow(), max_threads=5, seconds=5)
+    first_may_answer = threading.Event()
+
+    class FirstWaits(RandomlySlow):
+        def respond(self, sample: Sample) -> Reply | None:
+            if sample.number == 0:
+                assert first_may_answer.wait(60)
+            return Reply(str(sample.number))
+
+    calls = EnvironmentCalls(FirstWaits(), max_threads=5, seconds=90)
     ask_about_five(calls)
     collected = []
-    while calls.episodes:
+    while len(calls.episodes) > 1:
         collected += calls.collect(wait_for_any=True)
-    assert [e.sample.number for e, _ in collected] == [4, 3, 2, 1, 0]
+    assert {episode.sample.number for episode, _ in collected} == {1, 2, 3, 4}
+    first_may_answer.set()
+    ((first, _),) = calls.collect(wait_for_any=True)
+    assert first.sample.number == 0
