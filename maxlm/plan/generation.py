@@ -76,7 +76,8 @@ class GenerationPlanner:
             fix = "name a decoder's config"
             raise MaxlmError(message, where="model.architecture", fix=fix)
         limit = config.model.max_seq_len
-        if work.max_length > limit:
+        # The last token of a sequence is never read.
+        if work.max_length > limit + 1:
             lengths = f"{work.max_prompt_tokens:,} + {work.max_new_tokens:,} tokens"
             message = f"sequences of {lengths} exceed the model's {limit:,}"
             fix = "make them shorter, or raise model.max_seq_len"

@@ -337,7 +337,7 @@ def test_a_search_counts_rollouts(monkeypatch, policy, shares_params: bool):
     ("work", "settings", "words"),
     [
         (replace(WORK, shares_params=True), ("mesh.context=2",), "another mesh"),
-        (replace(WORK, max_prompt_tokens=8000, max_new_tokens=193), (), "8,192"),
+        (replace(WORK, max_prompt_tokens=8000, max_new_tokens=194), (), "8,192"),
     ],
 )
 def test_what_cannot_be_generated(monkeypatch, work, settings, words):

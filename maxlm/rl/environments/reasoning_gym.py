@@ -43,7 +43,7 @@ class ReasoningGymRows:
 class ReasoningGymEnvironment(Environment):
     """Prompts of one task of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760):
     ``prompt`` is an entry's question with ``instruction`` behind it; ``question``,
-    ``answer``, ``metadata`` and ``dataset`` (the task's name) are for its scorer. Needs ``maxlm[rl]``."""
+    ``answer``, ``metadata`` and ``dataset`` (the task's name) are for its scorer."""
 
     kind: str = "reasoning_gym"
     task: str

@@ -40,11 +40,14 @@ class PolicyEngine:
         self._task = task
         self._setup = setup
         self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
         self._config = task.engine
         if "max_length" not in task.engine.model_fields_set:
             self._config = task.engine.model_copy(update={"max_length": max_tokens})
+        position_limit = setup.config.model.position_limit or max_tokens
         self.max_prompt_length = find_max_prompt_length(
-            task.rollouts, min(max_tokens, find_max_length(self._config))
+            task.rollouts,
+            min(max_tokens, position_limit, find_max_length(self._config)),
         )
         self._mesh = _make_generation_mesh(setup, task.generation_mesh)
         placed = place_run(
@@ -74,6 +77,7 @@ class PolicyEngine:
                 self._task.environment,
                 self._task.rollouts,
                 seed=self._setup.config.seed,
+                max_length=self._max_tokens,
             )
         else:
             self._engine.set_params(params)

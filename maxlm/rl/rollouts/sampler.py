@@ -48,6 +48,8 @@ class RolloutSampler:
     Args:
         engine: with no other requests.
         seed: of the run.
+        max_length: tokens of a sample at most, such as a row to train on has room for;
+            None: as many as the engine has.
 
     Attributes:
         environment_errors: what was wrong where the environment failed, and
@@ -66,6 +68,7 @@ class RolloutSampler:
         config: RolloutConfig,
         *,
         seed: int,
+        max_length: int | None = None,
     ):
         self.engine = engine
         self.tokenizer = tokenizer
@@ -75,6 +78,8 @@ class RolloutSampler:
         self.version = 0
         self.environment_errors: list[MaxlmError] = []
         self.max_length = find_max_length(engine.config)
+        if max_length is not None:
+            self.max_length = min(self.max_length, max_length)
         """Tokens of the longest sample."""
         self.max_prompt_length = find_max_prompt_length(config, self.max_length)
         self.max_turns = environment.max_turns

@@ -129,11 +129,21 @@ def make_config(tokenizer: Tokenizer, settings: dict[str, Any]) -> RolloutConfig
 @pytest.fixture
 def make_sampler(engine, chat_tokenizer):
     def make(
-        environment: Environment | None = None, *, seed: int = 3, **settings
+        environment: Environment | None = None,
+        *,
+        seed: int = 3,
+        max_length: int | None = None,
+        **settings,
     ) -> RolloutSampler:
         config = make_config(chat_tokenizer, settings)
-        environment = environment or EchoEnvironment()
-        return RolloutSampler(engine, chat_tokenizer, environment, config, seed=seed)
+        return RolloutSampler(
+            engine,
+            chat_tokenizer,
+            environment or EchoEnvironment(),
+            config,
+            seed=seed,
+            max_length=max_length,
+        )
 
     return make
 

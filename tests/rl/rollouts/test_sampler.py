@@ -265,6 +265,23 @@ def test_an_environment_that_hangs_holds_up_no_other(expected, make_sampler, pro
     assert_same([*samples.values()], [*others.values()])
 
 
+def test_no_sample_is_longer_than_its_row(expected, make_sampler, prompts):
+    """They are those without the limit up to where the policy had no room."""
+    limit = 100
+    sampler = make_sampler(max_length=limit)
+    samples = by_name([*sampler.sample(prompts, 1, NUM_SAMPLES)])
+    num_cut = 0
+    for name, whole in by_name(expected).items():
+        sample = samples[name]
+        length = len(sample.tokens)
+        assert length <= limit
+        assert sample.tokens == whole.tokens[:length]
+        if length < len(whole.tokens):
+            num_cut += 1
+            assert not sample.is_complete
+    assert num_cut
+
+
 def test_settings_that_leave_no_room(make_sampler, prompts):
     sampler = make_sampler(max_prompt_length=20)
     error = message(sampler.add, prompts, 1, 1)
