@@ -4,11 +4,12 @@
         [--overrides key=value ...]
 
 Needs the `tpu` extra, and no TPU. Compiled are the training step, and the engine's
-decoding and prefilling steps on the trainer's mesh, once with `shares_params` and once
-with a copy that is released before the training step. While the engine runs, the train
-state stays where it is; while the trainer runs, the engine's caches do. A device's
-peak of both is that of the larger phase; the ratio to the training step's alone is
-given without the caches, which are listed apart.
+decoding and prefilling steps on the trainer's mesh with `shares_params`. While the
+engine runs, the train state stays where it is; while the trainer runs, the engine's
+caches do. A device's peak of both is that of the larger phase; the ratio to the
+training step's alone is given without the caches, which are listed apart. Last comes
+an engine with a copy of its own in the compute dtype, whole but for tensor parallelism:
+released before the training step (`Engine.release_params`), and kept.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from maxlm.inference.engine import make_cache_layout
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
 from maxlm.inference.model_runner import allocate_state
-from maxlm.inference.params import prepare_params
 from maxlm.inference.sequences import ScheduledStep
 from maxlm.inference.step import run_step
 from maxlm.inference.step_arrays import EngineSpec, StepSizes
 from maxlm.models.caches.layout import list_paged_windows
+from maxlm.models.params import param_specs
 from maxlm.parallel.local import axis_size
 from maxlm.plan.compiled.program import compile_step
 from maxlm.run.config import RunConfig
@@ -45,6 +46,19 @@ def compute_shard_bytes(tree: Any) -> int:
     for x in jax.tree.leaves(tree):
         shape = x.sharding.shard_shape(x.shape)
         total += prod(shape) * x.dtype.itemsize
+    return total
+
+
+def compute_copy_bytes(setup: RunSetup) -> int:
+    """Returns the bytes of each device's share of what ``prepare_params`` makes."""
+    model: Any = setup.model
+    rules = model.rules.model_copy(update={"layers": ()})
+    total = 0
+    for spec in jax.tree.leaves(param_specs(model)):
+        sharding = NamedSharding(setup.mesh, rules.spec(*spec.axes))
+        is_cast = spec.role in ("matrix", "table")
+        dtype = np.dtype(model.dtype if is_cast else spec.dtype)
+        total += prod(sharding.shard_shape(spec.shape)) * dtype.itemsize
     return total
 
 
@@ -98,9 +112,6 @@ def compile_rollout_step(
             lambda: allocate_state(model, spec.layout, config.max_length)
         )
         state = jax.tree.map(place, state)
-        if not config.shares_params:
-            prepared = jax.eval_shape(lambda x: prepare_params(model, x, mesh), params)
-            params = jax.tree.map(place, prepared)
         inputs = jax.tree.map(replicate, inputs)
         lowered = run_step.lower(model, spec, sizes, params, state, inputs)
     return lowered.compile(), compute_shard_bytes(state)
@@ -119,28 +130,30 @@ def main() -> None:
     print(f"{arguments.run} on {arguments.topology}, a device:")
     print(f"  train state                     {state_bytes / GIB:8.2f} GiB")
     print(f"  training step                   {train_peak / GIB:8.2f} GiB", flush=True)
-    for shares_params in (True, False):
-        engine = EngineConfig(
-            max_sequences=16, max_length=2048, shares_params=shares_params
+    engine = EngineConfig(max_sequences=16, max_length=2048, shares_params=True)
+    decoding = StepSizes(16, 1, 0, 0, engine.decode_steps)
+    prefilling = StepSizes(16, 1, engine.prefill_tokens, engine.max_chunks, 1)
+    peaks: list[int] = []
+    for phase, sizes in (("decoding", decoding), ("prefilling", prefilling)):
+        compiled, cache_bytes = compile_rollout_step(step.setup, engine, sizes)
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = state_bytes + memory.temp_size_in_bytes + outputs
+        peaks.append(peak)
+        print(f"  {phase}, without caches".ljust(33), f"{peak / GIB:8.2f} GiB")
+    print(f"  caches                          {cache_bytes / GIB:8.2f} GiB")
+    copy_bytes = compute_copy_bytes(step.setup)
+    print(f"  a copy of the engine's own      {copy_bytes / GIB:8.2f} GiB")
+    ratios = {
+        "arrays shared": max(*peaks, train_peak),
+        "a copy, released": max(max(peaks) + copy_bytes, train_peak),
+        "a copy, kept": max(*peaks, train_peak) + copy_bytes,
+    }
+    for name, peak in ratios.items():
+        print(
+            f"  a step with rollouts, {name}: {peak / train_peak:.3f}x and the caches"
         )
-        name = "shared" if shares_params else "copied, then released"
-        decoding = StepSizes(16, 1, 0, 0, engine.decode_steps)
-        prefilling = StepSizes(16, 1, engine.prefill_tokens, engine.max_chunks, 1)
-        for phase, sizes in (("decoding", decoding), ("prefilling", prefilling)):
-            compiled, cache_bytes = compile_rollout_step(step.setup, engine, sizes)
-            memory = compiled.memory_analysis()
-            assert memory is not None
-            outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            peak = state_bytes + memory.temp_size_in_bytes + outputs
-            if not shares_params:
-                peak += memory.argument_size_in_bytes - cache_bytes
-            ratio = max(peak, train_peak) / train_peak
-            print(
-                f"  {name}: {phase}, without caches  {peak / GIB:8.2f} GiB "
-                f"(temporaries {memory.temp_size_in_bytes / GIB:.2f}, caches "
-                f"{cache_bytes / GIB:.2f}); ratio of a step {ratio:.3f}",
-                flush=True,
-            )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,18 @@ class EngineConfig(Config):
     when its turn comes: they are held once, and each step takes longer. false: the
     engine makes a copy that steps read fastest: in the compute dtype, whole but for
     tensor parallelism, layers out of their stacks."""
+    batch_invariant: bool = False
+    """true: a token's log-probability has the same bits whatever runs beside it, in any
+    chunks and pages, as in a training forward pass with `parallel.batch_invariant`;
+    slow, and for decoders of attention and dense feed-forwards alone. false: as fast as
+    can be, where log-probabilities differ by rounding."""
     accepts_embeddings: bool = False
     """Whether requests may have vectors in place of tokens' embeddings where the model
     has no frontend; where it has one they always may."""
+    record_routes: bool = False
+    """Whether requests may ask for the experts that each token met: steps return them
+    for every token, and pages of kept prefixes hold theirs. false: nothing is computed
+    for them."""
 
     @model_validator(mode="before")
     @classmethod

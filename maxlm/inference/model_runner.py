@@ -87,7 +87,9 @@ class ModelRunner:
             check_shareable(self.model, params, self._mesh)
             self._params = params
         else:
-            self._params = prepare_params(self.model, params, self._mesh)
+            self._params = prepare_params(
+                self.model, params, self._mesh, fuse=not self.spec.batch_invariant
+            )
 
     def release_params(self) -> None:
         """Lets go of the parameters."""
@@ -123,7 +125,7 @@ class ModelRunner:
 
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
-        program = _choose_program(shape)
+        program = _choose_program(shape, self.spec)
         self._state, outputs = program(
             self.model,
             self.spec,
@@ -142,7 +144,7 @@ class ModelRunner:
         Args:
             inputs: `jax.ShapeDtypeStruct` in place of arrays suffice.
         """
-        lowered = _choose_program(shape).lower(
+        lowered = _choose_program(shape, self.spec).lower(
             self.model,
             self.spec,
             shape,
@@ -207,8 +209,10 @@ class ModelRunner:
         )
 
 
-def _choose_program(shape: StepSizes) -> jax.stages.Wrapped:
+def _choose_program(shape: StepSizes, spec: EngineSpec) -> jax.stages.Wrapped:
     """Returns the jitted step for a shape."""
+    if spec.batch_invariant:  # compiled as everything else is
+        return run_step
     is_decoding_on_cpu = get_platform() == "cpu" and not shape.chunk_tokens
     return run_decoding_step if is_decoding_on_cpu else run_step
 

@@ -27,11 +27,13 @@ from maxlm.parallel.linear import can_fuse_kernels, fuse_kernels
 _fuse_kernels = jax.jit(fuse_kernels)
 
 
-def prepare_params(model: Model, params: Params, mesh: Mesh | None = None) -> Params:
+def prepare_params(
+    model: Model, params: Params, mesh: Mesh | None = None, *, fuse: bool = True
+) -> Params:
     """Returns parameters laid out for use: in their compute layout, matrices and tables
     cast to the compute dtype, the decoder's layers out of their stacks. One array after
     the other, so that little is held twice. ``mesh``: to lay them out on; default: that
-    which they lie on."""
+    which they lie on. ``fuse``: whether kernels of the same input lie side by side."""
     params_mesh = jax.tree.leaves(params)[0].sharding.mesh
     if mesh is None:
         mesh = params_mesh
@@ -74,7 +76,7 @@ def prepare_params(model: Model, params: Params, mesh: Mesh | None = None) -> Pa
         for name, value in flatten_names(params, is_leaf).items():
             values[name] = prepare(name, specs[name], value)
 
-        for names in _list_joint_kernels(model, specs):
+        for names in _list_joint_kernels(model, specs) if fuse else ():
             # The first of them has the joint kernel; the others are read through it.
             first, *others = names
             if not isinstance(values[first], UnstackedParam):

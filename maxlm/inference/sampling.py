@@ -27,6 +27,7 @@ from maxlm.inference.logits_processors import (
     mask_from_bits,
     scatter_tokens,
 )
+from maxlm.parallel.batch_invariance import compute_log_probs_in_tiles
 
 MAX_STOP_IDS = 16
 TOP_LOGPROBS = 20
@@ -328,6 +329,7 @@ def compute_logprobs(
     needs_top: jax.Array | bool = True,
     *,
     vocab_size: int,
+    in_tiles: bool = False,
 ) -> TokenLogprobs:
     """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
 
@@ -338,6 +340,8 @@ def compute_logprobs(
         needs_top: whether any row needs those of the likeliest tokens, bool []; if not,
             these are 0, and nothing is sorted.
         vocab_size: ids that the tokenizer has; no other is among the likeliest.
+        in_tiles: whether those of ``tokens`` are computed as
+            :mod:`maxlm.parallel.batch_invariance` says; then on one device's shard.
     """
     num_top = min(TOP_LOGPROBS, vocab_size)
 
@@ -354,6 +358,10 @@ def compute_logprobs(
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - total
         top_ids, top = lax.cond(needs_top, find_top, skip_top, logits, total)
+        if in_tiles:
+            rows = logits.reshape(-1, logits.shape[-1])
+            tiled = compute_log_probs_in_tiles(rows, tokens.ravel())
+            return TokenLogprobs(tiled.reshape(tokens.shape), top_ids, top)
         return TokenLogprobs(chosen[..., 0], top_ids, top)
 
     def skip(logits):

@@ -30,6 +30,7 @@ from maxlm.models.frontends import (
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork
 
 ModelT = TypeVar("ModelT")
 ResultT = TypeVar("ResultT")
@@ -83,6 +84,7 @@ class BoundModel(Protocol):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         vectors: InputVectors | None = None,
+        routes: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Returns final hidden states [..., S, D], and what layers add to the loss."""
         ...
@@ -201,6 +203,17 @@ class Task(Config):
         run's folder, such as `maxlm convert` makes; None: the parameters that training
         starts from."""
         return {}
+
+    def extra_passes(self) -> tuple[ExtraPass, ...]:
+        """Returns the forward passes that the run makes outside its steps, for its
+        plan. A frozen model that they name is not counted in every step, as the others
+        are."""
+        return ()
+
+    def generation(self, seq_len: int, batch_size: int) -> GenerationWork | None:
+        """Returns what the trained model generates for steps of ``batch_size`` rows of
+        ``seq_len`` tokens, for the run's plan; None: nothing."""
+        return None
 
     @property
     def required_heads(self) -> Mapping[str, int]:

@@ -435,7 +435,8 @@ def _plan_run(config: RunConfig, setup: RunSetup, say: Say) -> "RunPlan":
     measured."""
     # Imported here: nothing else of training needs the planner.
     from maxlm.plan.known_errors import format_known_time_errors
-    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.machine import Machine
+    from maxlm.plan.predict import plan_run
     from maxlm.plan.show import format_prediction
 
     machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())

@@ -28,6 +28,17 @@ class Episode:
     """Its place by arrival: smaller ones go first."""
 
     @property
+    def group(self) -> tuple[int, int, int]:
+        """The same for all samples of a prompt, and no others."""
+        row_number = self.sample.prompt.row_number
+        return self.rollout_number, row_number, self.occurrence
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything follows its prompt."""
+        return len(self.sample.tokens) > self.sample.num_prompt_tokens
+
+    @property
     def request_id(self) -> str:
         sample = self.sample
         return (

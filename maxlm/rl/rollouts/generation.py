@@ -1,7 +1,5 @@
 """The engine that draws rollouts with a run's own parameters."""
 
-from collections.abc import Mapping
-
 from jax.sharding import Mesh
 
 from maxlm.data.tokenizer.codec import Tokenizer
@@ -16,6 +14,7 @@ from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.run.placement import place_run
 from maxlm.run.setup import RunSetup
 from maxlm.sharding import MeshConfig, make_mesh
+from maxlm.sharding.mesh import fold_for_generation
 
 
 class PolicyEngine:
@@ -97,12 +96,7 @@ def _make_generation_mesh(setup: RunSetup, config: MeshConfig | None) -> Mesh:
     if config is not None:
         return make_mesh(config, devices)
     sizes = dict(setup.mesh.shape)
-    num_folded = sizes["context"] * sizes["stage"]
-    if num_folded == 1:
+    folded = fold_for_generation(sizes)
+    if folded == sizes:
         return setup.mesh
-    folded: Mapping[str, int] = sizes | {
-        "context": 1,
-        "stage": 1,
-        "data": sizes["data"] * num_folded,
-    }
     return make_mesh(MeshConfig.model_validate(folded), devices)

@@ -83,12 +83,12 @@ class RolloutSampler:
         if self.max_turns > 1 and environment.chat:
             check_template_keeps_turns(environment, tokenizer)
         self._room = engine.config.max_sequences * engine.num_shards
-        """Requests that the engine runs together: more would start before turns that
+        """Sequences that the engine runs together: more would start before turns that
         go on, which are older."""
         self._waiting: list[Episode] = []
         """Episodes to ask the engine to go on with, the oldest first."""
-        self._drawing: dict[str, Episode] = {}
-        """Episodes in the engine, by request."""
+        self._drawing: dict[tuple[str, int], Episode] = {}
+        """Episodes in the engine, by request and number in it."""
         threads = config.reply_threads or count_usable_cores()
         self._calls = EnvironmentCalls(environment, threads, config.reply_seconds)
         self._failed: list[Episode] = []
@@ -112,7 +112,7 @@ class RolloutSampler:
             return
         self.version = step
         if self.config.update_in_flight == "recompute":
-            for request_id, episode in self._drawing.items():
+            for (request_id, _), episode in self._drawing.items():
                 self.engine.abort(request_id)
                 insort(self._waiting, episode, key=get_episode_order)
             self._drawing = {}
@@ -221,29 +221,44 @@ class RolloutSampler:
         self._waiting.append(episode)
 
     def _submit(self) -> None:
-        """Gives the engine as many episodes as it runs together."""
-        num_free = self._room - len(self._drawing)
-        for episode in self._waiting[: max(0, num_free)]:
-            request = self._make_request(episode)
+        """Gives the engine as many episodes as it runs together, and the others of a
+        group: their prompt is computed once."""
+        while self._waiting and len(self._drawing) < self._room:
+            group = self._take_group()
+            request = self._make_request(group)
             self.engine.add_request(request)
-            self._drawing[request.request_id] = episode
-        del self._waiting[: max(0, num_free)]
+            for index, episode in enumerate(group):
+                self._drawing[request.request_id, index] = episode
 
-    def _make_request(self, episode: Episode) -> GenerationRequest:
+    def _take_group(self) -> list[Episode]:
+        """Takes the oldest waiting episode, and where nothing of it is drawn yet, those
+        behind it that are the next samples of the same prompt."""
+        first = self._waiting[0]
+        group = [first]
+        for episode in self._waiting[1 : self._room]:
+            is_next = (
+                not first.has_begun
+                and not episode.has_begun
+                and episode.group == first.group
+                and episode.sample.number == first.sample.number + len(group)
+            )
+            if not is_next:
+                break
+            group.append(episode)
+        del self._waiting[: len(group)]
+        return group
+
+    def _make_request(self, group: Sequence[Episode]) -> GenerationRequest:
+        episode = group[0]
         sample = episode.sample
-        # The stream of all its turns: a token's place in it is its position.
-        key = derive_key(
-            self.seed,
-            "rollout",
-            episode.rollout_number,
-            sample.prompt.row_number,
-            episode.occurrence,
-            sample.number,
-        )
+        # All samples of a group have one seed, and each a stream of its own; a token's
+        # place in the stream is its position, in whatever turn.
+        key = derive_key(self.seed, "rollout", *episode.group)
         sampling = self.config.sampling
         num_in_turn = len(sample.tokens) - episode.turn_start
-        episode.num_drawn_before = num_in_turn
-        episode.num_requests += 1
+        for member in group:
+            member.num_drawn_before = num_in_turn
+            member.num_requests += 1
         updates = {
             "seed": key % 2**32,
             "max_new_tokens": self._count_room(sample),
@@ -253,6 +268,8 @@ class RolloutSampler:
             episode.request_id,
             tuple(sample.tokens),
             sampling.model_copy(update=updates),
+            num_sequences=len(group),
+            first_stream=sample.number,
             stop_strings=self.environment.stop_strings,
             top_logprobs=0,
         )
@@ -264,7 +281,8 @@ class RolloutSampler:
 
     def _take(self, output: SequenceOutput) -> None:
         """Adds tokens that were drawn to their sample."""
-        episode = self._drawing.get(output.request_id)
+        name = (output.request_id, output.sequence_index)
+        episode = self._drawing.get(name)
         if episode is None:
             return
         sample = episode.sample
@@ -281,7 +299,7 @@ class RolloutSampler:
         sample.versions += [self.version] * num_tokens
         if finish_reason is None:
             return
-        del self._drawing[output.request_id]
+        del self._drawing[name]
         turn = sample.tokens[episode.turn_start :]
         if turn[-1] in self.tokenizer.stop_ids:
             turn = turn[:-1]

@@ -15,6 +15,7 @@ from maxlm.rl.losses import ClipLimits, compute_clipped_losses
 from maxlm.rl.tasks.policy import ADVANTAGES, OLD, PolicyTask, TokenStatistics
 from maxlm.sharding.supported import ReshapingAxis
 from maxlm.tasks.distillation import BETAS, check_same_vocabulary
+from maxlm.tasks.extra_work import ExtraPass
 from maxlm.tasks.task import (
     Average,
     BoundModel,
@@ -72,6 +73,12 @@ class OnPolicyDistillationTask(PolicyTask):
             check_same_vocabulary(
                 teacher.vocab_size, model.vocab_size, str(self.teacher)
             )
+
+    def extra_passes(self) -> tuple[ExtraPass, ...]:
+        if self.signal == "divergence":
+            # Each step's loss reads the teacher.
+            return super().extra_passes()
+        return self.make_passes([None, "teacher"])
 
     @property
     def reads_models_of_rollouts(self) -> bool:

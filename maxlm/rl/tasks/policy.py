@@ -26,6 +26,7 @@ from maxlm.rl.rollouts.packing import RowLayout
 from maxlm.rl.sequences import PackedSequences
 from maxlm.sharding import MeshConfig
 from maxlm.sharding.supported import ReshapingAxis
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork
 from maxlm.tasks.preference import scale_layers_loss
 from maxlm.tasks.task import (
     Average,
@@ -155,6 +156,33 @@ class PolicyTask(Task):
         from maxlm.rl.rollouts.source import PolicyRolloutSource
 
         return PolicyRolloutSource(self, inputs)
+
+    def generation(self, seq_len: int, batch_size: int) -> GenerationWork | None:
+        from maxlm.rl.rollouts.planned_work import describe_generation
+
+        return describe_generation(self, seq_len, batch_size)
+
+    def extra_passes(self) -> tuple[ExtraPass, ...]:
+        names = set(self.list_prepared_arrays())
+        models: list[str | None] = []
+        if names - {REFERENCE}:
+            models.append(None)
+        if REFERENCE in names:
+            models.append("reference")
+        return self.make_passes(models)
+
+    def make_passes(self, models: Sequence[str | None]) -> tuple[ExtraPass, ...]:
+        """Returns the passes of :meth:`prepare_rollouts` over a rollout, of the policy
+        (None) and of frozen models by name."""
+        return tuple(
+            ExtraPass(
+                f"log-probabilities of the {model or 'policy'}",
+                model,
+                passes_per_step=1 / self.epochs,
+                batches_at_once=self.minibatches,
+            )
+            for model in models
+        )
 
     # Arrays of a rollout: on the host, then on devices, then on the host again.
 

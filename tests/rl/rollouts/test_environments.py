@@ -4,7 +4,9 @@ alone; what a policy writes is worked out, never run."""
 import operator
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -153,6 +155,7 @@ def test_a_program_runs_in_the_sandbox():
     assert environment.respond(make_sample(("assistant", "84"))) is None
 
 
+@pytest.mark.heavy
 def test_a_task_of_reasoning_gym():
     pytest.importorskip("reasoning_gym")
     config = {
@@ -173,7 +176,7 @@ def test_a_task_of_reasoning_gym():
     assert compute_arithmetic(expression) == int(row["answer"])
     wrong = environment.model_copy(update={"task": "basic_arithmetics"})
     assert "did you mean basic_arithmetic?" in message(wrong.open_prompts, 4)
-    wrong = environment.model_copy(update={"settings": {"min_terms": 5}})
+    wrong = environment.model_copy(update={"settings": {"min_terms": 0}})
     assert "environment.settings: reasoning-gym's basic_arithmetic does not" in message(
         wrong.open_prompts, 4
     )
@@ -181,18 +184,24 @@ def test_a_task_of_reasoning_gym():
     assert "environment.settings" in message(wrong.open_prompts, 4)
 
 
-def test_an_environment_from_outside(monkeypatch):
-    class Guess(Environment):
-        kind: str = "guess"
-
-        def open_prompts(self, seed: int) -> GeneratedRows:
-            return GeneratedRows(lambda number: {"prompt": str(number)}, "guess")
-
-    monkeypatch.setitem(ENVIRONMENTS._loaded, "guess", Guess)
-    environment = TypeAdapter(EnvironmentConfig).validate_python({"kind": "guess"})
-    assert isinstance(environment, Guess)
-    assert environment.respond(make_sample()) is None
-    assert environment.score(make_sample()) is None
+def test_the_environment_of_the_documentation(monkeypatch):
+    monkeypatch.setattr(ENVIRONMENTS, "_loaded", dict(ENVIRONMENTS._loaded))
+    page = (Path(__file__).parents[3] / "docs/rl.md").read_text()
+    section = page.partition("### An environment of one's own")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    exec(code, {"__name__": "documentation"})
+    config = {"kind": "guess", "max_guesses": 3}
+    environment = TypeAdapter(EnvironmentConfig).validate_python(config)
+    assert environment.max_turns == 3
+    row = environment.open_prompts(0)[2]
+    assert row["answer"] == 74
+    turns = {"x": "Write a number.", "9": "higher", "75": "lower", "74": None}
+    for turn, expected in turns.items():
+        sample = make_sample(("assistant", turn))
+        sample = replace(sample, prompt=replace(sample.prompt, row=row))
+        reply = environment.respond(sample)
+        assert (reply and reply.text) == expected
+        assert environment.score(sample) == (turn == "74")
 
 
 class RandomlySlow(Environment):

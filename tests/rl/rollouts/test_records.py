@@ -55,7 +55,7 @@ def test_damaged_files_are_one_line(tmp_path):
     files.write(3, arrays)
     path = files.get_path(3)
     whole = path.read_bytes()
-    num_errors = 0
+    errors = []
     for place in [*range(0, len(whole), 17), len(whole) - 1]:
         flipped = bytearray(whole)
         flipped[place] ^= 255
@@ -64,14 +64,16 @@ def test_damaged_files_are_one_line(tmp_path):
             try:
                 actual = files.read(3)
             except MaxlmError as error:
-                assert f"{path}: the record of rollout 3 is damaged" in str(error)
-                num_errors += 1
+                errors.append(str(error))
                 continue
             # A byte that means nothing, such as a time.
             assert actual is not None
             for name, array in arrays.items():
                 np.testing.assert_array_equal(actual[name], array)
-    assert num_errors > len(whole) // 17
+    assert len(errors) > len(whole) // 17
+    for error in errors:
+        assert f"{path}: the record of rollout 3 is damaged" in error
+        assert "\n" not in error
 
 
 def test_rollouts_that_a_checkpoint_needs_stay(tmp_path):
