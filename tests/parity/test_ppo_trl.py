@@ -90,9 +90,7 @@ def test_an_update(theirs):
     module = with_head.build(rules=rules, dtype=jnp.float32)
     start = read_params(detach(policy), value_weight.numpy())
     params = compare.placed(start, mesh)
-    frozen = compare.placed(
-        read_params(detach(reference), value_weight.numpy()), mesh
-    )
+    frozen = compare.placed(read_params(detach(reference), value_weight.numpy()), mesh)
 
     task = PpoTask.model_validate(
         {
