@@ -50,17 +50,53 @@ class GenerationCost:
     """Seconds of a rollout, by part; empty: no machine was named."""
 
 
+@dataclass(frozen=True)
+class ExpectedLengths:
+    """Lengths that a user expects of a rollout's sequences on average, where the task
+    does not know them; None: as the task says."""
+
+    prompt: float | None = None
+    """Tokens of a prompt."""
+    new: float | None = None
+    """Tokens of an answer."""
+
+    def set_in(self, work: GenerationWork) -> GenerationWork:
+        """Returns a task's work with these lengths. Raises MaxlmError: they are longer
+        than the task allows."""
+        for option, expected, longest in (
+            ("--prompt", self.prompt, work.max_prompt_tokens),
+            ("--new", self.new, work.max_new_tokens),
+        ):
+            if expected is not None and expected > longest:
+                message = (
+                    f"{expected:,} tokens on average, and the task has {longest:,} "
+                )
+                message += "at most"
+                raise MaxlmError(message, where=option, fix="lower it")
+        return replace(
+            work,
+            mean_prompt_tokens=self.prompt or work.mean_prompt_tokens,
+            mean_new_tokens=self.new or work.mean_new_tokens,
+        )
+
+
 class GenerationPlanner:
     """Plans a task's generation on one mesh after another.
 
     Args:
         machine: where; None: bytes alone.
+        lengths: that are expected of sequences.
 
     Raises:
         MaxlmError: the model is no decoder, or sequences are longer than its context.
     """
 
-    def __init__(self, config: RunConfig, machine: Machine | None):
+    def __init__(
+        self,
+        config: RunConfig,
+        machine: Machine | None,
+        lengths: ExpectedLengths = ExpectedLengths(),
+    ):
         work = config.task.generation(config.data.seq_len, config.data.batch_size)
         self.work: GenerationWork | None = work
         """What is generated; None: nothing."""
@@ -69,6 +105,8 @@ class GenerationPlanner:
         self._model_work: RunWorkload | None = None
         if work is None:
             return
+        work = lengths.set_in(work)
+        self.work = work
         kind = config.model.transformer_type
         if kind != "decoder":
             message = f"task.kind={config.task.kind} generates, which is planned for "

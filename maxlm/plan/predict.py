@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.generation import GenerationPlanner
+from maxlm.plan.generation import ExpectedLengths, GenerationPlanner
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import RunLayout, compute_run_layout
@@ -195,6 +195,7 @@ def plan_run(
     *,
     sizes: Mapping[str, int] | None = None,
     reliability: Reliability = Reliability(),
+    lengths: ExpectedLengths = ExpectedLengths(),
 ) -> RunPlan:
     """Plans a run.
 
@@ -202,6 +203,7 @@ def plan_run(
         machine: where; None: bytes alone.
         sizes: mesh axis → devices; default: the config's mesh on the machine.
         reliability: of the machine, for goodput.
+        lengths: that are expected of the sequences that a task generates.
 
     Raises:
         MaxlmError: something does not fit together. Too little memory is no error.
@@ -219,7 +221,7 @@ def plan_run(
     shape = StepShape(
         work, sizes, config.train.micro_batches, config.model.remat, topology
     )
-    planner = GenerationPlanner(config, machine)
+    planner = GenerationPlanner(config, machine, lengths)
     memory, collectives, time, extra = estimate_costs(shape, machine, planner)
     goodput = None
     if time is not None:

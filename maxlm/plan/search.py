@@ -20,7 +20,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.generation import GenerationPlanner
+from maxlm.plan.generation import ExpectedLengths, GenerationPlanner
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.machine import SAFE_FILL_RATIO, Machine
 from maxlm.plan.predict import estimate_costs, plan_run
@@ -113,15 +113,24 @@ class _FittingCandidates(NamedTuple):
 
 
 def search_layouts(
-    config: RunConfig, machine: Machine, *, top: int = 10
+    config: RunConfig,
+    machine: Machine,
+    *,
+    top: int = 10,
+    lengths: ExpectedLengths = ExpectedLengths(),
 ) -> SearchResult:
-    """Ranks all layouts of a run on a machine; where none fits there is no best."""
+    """Ranks all layouts of a run on a machine; where none fits there is no best.
+
+    Args:
+        top: layouts to return.
+        lengths: that are expected of the sequences that a task generates.
+    """
     began = time.perf_counter()
     groups: list[_FittingCandidates] = []
     num_tried = 0
     num_divisible = 0
     min_peak_bytes = np.inf
-    planner = GenerationPlanner(config, machine)
+    planner = GenerationPlanner(config, machine, lengths)
     for num_candidates, shape in _list_shapes(config, machine):
         num_tried += num_candidates
         if not len(shape.micro_batches):
@@ -158,7 +167,7 @@ def search_layouts(
     refusal = None
     for candidate in candidates:
         try:
-            plan_run(candidate.apply(config), machine)
+            plan_run(candidate.apply(config), machine, lengths=lengths)
             best.append(candidate)
         except MaxlmError as error:
             refusal = str(error)
