@@ -117,11 +117,12 @@ class ModelRunner:
     @property
     def state(self) -> EngineState:
         """The caches; each program that changes them takes them and returns others."""
-        if self._state is None:
-            self._state = allocate_state(
-                self.model, self.spec.layout, self.spec.max_length
-            )
-        return self._state
+        state = self._state
+        if state is None:
+            layout = self.spec.layout
+            state = allocate_state(self.model, layout, self.spec.max_length)
+            self._state = state
+        return state
 
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
