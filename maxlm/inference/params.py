@@ -121,13 +121,13 @@ def check_params(model: Model, params: Params) -> None:
     where = "parameters of the engine"
     fix = "give those of the model that the engine was made for"
     expected = flatten_names(param_specs(model))
-    given = flatten_names(params)
-    if expected.keys() != given.keys():
-        differing = sorted(expected.keys() ^ given.keys())
+    arrays = flatten_names(params)
+    if expected.keys() != arrays.keys():
+        differing = sorted(expected.keys() ^ arrays.keys())
         message = f"names differ from the model's: {', '.join(differing)[:200]}"
         raise MaxlmError(message, where=where, fix=fix)
     for name, spec in expected.items():
-        shape = given[name].shape
+        shape = arrays[name].shape
         if shape != spec.shape:
             message = f"{name} has shape {[*shape]}, the model's {[*spec.shape]}"
             raise MaxlmError(message, where=where, fix=fix)

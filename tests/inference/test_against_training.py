@@ -163,8 +163,8 @@ def test_the_likeliest_tokens_come_where_they_are_asked_for(cases):
         assert max(second, entry.logprob) <= first < 0
 
 
-def run_invariant(case, **settings):
-    engine = make_engine(case, batch_invariant=True, **settings)
+def run_invariant(case, settings):
+    engine = make_engine(case, **{"batch_invariant": True, **settings})
     return engine, run_engine(engine, PROMPTS, SAMPLED)
 
 
@@ -184,7 +184,7 @@ def test_every_bit_is_the_trainer_s_where_both_are_batch_invariant(
 ):
     case = build_case(kind, one_device_mesh, batch_invariant=True)
     for name in names:
-        engine, sequences = run_invariant(case, **SETTINGS[name])
+        engine, sequences = run_invariant(case, SETTINGS[name])
         assert np.abs(compute_differences(case, sequences)).max() == 0
     after = case.with_other_params()
     engine.set_params(after.params)

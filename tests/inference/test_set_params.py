@@ -25,8 +25,11 @@ PROMPT = (5, 9, 2, 40, 3, 17, 8, 1, 1, 30)
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
 
 
-def make_engine(tiny: Tiny, **settings) -> Engine:
-    return Engine(tiny.model, tiny.params, EngineConfig(**SMALL, **settings))
+def make_engine(tiny: Tiny, *, shares_params=False, decode_steps=8) -> Engine:
+    config = EngineConfig(
+        **SMALL, shares_params=shares_params, decode_steps=decode_steps
+    )
+    return Engine(tiny.model, tiny.params, config)
 
 
 def change(tiny: Tiny) -> Tiny:
