@@ -188,14 +188,17 @@ def run_engine(
     return list(rows.values())
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(
+def compute_log_probs(
     model: Decoder, params: Params, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
+    """Computes log-probabilities of targets [B, S] as a training step does."""
     bound = bind(model, params)
     hidden, _ = bound(batch["tokens"], batch["positions"], batch["segment_ids"])
     head = bound.prepare_logits(hidden)
     return compute_fused_log_probs(head, batch["targets"], chunk_tokens=64)
+
+
+_forward = jax.jit(compute_log_probs, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -286,7 +289,7 @@ def make_engine(case: Case, **settings: Any) -> Engine:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--batch-invariant", action="store_true")
     arguments = parser.parse_args()

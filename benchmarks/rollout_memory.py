@@ -118,7 +118,7 @@ def compile_rollout_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", default="runs/llama3_8b")
     parser.add_argument("--topology", default="v5p-64")
     parser.add_argument("--overrides", nargs="*", default=["train.micro_batches=4"])

@@ -146,12 +146,12 @@ def attend_in_order(
             distance = distance.astype(jnp.float32)[..., None, None]
             score = score - spread(terms.slopes) * distance
         new_top = jnp.maximum(top, jnp.where(is_seen, score, _LOWEST))
-        kept = jnp.exp(top - new_top)
+        decay = jnp.exp(top - new_top)
         weight = jnp.where(is_seen, jnp.exp(score - new_top), 0)
-        total = total * kept + weight
+        total = total * decay + weight
         # What is not seen may be anything.
         value = jnp.where(is_seen[..., None], value, 0)
-        weighted = weighted * kept[..., None] + weight[..., None] * value
+        weighted = weighted * decay[..., None] + weight[..., None] * value
         return new_top, total, weighted
 
     # From q, so that what shards have of their own is known to differ between them.
