@@ -24,7 +24,7 @@ from maxlm.runtime.json_types import JsonMapping, JsonObject
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from maxlm.plan.predict import Machine
+    from maxlm.plan.machine import Machine
     from maxlm.plan.search import SearchResult
     from maxlm.run.config import RunConfig
 
@@ -365,9 +365,10 @@ def _plan_serving(
         requests: fields of ``ServingOptions``, and the ``cache``.
         top: splits of a search to show; 0: no search.
     """
-    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, ServingOptions, search_serving
+    from maxlm.plan.served_model import ServingOptions
+    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, search_serving
     from maxlm.plan.serving_cache import CacheFormat
-    from maxlm.plan.show import render_serving_search, render_serving_tables
+    from maxlm.plan.show_serving import render_serving_search, render_serving_tables
     from maxlm.run.config import RunConfig
     from maxlm.sharding import mesh_sizes, parse_mesh
 
@@ -423,7 +424,7 @@ def _make_machine(name: str) -> "Machine":
     `cpuxN`."""
     import jax
 
-    from maxlm.plan.predict import Machine
+    from maxlm.plan.machine import Machine
     from maxlm.plan.topology import parse_topology
 
     topology = parse_topology(name)

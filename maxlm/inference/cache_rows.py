@@ -86,6 +86,8 @@ class CacheRows:
             for table, seen_pages in zip(self.page_tables, pages, strict=True):
                 first = len(nodes) - len(seen_pages)
                 table[sequence.row, first : len(nodes)] = seen_pages
+        cached_routes = [route for node in nodes for route in node.routes]
+        sequence.routes += cached_routes[len(sequence.routes) :]
         return True
 
     def _has_room(self, sequence: RunningSequence, nodes: list[PrefixNode]) -> bool:
@@ -142,6 +144,7 @@ class CacheRows:
         target.has_encoder_output = source.has_encoder_output
         target.num_computed = num_computed
         target.num_pages = -(-num_computed // self.page_size)
+        target.routes = source.routes[:num_computed]
 
         # Pages that the next token sees, shared with the source.
         for group, pool in enumerate(self.pools):
@@ -248,6 +251,9 @@ class CacheRows:
             ids = sequence.list_cache_ids(first_token, first_token + page_size)
             pages = [int(table[row, index]) for table in self.page_tables]
             node = self.tree.extend(node, tuple(ids), pages)
+            if not node.routes:
+                end = first_token + page_size
+                node.routes = sequence.routes[first_token:end]
             # Where the tree had these tokens already, the pages are the tree's.
             for table, page in zip(self.page_tables, node.pages, strict=True):
                 table[row, index] = page

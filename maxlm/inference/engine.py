@@ -29,7 +29,11 @@ from maxlm.inference.banned_sequences import (
 from maxlm.inference.cpu import choose_decode_kernels
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
-from maxlm.inference.generative_model import check_batch_invariant, require_generative
+from maxlm.inference.generative_model import (
+    GenerativeModel,
+    check_batch_invariant,
+    require_generative,
+)
 from maxlm.inference.grammar import GrammarCompiler
 from maxlm.inference.model_runner import (
     MAX_PAGE_COPIES,
@@ -59,6 +63,7 @@ from maxlm.inference.step_arrays import (
 )
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
+from maxlm.models.architectures.routes import list_expert_layers
 from maxlm.models.caches.layout import (
     CacheLayout,
     choose_feature_multiple,
@@ -128,6 +133,8 @@ class Engine:
             message = f"the sequence is split over {' and '.join(model.rules.seq)}"
             fix = "generate on a mesh with context=1"
             raise MaxlmError(message, where="mesh", fix=fix)
+        if config.record_routes:
+            _require_experts(model)
         self.model = model
         self.tokenizer = tokenizer
         self.mesh: Mesh = mesh or jax.tree.leaves(params)[0].sharding.mesh
@@ -174,6 +181,7 @@ class Engine:
             ),
             batch_invariant=config.batch_invariant,
             shares_params=config.shares_params,
+            record_routes=config.record_routes,
         )
         cache_specs = model.cache_specs(layout)
         has_encoder = isinstance(model, EncoderDecoder)
@@ -204,8 +212,9 @@ class Engine:
             )
             self._draft_runner = None
             if draft is not None and draft_model is not None:
+                draft_spec = replace(self._spec, record_routes=False)
                 self._draft_runner = ModelRunner(
-                    draft_model, draft.params, self._spec, self.mesh
+                    draft_model, draft.params, draft_spec, self.mesh
                 )
         self._runners = [self._runner]
         if self._draft_runner is not None:
@@ -265,6 +274,10 @@ class Engine:
                 )
                 fix = "use the tokenizer that the model was trained with"
                 raise MaxlmError(message, where=where, fix=fix)
+        if request.routes and not self.config.record_routes:
+            message = "it asks for routes, which the engine does not record"
+            fix = "set record_routes=true in the engine's config"
+            raise MaxlmError(message, where=where, fix=fix)
         if self.tokenizer is None and (request.stop_strings or request.grammar):
             message = "stop strings and grammars need a tokenizer"
             fix = "give the engine one, or use stop_token_ids"
@@ -637,12 +650,25 @@ class Engine:
         new_tokens = {
             sequence: output.token_ids for sequence, output in outputs.items()
         }
+        num_read = {row.sequence: len(new_tokens[row.sequence]) for row in plan.decode}
+        for sequence, routes in self._inputs.read_routes(result, shape, plan):
+            sequence.record_routes(routes[: num_read.get(sequence)])
+        for sequence, output in outputs.items():
+            if sequence.request.routes:
+                output.routes = np.stack(self._outputs.take_routes(sequence))
         self.scheduler.finish_step(plan, new_tokens)
         for sequence, output in outputs.items():
             if output.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 self._outputs.forget(sequence)
         return [*outputs.values()]
+
+
+def _require_experts(model: GenerativeModel) -> None:
+    """Raises MaxlmError: a model without routes to record."""
+    if isinstance(model, EncoderDecoder) or not list_expert_layers(model.config):
+        message = "record_routes for a model that is no decoder with experts"
+        raise MaxlmError(message, where="engine.record_routes", fix="set it to false")
 
 
 def make_cache_layout(

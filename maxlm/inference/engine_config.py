@@ -71,6 +71,10 @@ class EngineConfig(Config):
     accepts_embeddings: bool = False
     """Whether requests may have vectors in place of tokens' embeddings where the model
     has no frontend; where it has one they always may."""
+    record_routes: bool = False
+    """Whether requests may ask for the experts that each token met: steps return them
+    for every token, and pages of kept prefixes hold theirs. false: nothing is computed
+    for them."""
 
     @model_validator(mode="before")
     @classmethod

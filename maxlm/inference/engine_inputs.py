@@ -304,6 +304,27 @@ class InputBuilder:
                 place = shape.num_rows + index
                 yield chunk.sequence, drafts[shard, place].tolist()
 
+    def read_routes(
+        self, result: StepOutputs, shape: StepSizes, plan: ScheduledStep
+    ) -> Iterator[tuple[RunningSequence, np.ndarray]]:
+        """Yields the experts [tokens, E, k] of the tokens that each sequence read, also
+        of those that void drafts or the end of its output made superfluous."""
+        if result.routes is None:
+            return
+        routes = np.asarray(result.routes)  # [steps, D, b·G + C, E, k]
+        for sequence, num_tokens in plan.decode:
+            place = sequence.row * shape.row_tokens
+            if shape.row_tokens == 1:
+                yield sequence, routes[:num_tokens, sequence.shard, place]
+            else:
+                places = slice(place, place + num_tokens)
+                yield sequence, routes[0, sequence.shard, places]
+        num_row_tokens = shape.num_rows * shape.row_tokens
+        for chunk, shard, _, begin in _place_chunks(plan):
+            first = num_row_tokens + begin
+            places = slice(first, first + chunk.num_tokens)
+            yield chunk.sequence, routes[0, shard, places]
+
     def read_prompts(
         self, result: StepOutputs, plan: ScheduledStep
     ) -> Iterator[tuple[PrefillChunk, list[TokenLogprob]]]:
@@ -348,7 +369,7 @@ class InputBuilder:
                 continue
             configs[row] = sequence.request.sampling
             stop_ids[row] = sequence.stop_ids
-            streams[row] = sequence.index
+            streams[row] = sequence.request.first_stream + sequence.index
             adapters[row] = sequence.request.adapter
             prompt_lengths[row] = sequence.num_prompt_tokens
         self._prompt_lengths = prompt_lengths.reshape(D, R)

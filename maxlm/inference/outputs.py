@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.inference.banned_sequences import TokenMatcher
 from maxlm.inference.requests import SequenceOutput, TokenLogprob
@@ -74,6 +76,8 @@ class _Output:
     text: TextStream | None
     prompt_logprobs: list[TokenLogprob] | None = None
     started: bool = False
+    num_routes: int = 0
+    """Tokens whose experts have been handed out, virtual ones included."""
 
 
 class OutputBuilder:
@@ -180,6 +184,14 @@ class OutputBuilder:
         if not request.continuations:  # their tokens are not generated
             self.num_generated_tokens += len(output.token_ids)
         return output
+
+    def take_routes(self, sequence: RunningSequence) -> list[np.ndarray]:
+        """Returns the experts [E, k] of each token that a sequence has read since they
+        were last taken."""
+        so_far = self._outputs[sequence]
+        first = max(so_far.num_routes, sequence.num_virtual_tokens)
+        so_far.num_routes = len(sequence.routes)
+        return sequence.routes[first:]
 
     def take_prompt(self, chunk: PrefillChunk, tokens: Sequence[TokenLogprob]) -> None:
         """Keeps log-probabilities of a prompt's tokens for its first output."""

@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 def count_spanned_pages(num_tokens: int, page_size: int) -> int:
     """Return the pages that consecutive tokens touch at most, wherever the first of
@@ -68,6 +70,8 @@ class PrefixNode:
     pages: list[int]
     """A page for each group; 0: evicted, in groups with a window alone."""
     children: "dict[tuple[int, ...], PrefixNode]" = field(default_factory=dict)
+    routes: list[np.ndarray] = field(default_factory=list, repr=False)
+    """The experts [E, k] of each of its tokens, where the engine records them."""
     num_holders: int = 0
     """Sequences whose cached prefix ends here; the node stays while there are any."""
 

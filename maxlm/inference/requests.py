@@ -35,6 +35,9 @@ class GenerationRequest:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     num_sequences: int = 1
     """Sequences that continue the prompt, each with a random stream of its own."""
+    first_stream: int = 0
+    """Number of the first one's random stream among those of ``sampling.seed``; the
+    others follow."""
     continuations: tuple[tuple[int, ...], ...] = ()
     """Tokens to score behind the prompt, one of these for each sequence, in place of
     drawing any: the log-probability of a continuation's last token is in the output's
@@ -53,6 +56,9 @@ class GenerationRequest:
     """Log-probabilities of each output token, and of so many likeliest ones, 20 at
     most; None: none. They are the model's own: before penalties, temperature and
     filters."""
+    routes: bool = False
+    """Whether outputs have the experts of the tokens that were read; the engine's
+    config must have ``record_routes``."""
     adapter: str | None = None
     """Name of a loaded adapter (`Engine.load_adapter`); None: the base alone."""
     prompt_logprobs: int | None = None
@@ -100,6 +106,11 @@ class SequenceOutput:
     """The stop string, or the token id, that ended it."""
     num_cached_tokens: int = 0
     """Tokens of the prompt whose cache was there already (a shared prefix)."""
+    routes: np.ndarray | None = None
+    """If asked for: int8 or int16 [tokens, E, k], the experts that the tokens read
+    since the last output met in the E layers with experts; see
+    :mod:`maxlm.models.architectures.routes`. The first output has the prompt's, cached
+    ones included. A sequence's last token is never read, and has none."""
 
     def append(self, later: "SequenceOutput") -> None:
         """Adds the sequence's next output to this one."""
@@ -107,3 +118,6 @@ class SequenceOutput:
         self.text += later.text
         self.logprobs += later.logprobs
         self.finish_reason, self.stop_match = later.finish_reason, later.stop_match
+        if later.routes is not None:
+            routes = [] if self.routes is None else [self.routes]
+            self.routes = np.concatenate([*routes, later.routes])

@@ -4,6 +4,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from maxlm.inference.pages import PrefixNode
 from maxlm.inference.prompt_vectors import PromptVectors
 from maxlm.inference.requests import GenerationRequest
@@ -69,6 +71,9 @@ class RunningSequence:
     included."""
     node: PrefixNode | None = field(default=None, init=False, repr=False)
     """Its deepest node in the prefix tree; None: it shares nothing."""
+    routes: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
+    """Where the engine records them, the experts [E, k] of each token when it was first
+    computed; after a preemption they stay, as drawn tokens follow from them."""
 
     def list_cache_ids(self, start: int, stop: int) -> list[int]:
         """Lists some tokens by the ids that caches tell apart: their own, and those of
@@ -79,6 +84,13 @@ class RunningSequence:
                 if start <= place < stop and place < len(self.tokens):
                     ids[place - start] = cache_id
         return ids
+
+    def record_routes(self, routes: np.ndarray) -> None:
+        """Records the experts [tokens, E, k] of the next tokens that are computed."""
+        num_known = len(self.routes) - self.num_computed
+        assert num_known >= 0
+        # A copy: a step's array is of all its sequences, and large.
+        self.routes += list(routes[num_known:].copy())
 
     @property
     def prefix_key(self) -> Hashable:

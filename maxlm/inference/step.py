@@ -110,7 +110,9 @@ def _run_step(
         base, spec.vocab_size, chunk_states, inputs
     )
     drafts = None if drawn.drafts is None else drawn.drafts[-1]
-    outputs = StepOutputs(drawn.tokens, drawn.logprobs, prompt_logprobs, drafts)
+    outputs = StepOutputs(
+        drawn.tokens, drawn.logprobs, prompt_logprobs, drafts, drawn.routes
+    )
     return state, jax.tree.map(lambda x: reshard(x, replicated), outputs)
 
 
@@ -163,6 +165,8 @@ class DrawnTokens(NamedTuple):
     """[D, b·G + F, ...]."""
     drafts: jax.Array | None = None
     """int32 [D, b + F, drafts]: what modules of ``mtp`` guess to come next."""
+    routes: jax.Array | None = None
+    """[D, b·G + C, E, k]: the experts of the tokens that were read."""
 
 
 StepFunction = Callable[
@@ -195,8 +199,13 @@ def _run_once(
     )
     row_tokens = _merge_row_tokens(inputs.tokens, rules)
     tokens = jnp.concatenate([row_tokens, inputs.chunk_tokens], axis=1)
-    hidden, caches = bound.forward_with_cache(
-        tokens, batch, state.caches, state.cross_cache, _get_vectors(inputs)
+    hidden, caches, routes = bound.run_with_cache(
+        tokens,
+        batch,
+        state.caches,
+        state.cross_cache,
+        _get_vectors(inputs),
+        record_routes=spec.record_routes,
     )
     state = state._replace(caches=caches)
 
@@ -239,7 +248,7 @@ def _run_once(
             partial(_sample_drafts, rules, spec, inputs),
         )
         state = state._replace(caches=caches)
-    return state, chunk_states, DrawnTokens(drawn_tokens, logprobs, drafts)
+    return state, chunk_states, DrawnTokens(drawn_tokens, logprobs, drafts, routes)
 
 
 def _sample(

@@ -44,6 +44,8 @@ class EngineSpec:
     shares_params: bool = False
     """Whether steps read parameters as they are stored, and not as
     :func:`~maxlm.inference.params.prepare_params` lays them out."""
+    record_routes: bool = False
+    """Whether steps return the experts of their tokens."""
 
 
 class StepSizes(NamedTuple):
@@ -141,6 +143,9 @@ class StepOutputs(NamedTuple):
     drafts: Array | None = None
     """int32 [D, b + F, drafts]: what modules of ``mtp`` guess behind the token that is
     drawn last for each row, and for each chunk; None: there are none."""
+    routes: Array | None = None
+    """int8 or int16 [steps, D, b·G + C, E, k]: the experts of the tokens in the E
+    layers that have some; None: they are not recorded."""
 
 
 def make_ragged_batch(

@@ -269,7 +269,7 @@ class AltUpBlock(Block):
         x = self._join(x, y, self.attention_norm, self.mixer_scales)
         if self.laurel is not None:
             x = (x + self.laurel(normed)) * jnp.asarray(2**-0.5, x.dtype)
-        y, aux = self.run_ffn(x, inputs.segment_ids)
+        y, aux = self.run_ffn(x, inputs)
         x = self._join(x, y, self.mlp_norm, self.ffn_scales)
         return BlockOutput(x, mixed.cache, aux.plus(mixed.aux), mixed.keys_values)
 

@@ -15,10 +15,15 @@ class Aux:
     sums: dict[str, jax.Array] = field(default_factory=dict)
     """Sums to be logged. Those named ``expert_*`` are of experts' loads, in
     assignments."""
+    routes: jax.Array | None = None
+    """Where they are asked for, the experts that each token met: int32 [B, S, k] of one
+    layer; of a model int8 or int16 [B, S, layers with experts, k]."""
 
     def plus(self, other: "Aux") -> "Aux":
-        """Adds up both; sums that only one has stay."""
+        """Adds up both; sums that only one has stay. Routes stay those of this one, or
+        are the other's."""
         sums = {**self.sums, **other.sums}
         for name in self.sums.keys() & other.sums.keys():
             sums[name] = self.sums[name] + other.sums[name]
-        return Aux(self.loss + other.loss, sums)
+        routes = other.routes if self.routes is None else self.routes
+        return Aux(self.loss + other.loss, sums, routes)

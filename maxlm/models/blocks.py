@@ -66,7 +66,9 @@ class Mixer(Protocol):
 
 
 class FeedForward(Protocol):
-    """Maps each token by itself: an MLP, or a mixture of experts."""
+    """Maps each token by itself: an MLP, or a mixture of experts.
+
+    A :class:`Moe` is also told each token's experts, where these are given."""
 
     name: str
 
@@ -431,14 +433,24 @@ class Block(nnx.Module):
         y = self._finish_branch(output.y, self.attention_post_norm, self.mixer_scales)
         return output._replace(y=y)
 
-    def run_ffn(
-        self, x: jax.Array, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, Aux]:
+    def run_ffn(self, x: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, Aux]:
         """Runs the feed-forward between its norms; returns what it adds to the stream
         x, and to the loss and the log."""
-        assert self.ffn is not None
-        y, aux = self.ffn.feed(self._norm_before(self.mlp_norm, x), segment_ids)
+        y, aux = self._feed(self._norm_before(self.mlp_norm, x), inputs)
         return self._finish_branch(y, self.mlp_post_norm, self.ffn_scales), aux
+
+    def _feed(self, x: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, Aux]:
+        """Runs the feed-forward without its norms."""
+        ffn = self.ffn
+        assert ffn is not None
+        if isinstance(ffn, Moe):
+            return ffn.feed(
+                x,
+                inputs.segment_ids,
+                inputs.routes,
+                record_routes=inputs.record_routes,
+            )
+        return ffn.feed(x, inputs.segment_ids)
 
     def _run_parallel(
         self, x: jax.Array, inputs: AttentionInputs, cache: LayerCache | None
@@ -450,7 +462,7 @@ class Block(nnx.Module):
         mixer_input = self.attention_norm(x)
         ffn_input = mixer_input if self.mlp_norm is None else self.mlp_norm(x)
         mixed = self.mixer(mixer_input, inputs, cache)
-        z, aux = self.ffn.feed(ffn_input, inputs.segment_ids)
+        z, aux = self._feed(ffn_input, inputs)
         x = x + self._scale(mixed.y, self.mixer_scales)
         x = x + self._scale(z, self.ffn_scales)
         return BlockOutput(x, mixed.cache, aux.plus(mixed.aux), mixed.keys_values)
@@ -478,7 +490,7 @@ class Block(nnx.Module):
         aux = Aux()
         if self.ffn is not None:
             x = self._enter_branch(self.mlp_norm, x)
-            y, aux = self.run_ffn(x, inputs.segment_ids)
+            y, aux = self.run_ffn(x, inputs)
             x = self._join(x, y, self.mlp_norm, self.ffn_scales)
         return BlockOutput(x, mixed.cache, aux.plus(mixed.aux), mixed.keys_values)
 

@@ -432,7 +432,7 @@ class HyperBlock(Block):
             output = BlockOutput(x, mixed.cache, mixed.aux, mixed.keys_values)
         if self.ffn_connection is not None:
             branch = self.ffn_connection.read(x)
-            y, aux = self.run_ffn(branch.x, inputs.segment_ids)
+            y, aux = self.run_ffn(branch.x, inputs)
             x = self.ffn_connection.write(x, y, branch)
             output = output._replace(aux=aux.plus(output.aux))
         return output._replace(x=self._scale_output(x))

@@ -52,6 +52,8 @@ class LayerArrays(NamedTuple):
     """The layer's own, with a gradient; None: it has none."""
     keys_values: KeysValues | None
     """Of an earlier layer of the scan; None: the layer reads none."""
+    routes: jax.Array | None = None
+    """int [B, S, k]: experts of the layer's tokens; None: its router chooses."""
 
 
 class LayerResult(NamedTuple):
@@ -60,6 +62,9 @@ class LayerResult(NamedTuple):
     x: PyTree
     aux: Aux
     keys_values: KeysValues | None
+    routes: jax.Array | None = None
+    """int32 [B, S, k]: the experts that each token met; None: they are not
+    recorded."""
 
 
 # Any: the block is whichever module a stack is made of.
@@ -87,6 +92,8 @@ class StackedLayers(NamedTuple):
     params: Params
     layer_input: PyTree = None
     """What each layer reads alone, with a gradient."""
+    routes: jax.Array | None = None
+    """int [L, B, S, k]: see :class:`~maxlm.models.layers.attention.AttentionInputs`."""
 
 
 class LayerCarry(NamedTuple):
@@ -95,6 +102,14 @@ class LayerCarry(NamedTuple):
     x: PyTree
     total: Aux
     keys: SharedKeys
+
+
+class ScanResult(NamedTuple):
+    """What a scan of layers returns."""
+
+    carry: LayerCarry
+    routes: tuple[jax.Array | None, ...]
+    """Of each stack int32 [L, B, S, k]; None: they are not recorded."""
 
 
 def scan_blocks(
@@ -109,10 +124,10 @@ def scan_blocks(
     cast_shared: CastFn = keep_dtypes,
     dtype: DTypeLike,
     remat: RematPolicy = "none",
-) -> LayerCarry:
+) -> ScanResult:
     """Runs stacked blocks layer after layer; returns x after all, their ``Aux`` added
-    up, and the keys and values that turns have written. Compile time does not grow with
-    depth.
+    up, the keys and values that turns have written, and the experts that layers have
+    recorded. Compile time does not grow with depth.
 
     Args:
         blocks: one for each stack; their structure alone is used
@@ -137,10 +152,13 @@ def scan_blocks(
         shared: PyTree,
     ) -> LayerResult:
         block = bind(blocks[turn.stack], layer.params)
-        arrays = LayerArrays(context, shared, layer.layer_input, keys_values)
+        arrays = LayerArrays(
+            context, shared, layer.layer_input, keys_values, layer.routes
+        )
         result = turn.body(block, x, arrays)
         written = None if turn.writes is None else result.keys_values
-        return LayerResult(result.x, _add_to_total(total, result.aux), written)
+        total = _add_to_total(total, result.aux)
+        return LayerResult(result.x, total, written, result.aux.routes)
 
     def run_turn(
         turn: BlockTurn,
@@ -149,7 +167,7 @@ def scan_blocks(
         carry: LayerCarry,
         context: PyTree,
         shared: PyTree,
-    ) -> LayerCarry:
+    ) -> tuple[LayerCarry, jax.Array | None]:
         # A layer is handed the keys that it reads alone: its backward pass keeps its
         # inputs.
         keys_values = None if turn.reads is None else carry.keys[turn.reads]
@@ -158,7 +176,7 @@ def scan_blocks(
         if turn.writes is not None:
             assert result.keys_values is not None
             new_keys = {**new_keys, turn.writes: result.keys_values}
-        return LayerCarry(result.x, result.aux, new_keys)
+        return LayerCarry(result.x, result.aux, new_keys), result.routes
 
     def cast_layer(block: nnx.Module, layer: StackedLayers) -> StackedLayers:
         cast = partial(cast_without_hoisting, dtype=dtype)
@@ -174,9 +192,10 @@ def scan_blocks(
         run = apply_remat(partial(run_layer, turn), remat, is_loop_body=is_loop_body)
         cast = partial(cast_layer, blocks[turn.stack])
         layer_turns.append(LayerTurn(turn.stack, partial(run_turn, turn, run), cast))
-    return scan_layers(
+    carry, routes = scan_layers(
         layer_turns, layers, first, context, shared=shared, cast_shared=cast_shared
     )
+    return ScanResult(carry, routes)
 
 
 def cast_matrices(
@@ -227,9 +246,11 @@ def _make_first_carry(
             turn: BlockTurn = turn,
         ) -> tuple[Aux, KeysValues | None]:
             block = bind(blocks[turn.stack], layer.params)
-            arrays = LayerArrays(context, shared, layer.layer_input, keys_values)
+            arrays = LayerArrays(
+                context, shared, layer.layer_input, keys_values, layer.routes
+            )
             result = turn.body(block, x, arrays)
-            return result.aux, result.keys_values
+            return replace(result.aux, routes=None), result.keys_values
 
         aux, written = jax.eval_shape(run, first_layer, keys_values)
         zeros = jax.tree.map(

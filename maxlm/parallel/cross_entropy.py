@@ -247,7 +247,7 @@ def run_head_loss(
     """Runs a loss on shards, and returns its sums over all tokens; the first is
     differentiable in ``arrays``. ``other_arrays``: of a model that gets no gradient, if
     any. ``rows``: arrays [..., *], each token's in its place."""
-    return _run_loss(arrays, other_arrays, rows, loss, gradient=False)[0]
+    return run_loss_and_gradients(arrays, other_arrays, rows, loss, gradient=False)[0]
 
 
 def _backward(_, gradients, cotangents):
@@ -257,7 +257,7 @@ def _backward(_, gradients, cotangents):
     return HeadArrays(*scaled, gathered_head=None), None, None
 
 
-def _run_loss(
+def run_loss_and_gradients(
     arrays: HeadArrays,
     other_arrays: HeadArrays | None,
     rows: tuple[jax.Array, ...],
@@ -329,7 +329,7 @@ def _run_loss(
     return run(arrays, other_arrays, rows, axis_indices(vocab_axes))
 
 
-run_head_loss.defvjp(partial(_run_loss, gradient=True), _backward)
+run_head_loss.defvjp(partial(run_loss_and_gradients, gradient=True), _backward)
 
 
 def _compute_log_probs_in_tiles(
@@ -417,7 +417,9 @@ def _log_probs_backward(options, saved, cotangents):
     # A log-probability is a cross-entropy's negative.
     arrays, targets = saved
     loss = _make_cross_entropy(options)
-    _, gradients = _run_loss(arrays, None, (targets, -cotangents), loss, gradient=True)
+    _, gradients = run_loss_and_gradients(
+        arrays, None, (targets, -cotangents), loss, gradient=True
+    )
     assert gradients is not None
     return HeadArrays(*gradients, gathered_head=None), None
 

@@ -22,8 +22,8 @@ from jax import lax
 
 PyTree = Any
 """A tree of arrays."""
-LayerFn = Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
-"""(parameters, carry, context, what is shared) -> carry."""
+LayerFn = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+"""(parameters, carry, context, what is shared) -> (carry, arrays to record)."""
 CastFn = Callable[[PyTree], PyTree]
 """One layer's parameters -> the same in the dtypes that it computes in."""
 
@@ -71,11 +71,12 @@ def scan_layers(
     *,
     shared: PyTree = None,
     cast_shared: CastFn = keep_dtypes,
-) -> PyTree:
+) -> tuple[PyTree, tuple[PyTree, ...]]:
     """Returns ``carry`` after all layers, each ``turn.run(turn.cast(parameters), carry,
-    context, shared)``; reverse-mode differentiable in ``params``, ``carry`` and
-    ``shared``. A turn takes the next layer of its stack; the turns are repeated until
-    the stacks are through.
+    context, shared)``, and what the layers of each stack have recorded, with a leading
+    layer axis; reverse-mode differentiable in ``params``, ``carry`` and ``shared``. A
+    turn takes the next layer of its stack; the turns are repeated until the stacks are
+    through. What is recorded has no gradient.
 
     Compile time does not grow with depth. The backward pass keeps what ``jax.vjp`` of
     one layer keeps (under ``jax.checkpoint``: what its policy names, and the carry),
@@ -86,7 +87,7 @@ def scan_layers(
             changes dtypes; until all layers are through, gradients are held in these
             too.
         params: of each stack, arrays with a leading layer axis, as many times C as
-            the turns are repeated.
+            the turns are repeated. Integers among them have no gradient.
         carry: arrays; a layer returns the same shapes, dtypes and layouts.
         context: arrays every layer reads, without gradient (positions, segment ids).
         shared: arrays every layer reads, with a gradient, which is summed over layers in
@@ -151,17 +152,31 @@ def _scan(
     carry: PyTree,
     context: PyTree,
     shared: PyTree,
-) -> PyTree:
+) -> tuple[PyTree, tuple[PyTree, ...]]:
     shared = cast_shared(shared)
 
     def body(carry, period_params):
-        layers = take_turns(period_params, turns)
-        for turn, layer_params in zip(turns, layers, strict=True):
-            carry = turn.run(turn.cast(layer_params), carry, context, shared)
-        return carry, None
+        layers = _cast_period(turns, period_params)
+        carry, recorded = _run_period(turns, layers, carry, context, shared)
+        return carry, _join_turns(recorded, turns, len(params))
 
-    carry, _ = lax.scan(body, carry, split_periods(params, turns))
-    return carry
+    carry, recorded = lax.scan(body, carry, split_periods(params, turns))
+    return carry, _join_periods(recorded, turns)
+
+
+def _run_period(
+    turns: Sequence[LayerTurn],
+    cast_params: Sequence[PyTree],
+    carry: PyTree,
+    context: PyTree,
+    shared: PyTree,
+) -> tuple[PyTree, list[PyTree]]:
+    """Runs the layers of a period; returns also what each has recorded."""
+    recorded: list[PyTree] = []
+    for turn, layer_params in zip(turns, cast_params, strict=True):
+        carry, layer_recorded = turn.run(layer_params, carry, context, shared)
+        recorded.append(layer_recorded)
+    return carry, recorded
 
 
 def _forward(turns, cast_shared, params, carry, context, shared):
@@ -171,19 +186,44 @@ def _forward(turns, cast_shared, params, carry, context, shared):
 
     def body(carry, period_params):
         cast_params = _cast_period(turns, period_params)
+        floating, integers = _split_floating(cast_params)
 
-        def run_period(cast_params, carry, shared):
-            for turn, layer_params in zip(turns, cast_params, strict=True):
-                carry = turn.run(layer_params, carry, context, shared)
-            return carry
+        def run_period(floating, carry, shared):
+            layers = _merge(floating, integers)
+            return _run_period(turns, layers, carry, context, shared)
 
-        carry, backward = jax.vjp(run_period, cast_params, carry, cast)
+        carry, backward, recorded = jax.vjp(
+            run_period, floating, carry, cast, has_aux=True
+        )
         residuals, stacked = split_residuals(backward, (cast_params, context, cast))
         traced.append(residuals)
-        return carry, stacked
+        return carry, (stacked, _join_turns(recorded, turns, len(params)))
 
-    out, stacked = lax.scan(body, carry, split_periods(params, turns))
+    carry, (stacked, recorded) = lax.scan(body, carry, split_periods(params, turns))
+    out = carry, _join_periods(recorded, turns)
     return out, (params, context, shared, stacked, traced[-1])
+
+
+def _split_floating(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits a tree's floating arrays from its integers; None in the others' places."""
+
+    def is_floating(x: jax.Array) -> bool:
+        return jnp.issubdtype(x.dtype, jnp.floating)
+
+    floating = jax.tree.map(lambda x: x if is_floating(x) else None, tree)
+    integers = jax.tree.map(lambda x: None if is_floating(x) else x, tree)
+    return floating, integers
+
+
+def _is_none(x: PyTree) -> bool:
+    return x is None
+
+
+def _merge(floating: PyTree, integers: PyTree) -> PyTree:
+    """Inverts :func:`_split_floating`."""
+    return jax.tree.map(
+        lambda x, other: other if x is None else x, floating, integers, is_leaf=_is_none
+    )
 
 
 def split_residuals(
@@ -250,8 +290,9 @@ def _join_periods(
     )
 
 
-def _backward(turns, cast_shared, saved, d_carry):
+def _backward(turns, cast_shared, saved, d_out):
     params, context, shared, stacked, residuals = saved
+    d_carry, _ = d_out
     cast = cast_shared(shared)
 
     def body(carry, inputs):
@@ -274,7 +315,13 @@ def _backward(turns, cast_shared, saved, d_carry):
         body, (d_carry, d_shared), inputs, reverse=True
     )
     d_params = _join_periods(d_params, turns)
-    d_params = jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params)
+    # None stands for integers.
+    d_params = jax.tree.map(
+        lambda d, p: None if d is None else d.astype(p.dtype),
+        d_params,
+        params,
+        is_leaf=_is_none,
+    )
     return d_params, d_carry, None, d_shared
 
 

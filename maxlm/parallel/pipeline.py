@@ -50,8 +50,9 @@ from maxlm.parallel.local import axis_indices, axis_size, map_shards
 STAGE = "stage"
 PyTree = Any
 """A tree of arrays."""
-StageFn = Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree]]
-"""(one group's parameters, x, one micro-batch's context) -> (x, sums to add up)."""
+StageFn = Callable[[PyTree, jax.Array, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+"""(one group's parameters, x, one micro-batch's context, the group's number among those
+of all stages in the model's order) -> (x, sums to add up)."""
 
 
 def bubble_ratio(
@@ -244,7 +245,8 @@ def _pipeline_forward(stage, params, x, context, micro_batches, groups):
             stage_input = jnp.where(is_fresh, incoming, current)
             place = _find_place(micro_batch, stages, micro_batches)
             group_params = _take_group(params, group, groups)
-            y, terms = stage(group_params, stage_input, _take(context, place))
+            number = group * stages + stage_index
+            y, terms = stage(group_params, stage_input, _take(context, place), number)
             sums = _add_where(works, sums, terms)
 
             # The last stage puts its output into the stream home, from which every
@@ -261,7 +263,7 @@ def _pipeline_forward(stage, params, x, context, micro_batches, groups):
 
         first_group = _take_group(params, stage_index, groups)
         _, terms = jax.eval_shape(
-            stage, first_group, empty, _take(context, stage_index)
+            stage, first_group, empty, _take(context, stage_index), stage_index
         )
         sums = _make_zeros(terms)
         # The last slot is for what is not due.
@@ -317,8 +319,9 @@ def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
             )
             place = _find_place(micro_batch, stages, micro_batches)
             tick_context = _take(context, place)
+            number = group * stages + stage_index
             _, pull = jax.vjp(
-                lambda p, x: stage(p, x, tick_context),
+                lambda p, x: stage(p, x, tick_context, number),
                 _take_group(params, group, groups),
                 stage_input,
             )
@@ -435,7 +438,7 @@ def run_1f1b_pipeline(
             turn = t - stage_index
             x, context = first(ends, take_micro_batch(turn))
             x = jnp.where(stage_index == 0, x, state.x)
-            y, terms = stage(params, x, context)
+            y, terms = stage(params, x, context, stage_index)
             works = (turn >= 0) & (turn < micro_batches)
             inputs = lax.dynamic_update_index_in_dim(
                 state.inputs, x, turn % num_slots, 0
@@ -476,7 +479,9 @@ def run_1f1b_pipeline(
             # devices then wait for each other for good, one in this pass's collectives
             # and one in the others'.
             x = jnp.where(works, _take(state.inputs, turn % num_slots), d_y)
-            (_, terms), pull = jax.vjp(lambda p, x: stage(p, x, context), params, x)
+            (_, terms), pull = jax.vjp(
+                lambda p, x: stage(p, x, context, stage_index), params, x
+            )
             d_sums = sums_cotangent(terms)
             d_terms = jax.tree.map(lambda d: jnp.where(works, d, 0), d_sums)
             d_params, d_x = pull((jnp.where(works, d_y, 0), d_terms))
@@ -505,7 +510,7 @@ def run_1f1b_pipeline(
 
         micro_batch = take_micro_batch(stage_index)
         x, context = first(ends, micro_batch)
-        _, terms = jax.eval_shape(stage, params, x, context)
+        _, terms = jax.eval_shape(stage, params, x, context, stage_index)
         totals = jax.eval_shape(last, ends, x, take_micro_batch(stage_index))
         empty = jnp.zeros_like(x)
         state = _State1F1B(

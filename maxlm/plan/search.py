@@ -20,8 +20,10 @@ from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
+from maxlm.plan.generation import GenerationPlanner
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
-from maxlm.plan.predict import SAFE_FILL_RATIO, Machine, estimate_costs, plan_run
+from maxlm.plan.machine import SAFE_FILL_RATIO, Machine
+from maxlm.plan.predict import estimate_costs, plan_run
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run.config import RunConfig
@@ -47,7 +49,8 @@ class Candidate:
     remat: RematPolicy
     residual: tuple[str, ...]
     seconds: float
-    """Predicted seconds of a step."""
+    """Predicted seconds from a step to the next on average, a rollout's share
+    included."""
     memory: float
     """Predicted bytes of a device at the peak."""
 
@@ -118,17 +121,17 @@ def search_layouts(
     num_tried = 0
     num_divisible = 0
     min_peak_bytes = np.inf
+    planner = GenerationPlanner(config, machine)
     for num_candidates, shape in _list_shapes(config, machine):
         num_tried += num_candidates
         if not len(shape.micro_batches):
             continue
         num_divisible += len(shape.micro_batches)
-        memory, _, step_time = estimate_costs(shape, machine)
-        assert step_time is not None
+        costs = estimate_costs(shape, machine, planner)
         # A figure that is the same for all candidates is a single number until here.
         seconds, peak_bytes, micro_batches, *mesh_columns = np.broadcast_arrays(
-            step_time.total,
-            memory.total,
+            costs.mean_step_seconds,
+            costs.peak_bytes,
             shape.micro_batches,
             *(shape.split.sizes[axis] for axis in MESH_AXES),
         )

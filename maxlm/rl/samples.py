@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from maxlm.runtime.json_types import JsonMapping
 
 
@@ -45,6 +47,10 @@ class Sample:
     policy, ("tool" or "user", text) of the environment."""
     environment_reward: float | None = None
     """Score of the environment; None: it gives none."""
+    routes: np.ndarray | None = field(default=None, compare=False)
+    """Of a model with experts whose routes are replayed: int8 or int16 [tokens read, E,
+    k], the experts that the first tokens met in the engine; see
+    :mod:`maxlm.rl.routes`."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from maxlm.models.architectures.transformer import Decoder
+from maxlm.models.architectures.trunk import TokenInputs
 from maxlm.models.params import Params, bind, get_values
 
 
@@ -36,7 +37,7 @@ def apply_layers_one_by_one(
     last_keys = {}
     number = 0
     for run in model.config.layer_runs:
-        contexts = model._list_contexts(run, (positions, segment_ids))
+        contexts = model._list_contexts(run, TokenInputs(positions, segment_ids))
         compiled: dict[tuple[str, int], Any] = {}
         for place in run.iterate_places():
             kind = run.kinds[place.kind_index]

@@ -136,8 +136,23 @@ def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
     return on_devices(params, shardings(specs, mesh))
 
 
+def draw_routes(config: MoeConfig, shape=(8, 6)) -> np.ndarray:
+    """Experts at random, int8 [B, S, k]; of every third token none."""
+    rng = np.random.default_rng(7)
+    order = rng.permuted(
+        np.broadcast_to(np.arange(config.num_experts), (*shape, config.num_experts)),
+        axis=-1,
+    )
+    routes = order[..., : config.experts_per_token].astype(np.int8)
+    routes[:, ::3] = -1
+    return routes
+
+
 def outputs_and_gradients(
-    mesh: Mesh, config: MoeConfig, **settings: str | tuple[str, ...]
+    mesh: Mesh,
+    config: MoeConfig,
+    routes: np.ndarray | None = None,
+    **settings: str | tuple[str, ...],
 ) -> Any:
     """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy;
     ``settings`` are compute rules."""
@@ -151,8 +166,12 @@ def outputs_and_gradients(
             for a in inputs()
         )
 
+        placed_routes = None
+        if routes is not None:
+            placed_routes = jax.device_put(routes, NamedSharding(mesh, spec))
+
         def loss(params, x):
-            y, aux = bind(model, params)(x, counted)
+            y, aux = bind(model, params)(x, counted, placed_routes)
             return jnp.sum(y * d_y) + aux.loss, (y, aux)
 
         run = jax.jit(

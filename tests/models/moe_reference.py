@@ -10,9 +10,9 @@ import numpy as np
 from tests.models.reference import hidden_unit, linear, mlp
 
 
-def route(logits, bias, config):
-    """logits [E] of one token → (scores [E], chosen experts best first, their
-    weights)."""
+def route(logits, bias, config, given=None):
+    """logits [E] of one token → (scores [E], chosen experts best first, their weights).
+    ``given``: experts in place of those chosen, unless the first is -1."""
     if config["score"] == "softmax":
         scores = np.exp(logits - logits.max())
         scores = scores / scores.sum()
@@ -33,6 +33,8 @@ def route(logits, bias, config):
     chosen = sorted(candidates, key=lambda e: (-ranked[e], e))[
         : config["experts_per_token"]
     ]
+    if given is not None and given[0] >= 0:
+        chosen = list(given)
     weights = scores[chosen]
     if config["renormalise"]:
         weights = weights / weights.sum()
@@ -73,9 +75,9 @@ def shared(x, params, config):
     return y
 
 
-def moe(params, x, counted, config):
+def moe(params, x, counted, config, given=None):
     """x [B, S, D], counted [B, S] → (y, loss, load [E], dropped); ``config`` a plain
-    dict."""
+    dict; ``given`` int [B, S, k]: see :func:`route`."""
     num_experts, k = config["num_experts"], config["experts_per_token"]
     bias = params.get("selection_bias", np.zeros(num_experts))
     y = np.zeros_like(x)
@@ -85,7 +87,11 @@ def moe(params, x, counted, config):
     squares, dropped = 0.0, 0
     for b, row in enumerate(x):
         logits = row @ params["router"] + router_bias
-        routes = [route(token_logits, bias, config) for token_logits in logits]
+        given_row = [None] * len(row) if given is None else given[b]
+        routes = [
+            route(token_logits, bias, config, token_given)
+            for token_logits, token_given in zip(logits, given_row, strict=True)
+        ]
         served_pairs = served([chosen for _, chosen, _ in routes], counted[b], config)
         for t, token in enumerate(row):
             scores, chosen, weights = routes[t]

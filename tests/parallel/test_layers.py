@@ -39,10 +39,15 @@ def inputs():
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), values)
 
 
+def make_turn(stack, run, cast=lambda layer: layer):
+    """A turn that records nothing."""
+    return LayerTurn(stack, lambda *arrays: (run(*arrays), None), cast)
+
+
 def by_scan(layers, params, x, shared, context, cast=lambda layer: layer):
     carry = x, jnp.zeros(())
-    turns = [LayerTurn(0, layer, cast) for layer in layers]
-    out, total = scan_layers(turns, [params], carry, context, shared=shared)
+    turns = [make_turn(0, layer, cast) for layer in layers]
+    (out, total), _ = scan_layers(turns, [params], carry, context, shared=shared)
     return jnp.sum(jnp.sin(out)) + 0.5 * total
 
 
@@ -86,12 +91,12 @@ def test_unlike_layers_by_turns_are_those_written_out():
     draw = np.random.default_rng(1).standard_normal
     others = {"gate": jnp.asarray(draw((2, D, 1)), jnp.float32)}
     order = [(0, layer), (0, jax.checkpoint(layer)), (1, narrow), (0, other)]
-    turns = [LayerTurn(stack, run, lambda params: params) for stack, run in order]
+    turns = [make_turn(stack, run) for stack, run in order]
 
     def by_scan(params, others, x, shared):
         carry = x, jnp.zeros(())
         stacks = [params, others]
-        out, total = scan_layers(turns, stacks, carry, context, shared=shared)
+        (out, total), _ = scan_layers(turns, stacks, carry, context, shared=shared)
         return jnp.sum(jnp.sin(out)) + 0.5 * total
 
     def written_out(params, others, x, shared):
@@ -177,9 +182,9 @@ def test_a_shared_gradient_is_summed_in_its_own_dtype():
         return carry + (layer_params["w"].astype(shared.dtype) * shared)
 
     def total(shared):
-        turns = [LayerTurn(0, add_shared, lambda layer: layer)]
+        turns = [make_turn(0, add_shared)]
         carry = jnp.zeros(1, jnp.bfloat16)
-        out = scan_layers(
+        out, _ = scan_layers(
             turns,
             [params],
             carry,

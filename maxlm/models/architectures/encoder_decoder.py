@@ -13,7 +13,7 @@ from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.runs import TrunkSpec
 from maxlm.models.architectures.settings import LayerCount
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
-from maxlm.models.architectures.trunk import Trunk
+from maxlm.models.architectures.trunk import TokenInputs, Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block
 from maxlm.models.caches import CacheArraySpec, CacheLayout
@@ -131,7 +131,7 @@ class EncoderDecoder(Transformer):
         """Runs the encoder over the input."""
         tokens, positions, segment_ids = inputs
         x = self.encoder.embed_inputs(self.embedding(tokens), positions)
-        x, aux = self.encoder.run_layers(x, (positions, segment_ids))
+        x, aux = self.encoder.run_layers(x, TokenInputs(positions, segment_ids))
         return EncoderOutput(self.encoder.apply_final_norm(x), segment_ids), aux
 
     def project_cross_keys(self, inputs: Tokens) -> dict[str, tuple[KeysValues, ...]]:
@@ -182,5 +182,5 @@ class EncoderDecoder(Transformer):
         equal number of these and of the encoder's ``inputs`` belong together."""
         encoder_output, encoder_aux = self.encode(inputs)
         x = self.embed(tokens, positions)
-        x, aux = self.run_layers(x, (positions, segment_ids), encoder_output)
+        x, aux = self.run_layers(x, TokenInputs(positions, segment_ids), encoder_output)
         return self.apply_final_norm(x), encoder_aux.plus(aux)

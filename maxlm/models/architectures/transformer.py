@@ -22,8 +22,10 @@ from maxlm.models.architectures.mtp import (
     MtpBlock,
     list_tokens_ahead,
 )
+from maxlm.models.architectures.routes import join_routes
 from maxlm.models.architectures.trunk import (
     LayersFunction,
+    TokenInputs,
     Trunk,
     take_layer_input,
 )
@@ -67,6 +69,18 @@ class CrossAttentionCache(NamedTuple):
     """Each layer's keys and values, [D, R, T, K, H], by stack."""
     segment_ids: jax.Array
     """int32 [D, R, T]: 1 for an input's tokens, 0 behind them."""
+
+
+class CachedOutput(NamedTuple):
+    """What a step of inference computes of its tokens."""
+
+    hidden: jax.Array
+    """[D, S, D]."""
+    caches: Caches
+    """With the tokens in them."""
+    routes: jax.Array | None = None
+    """int8 or int16 [D, S, E, k]: their experts in the E layers that have some; None:
+    they are not recorded."""
 
 
 class Transformer(Trunk):
@@ -172,6 +186,9 @@ class Transformer(Trunk):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         vectors: InputVectors | None = None,
+        routes: jax.Array | None = None,
+        *,
+        record_routes: bool = False,
     ) -> tuple[jax.Array, Aux]:
         """Hidden states after the final norm; for training, differentiable in reverse
         mode.
@@ -181,26 +198,41 @@ class Transformer(Trunk):
             positions: likewise, restarting at 0 with each segment.
             segment_ids: likewise, 0 for padding; None: each row is one segment.
             vectors: in place of some tokens' embeddings; see :meth:`encode_items`.
+            routes: int [B, S, E, k], on stages [M, ...]: the experts of each token in
+                the E layers that have experts, in their order, in place of those that
+                their routers would choose; -1: they choose. Weights are the routers'
+                own (router replay, arXiv 2510.11370).
+            record_routes: whether ``Aux.routes`` are the experts that tokens met; not
+                on pipeline stages.
 
         Returns:
             [..., S, D] in the compute dtype, micro-batches split over stages; and what
             layers add.
         """
         x = self.embed(tokens, positions, vectors)
-        if self.layer_inputs is None:
-            return self.forward_embedded(x, positions, segment_ids)
-        layer_inputs = self.layer_inputs(tokens, x)
+        context = TokenInputs(positions, segment_ids, routes)
+        layer_inputs = None
+        if self.layer_inputs is not None:
+            layer_inputs = self.layer_inputs(tokens, x)
+        if layer_inputs is None and not record_routes:
+            return self._run_embedded(x, context)
         x = self.expand_streams(x)
-        context = (positions, segment_ids)
-        x, aux = self.run_layers(x, context, layer_inputs=layer_inputs)
+        x, aux = self.run_layers(
+            x, context, layer_inputs=layer_inputs, record_routes=record_routes
+        )
         return self.apply_final_norm(x), aux
 
     def forward_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
         """Computes hidden states of embedded inputs [..., S, D]."""
+        return self._run_embedded(x, TokenInputs(positions, segment_ids))
+
+    def _run_embedded(
+        self, x: jax.Array, context: TokenInputs
+    ) -> tuple[jax.Array, Aux]:
         run_layers = self.layers_fn or self.run_layers
-        x, aux = run_layers(self.expand_streams(x), (positions, segment_ids))
+        x, aux = run_layers(self.expand_streams(x), context)
         return self.apply_final_norm(x), aux
 
     def encode_items(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -288,9 +320,23 @@ class Transformer(Trunk):
     ) -> tuple[jax.Array, Caches]:
         """Computes, for inference, hidden states [D, S, D] of tokens int [D, S] that
         follow the caches', with vectors in place of some; and the caches with them in
-        it. Layers are not scanned: a
-        loop over them would copy each one's weights and cache out of their stacks, at
-        every token."""
+        it."""
+        output = self.run_with_cache(tokens, batch, caches, cross_cache, vectors)
+        return output.hidden, output.caches
+
+    def run_with_cache(
+        self,
+        tokens: jax.Array,
+        batch: RaggedBatch,
+        caches: Caches,
+        cross_cache: CrossAttentionCache | None = None,
+        vectors: InputVectors | None = None,
+        *,
+        record_routes: bool = False,
+    ) -> CachedOutput:
+        """Does what :meth:`forward_with_cache` does; ``record_routes``: whether the
+        experts of tokens are returned, too. Layers are not scanned: a loop over them
+        would copy each one's weights and cache out of their stacks, at every token."""
         x = self.embed(tokens, batch.positions, vectors)
         layer_inputs = None
         if self.layer_inputs is not None:
@@ -301,6 +347,7 @@ class Transformer(Trunk):
         shared_kinds = self.config.shared_kinds
         shared_caches: dict[str, LayerCache] = {}
         new_caches: dict[str, list[LayerCache]] = {}
+        routes: dict[str, list[jax.Array]] = {}
         for run in self.config.layer_runs:
             inputs_by_kind = self.attention_inputs_by_kind(run, batch)
             params_by_stack = {
@@ -324,9 +371,10 @@ class Transformer(Trunk):
                 if block_name is not None:
                     inputs = inputs._replace(embeddings=embeddings)
                     shared_block = self.shared_blocks[block_name]
+                inputs = inputs._replace(record_routes=record_routes)
                 settings, arrays = split_static_inputs(inputs)
                 params = take_stacked_layer(params_by_stack[name], place.index)
-                x, cache = run_cached_block(
+                x, cache, layer_routes = run_cached_block(
                     stacks[name],
                     settings,
                     shared_block,
@@ -338,6 +386,8 @@ class Transformer(Trunk):
                     encoded,
                     take_layer_input(inputs_by_stack[name], place.index),
                 )
+                if layer_routes is not None:
+                    routes.setdefault(name, []).append(layer_routes)
                 if source is not None:
                     cache = caches[name][place.index]  # an empty tree
                 kind_name = run.kind_names[place.kind_index]
@@ -346,7 +396,8 @@ class Transformer(Trunk):
                 new_caches.setdefault(name, []).append(cache)
         # Those of mtp's modules stay: predict_ahead_with_cache advances them.
         caches = caches | {name: tuple(layers) for name, layers in new_caches.items()}
-        return self.apply_final_norm(x), caches
+        all_routes = join_routes(self.config, routes) if record_routes else None
+        return CachedOutput(self.apply_final_norm(x), caches, all_routes)
 
     def predict_ahead_with_cache(
         self,
@@ -411,7 +462,8 @@ class Transformer(Trunk):
         )
         (run,) = self.config.mtp_runs
         biases = self.compute_biases()
-        (context,) = self._list_contexts(run, (positions, segment_ids))
+        tokens = TokenInputs(positions, segment_ids)
+        (context,) = self._list_contexts(run, tokens)
         inputs = self._make_attention_inputs(run.kinds[0], context, biases)
         params = get_values(self.mtp)
 
@@ -498,14 +550,18 @@ class BlockSettings(NamedTuple):
     scale: float
     window: int | None
     causal: bool
+    record_routes: bool
 
 
 def split_static_inputs(
     inputs: AttentionInputs,
 ) -> tuple[BlockSettings, AttentionInputs]:
     """Splits inputs into what a program is compiled for and arrays."""
-    settings = BlockSettings(inputs.scale, inputs.window, inputs.causal)
-    return settings, inputs._replace(scale=None, window=None, causal=None)
+    settings = BlockSettings(
+        inputs.scale, inputs.window, inputs.causal, inputs.record_routes
+    )
+    arrays = inputs._replace(**dict.fromkeys(BlockSettings._fields))
+    return settings, arrays
 
 
 # Layers alike are traced once, which is half of the time that a program of many layers
@@ -522,7 +578,7 @@ def run_cached_block(
     cache: LayerCache,
     encoder_output: CrossCache | None,
     layer_input: jax.Array | None,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, LayerCache, jax.Array | None]:
     """Runs one layer with its cache, for inference.
 
     Args:
@@ -535,14 +591,15 @@ def run_cached_block(
         layer_input: [shards of the batch, S, P], of a layer that has one.
 
     Returns:
-        x behind the layer, and the cache with the tokens in it.
+        x behind the layer, the cache with the tokens in it, and where they are
+        recorded the tokens' experts, int32 [shards of the batch, S, k].
     """
     inputs = arrays._replace(**settings._asdict())
     if shared_block is not None:
         assert shared_params is not None
         inputs = inputs._replace(shared_block=bind(shared_block, shared_params))
     output = bind(block, params)(x, inputs, cache, encoder_output, layer_input)
-    return output.x, output.cache
+    return output.x, output.cache, output.aux.routes
 
 
 class DecoderConfig(TransformerConfig):

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind
+from maxlm.models.architectures.routes import join_routes, split_routes
 from maxlm.models.architectures.runs import LayerRun
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import (
@@ -67,10 +69,20 @@ from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
 from pallas_kernels.chips import get_platform
 
-PositionsAndSegments = tuple[jax.Array, jax.Array | None]
-"""Positions, int [B, S], and segment ids, int [B, S] with 0 for padding; None: each row
-is one segment."""
-LayersFunction = Callable[[jax.Array, PositionsAndSegments], tuple[jax.Array, Aux]]
+
+class TokenInputs(NamedTuple):
+    """What layers read of the tokens."""
+
+    positions: jax.Array
+    """int [B, S]."""
+    segment_ids: jax.Array | None = None
+    """int [B, S], 0 for padding; None: each row is one segment."""
+    routes: jax.Array | None = None
+    """int [B, S, E, k], E layers with experts in their order: the experts of each
+    token; -1: the layer's router chooses. None: it does for all."""
+
+
+LayersFunction = Callable[[jax.Array, TokenInputs], tuple[jax.Array, Aux]]
 """What stands in place of :meth:`Trunk.run_layers` while a 1F1B pipeline runs a loss
 without its layers (``optim/step.py``)."""
 
@@ -124,6 +136,9 @@ class RunResult(NamedTuple):
     x: jax.Array
     aux: Aux
     keys: SharedKeys
+    routes: dict[str, jax.Array | None]
+    """By stack int32 [L, B, S, k]: experts of the layers' tokens; None: they are not
+    recorded."""
 
 
 def _get_name_in_run(run_name: str, stack_name: str) -> str:
@@ -316,9 +331,11 @@ class Trunk(nnx.Module):
     def run_layers(
         self,
         x: jax.Array,
-        context: PositionsAndSegments,
+        context: TokenInputs,
         encoder_output: EncoderOutput | None = None,
         layer_inputs: jax.Array | None = None,
+        *,
+        record_routes: bool = False,
     ) -> tuple[jax.Array, Aux]:
         """Runs all layers, one after the other or in a pipeline; reverse-mode
         differentiable.
@@ -327,8 +344,10 @@ class Trunk(nnx.Module):
             x: [B, S, D], or of several streams [B, S, N, D]; in a pipeline [M, B, ...],
                 and so are positions and segment ids.
             layer_inputs: [L, B, S, P], of layers that have such.
+            record_routes: whether ``Aux.routes`` are returned; not in a pipeline.
         """
         if self.pipeline_schedule is not None:
+            assert not record_routes
             micro_batches = x.shape[0]
             # Each micro-batch's number, which seeds what is random in its layers.
             indices = jnp.arange(micro_batches, dtype=jnp.uint32)
@@ -343,44 +362,81 @@ class Trunk(nnx.Module):
         total = Aux()
         keys: SharedKeys = {}
         embeddings = x
+        routes: dict[str, jax.Array | None] = {}
         for run in self.config.layer_runs:
             params = get_values(self._get_run_module(run.name))
-            x, aux, keys = self._run_layers_of(
-                run, params, x, context, encoder_output, layer_inputs, keys, embeddings
+            result = self._run_layers_of(
+                run,
+                params,
+                x,
+                context,
+                encoder_output,
+                layer_inputs,
+                keys,
+                embeddings,
+                split_routes(self.config, run, context.routes),
+                record_routes=record_routes,
             )
-            total = total.plus(aux)
+            x = result.x
+            keys = result.keys
+            total = total.plus(result.aux)
+            routes |= result.routes
+        if record_routes:
+            recorded = {
+                name: array for name, array in routes.items() if array is not None
+            }
+            total = replace(total, routes=join_routes(self.config, recorded))
         return x, total
 
     def run_stage(
         self,
         layers: Params,
         x: jax.Array,
-        context: tuple[PositionsAndSegments, jax.Array],
+        context: tuple[TokenInputs, jax.Array],
+        part: jax.Array,
     ) -> tuple[jax.Array, Aux]:
-        """Runs some layers of a pipeline on x [B, S, D]: those of ``layers``, or a part
-        of them along the layer axis; ``context``: of the tokens, and the micro-batch's
-        number, uint32."""
+        """Runs some layers of a pipeline on x [B, S, D].
+
+        Args:
+            layers: their parameters, a part of all along the layer axis.
+            context: of the tokens, and the micro-batch's number, uint32.
+            part: number of the part among all equal ones, in the order of layers.
+        """
         tokens, micro_batch = context
         layers = seed_micro_batch(layers, micro_batch)
         run = next(run for run in self.config.layer_runs if run.name == "layers")
-        x, aux, _ = self._run_layers_of(run, layers, x, tokens, None, None, {}, None)
-        return x, aux
+        routes = split_routes(self.config, run, tokens.routes)
+        for name, stack_params in _split_stacks(run, layers).items():
+            num_layers = jax.tree.leaves(stack_params)[0].shape[0]
+            stack_routes = routes[name]
+            if stack_routes is not None:
+                routes[name] = lax.dynamic_slice_in_dim(
+                    stack_routes, part * num_layers, num_layers
+                )
+        result = self._run_layers_of(
+            run, layers, x, tokens, None, None, {}, None, routes
+        )
+        return result.x, result.aux
 
     def _run_layers_of(
         self,
         run: LayerRun,
         params: Params,
         x: jax.Array,
-        tokens: PositionsAndSegments,
+        tokens: TokenInputs,
         encoder_output: EncoderOutput | None,
         layer_inputs: jax.Array | None,
         keys: SharedKeys,
         embeddings: jax.Array | None,
+        routes: dict[str, jax.Array | None],
+        *,
+        record_routes: bool = False,
     ) -> RunResult:
         """Runs the layers of a run one after the other, in a scan where their
         parameters are stacked. ``params``: those of all runs of its name, or of whole
         periods; ``keys``: what layers before it have made; ``embeddings``: what has
-        entered the first of all layers."""
+        entered the first of all layers; ``routes``: of these layers by stack, int [L,
+        B, S, k]."""
 
         def run_layer(
             kind_index: int, block: Block, x: jax.Array, arrays: LayerArrays
@@ -391,6 +447,7 @@ class Trunk(nnx.Module):
             inputs = self._make_attention_inputs(
                 kind, context.kinds[kind_index], shared.biases
             )
+            inputs = inputs._replace(routes=arrays.routes, record_routes=record_routes)
             if kind.keys_of is not None:
                 keys_values = arrays.keys_values or shared.keys[kind.keys_of]
                 inputs = inputs._replace(shared=keys_values)
@@ -431,7 +488,7 @@ class Trunk(nnx.Module):
         blocks = self._get_run_stacks(run)
         inputs_by_stack = self.split_layer_inputs(run, layer_inputs)
         layers = {
-            name: StackedLayers(stack_params, inputs_by_stack[name])
+            name: StackedLayers(stack_params, inputs_by_stack[name], routes[name])
             for name, stack_params in _split_stacks(run, params).items()
         }
         shared_kinds = self.config.shared_kinds
@@ -439,21 +496,31 @@ class Trunk(nnx.Module):
         if is_unstacked(params):  # as inference stores them
             total = Aux()
             new_keys = dict(keys)
+            recorded: dict[str, list[jax.Array]] = {name: [] for name in blocks}
             for place in run.iterate_places():
                 name = place.stack.name
                 layer_params = take_stacked_layer(layers[name].params, place.index)
                 layer_input = take_layer_input(layers[name].layer_input, place.index)
+                layer_routes = take_layer_input(routes[name], place.index)
                 kind = run.kinds[place.kind_index]
                 keys_values = new_keys.get(kind.keys_of) if kind.keys_of else None
-                arrays = LayerArrays(context, shared, layer_input, keys_values)
+                arrays = LayerArrays(
+                    context, shared, layer_input, keys_values, layer_routes
+                )
                 bound = bind(blocks[name], layer_params)
                 result = bodies[place.kind_index](bound, x, arrays)
                 x = result.x
-                total = total.plus(result.aux)
+                if result.aux.routes is not None:
+                    recorded[name].append(result.aux.routes)
+                total = total.plus(replace(result.aux, routes=None))
                 kind_name = run.kind_names[place.kind_index]
                 if kind_name in shared_kinds and result.keys_values is not None:
                     new_keys[kind_name] = result.keys_values
-            return RunResult(x, total, new_keys)
+            routes_by_stack = {
+                name: jnp.stack(arrays) if arrays else None
+                for name, arrays in recorded.items()
+            }
+            return RunResult(x, total, new_keys, routes_by_stack)
 
         made_here = shared_kinds & set(run.kind_names)
         turns = []
@@ -470,7 +537,7 @@ class Trunk(nnx.Module):
                 )
             )
         names = [stack.name for stack in run.stacks]
-        carry = scan_blocks(
+        result = scan_blocks(
             [blocks[name] for name in names],
             [layers[name] for name in names],
             turns,
@@ -482,7 +549,10 @@ class Trunk(nnx.Module):
             dtype=self.dtype,
             remat=self.config.remat,
         )
-        return RunResult(carry.x, carry.total, {**keys, **carry.keys})
+        carry = result.carry
+        routes_by_stack = dict(zip(names, result.routes, strict=True))
+        all_keys = {**keys, **carry.keys}
+        return RunResult(carry.x, carry.total, all_keys, routes_by_stack)
 
     def _select_shared_blocks(self, run: LayerRun) -> Params:
         """Returns parameters of the shared modules that layers of a run read."""
@@ -522,7 +592,8 @@ class Trunk(nnx.Module):
     ) -> list[AttentionInputs]:
         """Returns each kind of layer's inputs for a step of inference."""
         biases = self.compute_biases()
-        contexts = self._list_contexts(run, (batch.positions, None), batch.lengths)
+        tokens = TokenInputs(batch.positions)
+        contexts = self._list_contexts(run, tokens, batch.lengths)
         inputs = []
         for kind, context in zip(run.kinds, contexts, strict=True):
             if context.rotary is not None and get_platform() == "cpu":
@@ -536,11 +607,12 @@ class Trunk(nnx.Module):
     def _list_contexts(
         self,
         run: LayerRun,
-        tokens: PositionsAndSegments,
+        tokens: TokenInputs,
         lengths: jax.Array | None = None,
     ) -> tuple[KindContext, ...]:
         """Returns positions, segment ids and angles for each kind of layer."""
-        positions, segment_ids = tokens
+        positions = tokens.positions
+        segment_ids = tokens.segment_ids
         # Kinds of equal positions and heads share their angles, which are computed once.
         rotary_by_settings: dict[RotarySettings, Rotary] = {}
         contexts = []

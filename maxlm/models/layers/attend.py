@@ -56,7 +56,8 @@ class ProjectionTerms(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """Inputs of a layer's mixer beside its hidden states."""
+    """Inputs of a layer beside its hidden states: of its mixer, and what experts read of
+    each token."""
 
     positions: jax.Array
     """int [B, S]."""
@@ -83,6 +84,11 @@ class AttentionInputs(NamedTuple):
     :class:`~maxlm.models.blocks.ReadsSharedBlock`."""
     embeddings: jax.Array | None = None
     """[B, S, D]: what has entered the first layer; for layers with a shared block."""
+    routes: jax.Array | None = None
+    """int [B, S, k]: experts of the layer's tokens, in place of those that its router
+    would choose; -1: it chooses. None: it does for all."""
+    record_routes: bool = False
+    """Whether a layer with experts returns those that it has chosen."""
 
 
 class AttentionLayer(Protocol):

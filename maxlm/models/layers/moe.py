@@ -206,6 +206,11 @@ class MoeAux(NamedTuple):
     """[E]: assignments to each expert, dropped ones included."""
     dropped: jax.Array
     """Scalar: assignments that no expert had room for."""
+    expert_ids: jax.Array
+    """int32 [B, S, k]: each token's experts, those of padding included."""
+    rerouted: jax.Array | None = None
+    """Scalar: assignments to experts that routes name and the router itself would not
+    have chosen; None: there are no routes."""
 
 
 class Moe(nnx.Module):
@@ -351,14 +356,19 @@ class Moe(nnx.Module):
         return Mlp(mlp_config, context)
 
     def feed(
-        self, x: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        routes: jax.Array | None = None,
+        *,
+        record_routes: bool = False,
     ) -> tuple[jax.Array, Aux]:
-        """See :class:`~maxlm.models.blocks.FeedForward`."""
+        """See :class:`~maxlm.models.blocks.FeedForward`; ``routes``: int [B, S, k], as :func:`route` takes them."""
         mask = None
         if segment_ids is not None:
             token_layout = get_layout(x)[:2]
             mask = reshard(segment_ids != 0, make_spec(token_layout))
-        y, moe_aux = self(x, mask)
+        y, moe_aux = self(x, mask, routes)
         load = moe_aux.load
         # An expert's assignments: mean, most and least, and the mean of those dropped.
         # The log divides the last three by the first, each added up over layers and
@@ -369,7 +379,10 @@ class Moe(nnx.Module):
             "expert_load_min": load.min(),
             "expert_dropped": moe_aux.dropped / load.size,
         }
-        return y, Aux(moe_aux.loss, sums)
+        if moe_aux.rerouted is not None:
+            sums["expert_rerouted"] = moe_aux.rerouted / load.size
+        recorded = moe_aux.expert_ids if record_routes else None
+        return y, Aux(moe_aux.loss, sums, recorded)
 
     def costs(self) -> LayerCosts:
         """Costs of one layer; see :mod:`maxlm.models.costs`."""
@@ -390,11 +403,19 @@ class Moe(nnx.Module):
         return LayerCosts(group_matrices(self), experts=experts, extra_flops=gate_flops)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        routes: jax.Array | None = None,
     ) -> tuple[jax.Array, MoeAux]:
         """x [B, S, D] → the same in the compute dtype, and what there is to add to the
-        loss and to log. ``mask``: bool [B, S], laid out as x; False for padding, which
-        no routed expert serves and no statistic counts. None: all tokens."""
+        loss and to log.
+
+        Args:
+            mask: bool [B, S], laid out as x; False for padding, which no routed expert
+                serves and no statistic counts. None: all tokens.
+            routes: int [B, S, k]: see :func:`route`.
+        """
         config = self.config
         num_experts = config.num_experts
         x = x.astype(self.dtype)
@@ -404,7 +425,11 @@ class Moe(nnx.Module):
         bias = None
         if self.selection_bias is not None:
             bias = read_weight(self.selection_bias, self.rules, logits.dtype).value
-        routing = route(logits, bias, config)
+        if routes is not None:
+            token_layout = get_layout(x)[:2]
+            by_token = reshard(routes, make_spec((*token_layout, ())))
+            routes = by_token.astype(jnp.int32)
+        routing = route(logits, bias, config, routes)
         if mask is None:
             mask = jnp.ones_like(logits[..., 0], dtype=bool)
         # Padding goes to expert E, which is nowhere.
@@ -425,6 +450,10 @@ class Moe(nnx.Module):
             )
             dropped = jnp.maximum(sequence_load - capacity, 0).sum()
         load = sequence_load.sum(0)
+        rerouted = None
+        if routing.is_rerouted is not None:
+            is_counted = routing.is_rerouted & mask[..., None]
+            rerouted = is_counted.sum(dtype=jnp.float32)
 
         loss = router_loss(logits, routing.scores, load, mask, config)
         if bias is not None:
@@ -443,7 +472,7 @@ class Moe(nnx.Module):
             shared = self.shared(_normalise(self.shared_norm, x))
             shared = self._gate_shared(x, shared)
             y = y + _normalise(self.shared_output_norm, shared)
-        return y, MoeAux(loss, load, dropped)
+        return y, MoeAux(loss, load, dropped, routing.expert_ids, rerouted)
 
     def _compute_logits(self, x: jax.Array) -> jax.Array:
         """Returns the router's logits [B, S, E] in fp32 or wider."""
@@ -565,13 +594,28 @@ class Routing(NamedTuple):
     weights: jax.Array
     """fp32 [B, S, k], of the experts chosen."""
     expert_ids: jax.Array
-    """int32 [B, S, k], best first, ties to the lower number."""
+    """int32 [B, S, k], best first, ties to the lower number; or as routes have them."""
+    is_rerouted: jax.Array | None = None
+    """bool [B, S, k]: whether the scores alone would have chosen other experts than
+    this one; None: there are no routes."""
 
 
-def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routing:
-    """Chooses each token's experts and their weights, from logits fp32 [B, S, E]; the
-    bias, fp32 [E], is added to the scores that experts and groups are chosen by.
-    Differentiable in the logits through scores and weights; not in the bias."""
+def route(
+    logits: jax.Array,
+    bias: jax.Array | None,
+    config: MoeConfig,
+    routes: jax.Array | None = None,
+) -> Routing:
+    """Chooses each token's experts and their weights. Differentiable in the logits
+    through scores and weights, also of experts that routes name; not in the bias.
+
+    Args:
+        logits: fp32 [B, S, E].
+        bias: fp32 [E], added to the scores that experts and groups are chosen by.
+        routes: int32 [B, S, k]: the experts of each token, such as an engine has chosen
+            (router replay: arXiv 2510.11370); -1: the token has none, and its
+            scores choose.
+    """
     scores = _compute_scores(logits, config)
     # What experts are chosen by; the choice has no gradient.
     if bias is not None:
@@ -593,6 +637,11 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
         is_allowed = jnp.repeat(is_chosen, group_size, axis=-1)  # [B, S, E]
         ranking = jnp.where(is_allowed, ranking, -jnp.inf)
     _, expert_ids = lax.top_k(ranking, config.experts_per_token)
+    is_rerouted = None
+    if routes is not None:
+        is_own = (routes[..., None] == expert_ids[..., None, :]).any(-1)
+        is_rerouted = (routes >= 0) & ~is_own
+        expert_ids = jnp.where(routes >= 0, routes, expert_ids)
     # Not take_along_axis: its gradient would be a scatter into [B, S, E].
     one_hot = expert_ids[..., None] == jnp.arange(config.num_experts)
     weights = jnp.where(one_hot, scores[..., None, :], 0.0).sum(-1)
@@ -600,7 +649,7 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
         # The sum of sigmoids can underflow to 0.
         weights_sum = weights.sum(-1, keepdims=True)
         weights = weights / (weights_sum + config.renormalise_eps)
-    return Routing(scores, weights * config.scale, expert_ids)
+    return Routing(scores, weights * config.scale, expert_ids, is_rerouted)
 
 
 def _compute_scores(logits: jax.Array, config: MoeConfig) -> jax.Array:
