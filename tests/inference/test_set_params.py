@@ -186,10 +186,10 @@ def test_parameters_that_a_training_step_took_are_an_error_in_one_line(shallow):
     )
     params = donating(params)
     engine.add_request(GenerationRequest("a", PROMPT, GREEDY, top_logprobs=0))
-    with pytest.raises(MaxlmError, match=r"given up(.|\n)*set_params"):
+    with pytest.raises(MaxlmError, match=r"given up.*\n?.*set_params"):
         engine.step()
     engine.release_params()
-    with pytest.raises(MaxlmError, match=r"released(.|\n)*set_params"):
+    with pytest.raises(MaxlmError, match=r"released.*\n?.*set_params"):
         engine.step()
     engine.set_params(params)
     assert finish(engine)[0] == Tiny(shallow.model, params).greedy(PROMPT, 6)
