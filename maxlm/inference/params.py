@@ -35,11 +35,7 @@ def prepare_params(
     the other, so that little is held twice. ``mesh``: to lay them out on; default: that
     which they lie on. ``fuse``: whether kernels of the same input lie side by side."""
     params_mesh: Mesh = jax.tree.leaves(params)[0].sharding.mesh
-<<<<<<< HEAD
-    new_mesh = mesh or params_mesh
-=======
     target_mesh = params_mesh if mesh is None else mesh
->>>>>>> n-engine
     stacks = getattr(model, "stacks", {})
     stack_prefixes = tuple(f"{stack}." for stack in stacks)
     # Layers leave their stacks, so that no mesh axis splits them.
@@ -54,19 +50,11 @@ def prepare_params(
         dtype = jnp.dtype(model.dtype if is_cast else x.dtype)
         layout = rules.spec(*spec.axes)
         num_layer_axes = spec.num_layer_axes if unstack else 0
-<<<<<<< HEAD
-        if new_mesh != params_mesh:
-            # In the compute dtype, so that less crosses the wire.
-            with jax.set_mesh(params_mesh):
-                narrow = x.astype(dtype)
-            x = jax.device_put(narrow, NamedSharding(new_mesh, layout))
-=======
         if target_mesh != params_mesh:
             # In the compute dtype, so that less crosses the wire.
             with jax.set_mesh(params_mesh):
                 narrow = x.astype(dtype)
             x = jax.device_put(narrow, NamedSharding(target_mesh, layout))
->>>>>>> n-engine
         return _lay_out(x, layout, dtype, num_layer_axes)
 
     def prepare(name: str, spec: StoredParam, value: StoredParam) -> StoredParam:
@@ -81,11 +69,7 @@ def prepare_params(
         layers = [structure.unflatten(arrays) for arrays in arrays_by_layer]
         return UnstackedParam(tuple(layers))
 
-<<<<<<< HEAD
-    with jax.set_mesh(new_mesh):
-=======
     with jax.set_mesh(target_mesh):
->>>>>>> n-engine
         specs = flatten_names(param_specs(model), is_leaf)
         values: dict[str, StoredParam] = {}
         for name, value in flatten_names(params, is_leaf).items():
