@@ -24,7 +24,6 @@ from maxlm.parallel.cross_entropy import LogitsInputs  # noqa: E402
 from maxlm.parallel.divergence import fused_divergence_loss  # noqa: E402
 from maxlm.parallel.entropy import compute_log_probs_and_entropies  # noqa: E402
 from maxlm.rl.corrections import compute_correction  # noqa: E402
-from maxlm.rl.rollouts.config import RolloutConfig  # noqa: E402
 from maxlm.rl.sequences import PackedSequences  # noqa: E402
 from maxlm.rl.tasks.grpo import GrpoTask  # noqa: E402
 from maxlm.rl.tasks.policy import TokenStatistics  # noqa: E402
@@ -193,11 +192,11 @@ def compute_theirs(trainer: Any, log_probs: Any, task: Any) -> tuple[float, np.n
     return loss.item(), log_probs.grad.numpy()
 
 
-def make_task(cls: Any, correction: str, **settings: Any) -> Any:
+def make_task(cls: Any, correction: str, settings: dict[str, Any]) -> Any:
     limits = {"correction_cap": CAP, "correction_floor": FLOOR}
-    sampling = {"max_new_tokens": MAX_LENGTH}
-    rollouts = RolloutConfig.model_validate({"sampling": sampling})
-    return cls(correction=correction, rollouts=rollouts, **limits, **settings)
+    rollouts = {"sampling": {"max_new_tokens": MAX_LENGTH}}
+    values = {"correction": correction, "rollouts": rollouts, **limits, **settings}
+    return cls.model_validate(values)
 
 
 def compare(task: Any) -> tuple[dict[str, float], Any]:
@@ -218,11 +217,13 @@ def test_losses_of_groups(loss_type, level, kl_coef, correction):
     task = make_task(
         GrpoTask,
         correction,
-        loss_type=loss_type,
-        ratio_level=level,
-        kl_coef=kl_coef,
-        clip_high=0.28,
-        cispo_max_ratio=1.2,
+        {
+            "loss_type": loss_type,
+            "ratio_level": level,
+            "kl_coef": kl_coef,
+            "clip_high": 0.28,
+            "cispo_max_ratio": 1.2,
+        },
     )
     metrics, trainer = compare(task)
     theirs = trainer._metrics["train"]
@@ -256,14 +257,14 @@ OTHER_SETTINGS = {
 
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_other_settings(name):
-    compare(make_task(GrpoTask, "token_truncate", **OTHER_SETTINGS[name]))
+    compare(make_task(GrpoTask, "token_truncate", OTHER_SETTINGS[name]))
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_every_correction(correction, loss_type):
     """And that it changes anything."""
-    compare(make_task(GrpoTask, correction, loss_type=loss_type))
+    compare(make_task(GrpoTask, correction, {"loss_type": loss_type}))
     batch = make_batch()
     weights = compute_correction(
         batch["old_log_probs"],
@@ -278,7 +279,7 @@ def test_every_correction(correction, loss_type):
 
 
 def test_leave_one_out_losses():
-    metrics, trainer = compare(make_task(RlooTask, "none"))
+    metrics, trainer = compare(make_task(RlooTask, "none", {}))
     theirs = trainer._metrics["train"]
     assert metrics["entropy"] == pytest.approx(theirs["entropy"][0], rel=1e-5)
     clip_share = theirs["clip_ratio/region_mean"][0]
@@ -331,7 +332,7 @@ def test_divergences_from_a_wider_teacher(beta):
     )
     assert float(loss) == pytest.approx(their_loss.item(), rel=1e-6)
     assert float(entropy) == pytest.approx(their_entropy.item(), rel=1e-5)
-    wanted = (student[0].grad.numpy(), student[1].grad.numpy().T)
-    for ours, theirs in zip(gradients, wanted, strict=True):
+    their_gradients = (student[0].grad.numpy(), student[1].grad.numpy().T)
+    for ours, theirs in zip(gradients, their_gradients, strict=True):
         size = np.abs(theirs).max()
         assert np.abs(ours - theirs).max() <= 1e-5 * size

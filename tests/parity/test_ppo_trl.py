@@ -26,7 +26,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-
 from maxlm.models.params import bind, flatten_names  # noqa: E402
 from maxlm.rl.rollouts.packing import RowLayout, pack_samples  # noqa: E402
 from maxlm.rl.samples import Prompt, Sample  # noqa: E402
@@ -59,12 +58,6 @@ def theirs(request, tmp_path_factory):
     subprocess.run(command, check=True, env=environment, timeout=600)
     with np.load(path) as arrays:
         return request.param, dict(arrays)
-
-
-def convert(entries: Any, config: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """A policy's parameters with its value head."""
-    flat = compare.parameters(config, entries, tensors)
-    return flat
 
 
 def test_an_update(theirs):
@@ -180,18 +173,18 @@ def test_an_update(theirs):
         "val/ratio": average("policy_ratio"),
     }
     for name, ours in logged.items():
-        wanted = float(update[f"log {name}"])
+        logged_by_trl = float(update[f"log {name}"])
         # Relative, and of numbers that are differences near 0, of 1.
-        assert ours == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
+        assert ours == pytest.approx(logged_by_trl, rel=1e-5, abs=1e-6), name
 
     tensors = {
         name.removeprefix("policy "): array
         for name, array in update.items()
         if name.startswith("policy ")
     }
-    wanted = read_params(tensors, update["value"])
+    end = read_params(tensors, update["value"])
     ours = flatten_names(params)
-    moved = max(np.abs(wanted[name] - start[name]).max() for name in wanted)
+    moved = max(np.abs(end[name] - start[name]).max() for name in end)
     assert moved > 1e-4
-    for name, array in wanted.items():
+    for name, array in end.items():
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-6, err_msg=name)

@@ -34,7 +34,7 @@ def build_models() -> tuple[Any, Any, Any, Any]:
     """A policy, its reference, the weights [1, D] of its value head, and those of a
     reward model's on a model like it."""
 
-    def build(seed: int, scale: float = 1.0) -> Any:
+    def build(seed: int) -> Any:
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(**tiny.CASES["llama"][1])
         config._attn_implementation = "eager"
@@ -100,15 +100,15 @@ def main(path: Path, estimator: str) -> None:
     answer_of = {tuple(q): a for q, a in zip(queries.tolist(), answers, strict=True)}
     value_model = ScoringModel(policy.model, value_weights)
     reward_model = ScoringModel(build_models()[0].model, reward_weights)
-    made: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def generate(model, rows, batch_size, pad_token_id, generation_config):
         chosen = np.stack([answer_of[tuple(row)] for row in rows.tolist()])
         whole = torch.cat([rows, torch.tensor(chosen)], 1)
         output = ppo_trainer.forward(model, whole, pad_token_id)
         logits = output.logits[:, rows.shape[1] - 1 : -1]
-        made["queries"] = rows.numpy()
-        made["answers"] = chosen
+        results["queries"] = rows.numpy()
+        results["answers"] = chosen
         return whole, logits / (1.0 + 1e-7)
 
     ppo_trainer.batch_generation = generate
@@ -170,12 +170,12 @@ def main(path: Path, estimator: str) -> None:
 
         ppo_trainer.get_reward = record_reward
         trainer.train()
-    made["scores"] = torch.cat(scores).detach().numpy()
-    made |= {f"log {name}": np.float64(value) for name, value in logs.items()}
+    results["scores"] = torch.cat(scores).detach().numpy()
+    results |= {f"log {name}": np.float64(value) for name, value in logs.items()}
     for name, tensor in policy.state_dict().items():
-        made[f"policy {name}"] = tensor.detach().numpy()
-    made["value"] = value_model.score.weight.detach().numpy()
-    np.savez(path, **made)
+        results[f"policy {name}"] = tensor.detach().numpy()
+    results["value"] = value_model.score.weight.detach().numpy()
+    np.savez(path, **results)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
