@@ -36,6 +36,7 @@ $(base): pyproject.toml constraints.txt
 
 $(ready): $(base)
 	$(pip) -e '.[dev]'
+	$(pip) --no-deps reasoning-gym
 	@touch $@
 
 # Large arrays in huge pages, where the C library knows them: a step need not wait for small ones.

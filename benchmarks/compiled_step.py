@@ -30,7 +30,8 @@ from rich.console import Console
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.plan.compiled.tables import render_compiler_tables
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.run.config import RunConfig
 

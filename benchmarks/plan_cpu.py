@@ -124,7 +124,8 @@ def measure(name: str, seconds: float) -> None:
 
     from maxlm.config.load import load_config
     from maxlm.plan.hardware import measure_cpu
-    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.machine import Machine
+    from maxlm.plan.predict import plan_run
     from maxlm.run.config import RunConfig
     from maxlm.run.global_batch import batch_sharding
     from maxlm.run.setup import set_up_run

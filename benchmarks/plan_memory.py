@@ -69,7 +69,8 @@ def measure(name: str) -> None:
     """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
     from maxlm.config.load import load_config
     from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
-    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.machine import Machine
+    from maxlm.plan.predict import plan_run
     from maxlm.run.config import RunConfig
 
     run, on, rows, mesh, remat, more = CASES[name]

@@ -37,8 +37,9 @@ import numpy as np
 
 from maxlm.config.load import load_config
 from maxlm.plan.hardware import CHIPS
-from maxlm.plan.predict import Machine
-from maxlm.plan.serving import ServingOptions, WeightFormat, search_serving
+from maxlm.plan.machine import Machine
+from maxlm.plan.served_model import ServingOptions, WeightFormat
+from maxlm.plan.serving import search_serving
 from maxlm.plan.serving_cache import CacheFormat
 from maxlm.plan.timing import DECODE_EFFICIENCY, DecodeEfficiency
 from maxlm.plan.topology import parse_topology

@@ -37,7 +37,8 @@ def measure(name: str) -> None:
     from maxlm.config.load import load_config
     from maxlm.plan.compiled.program import compile_step, compute_peak_bytes
     from maxlm.plan.layout import compute_run_layout
-    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.machine import Machine
+    from maxlm.plan.predict import plan_run
     from maxlm.run.config import RunConfig
     from maxlm.sharding import MESH_AXES
 

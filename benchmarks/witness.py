@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ PACE = 0.02  # seconds a batch at least: who aims at a step must be able to see 
 def main() -> int:
     folder, *arguments = sys.argv[1:]
     from maxlm.cli.main import main as maxlm
-    from maxlm.train import program as train
+    from maxlm.run import rollout_source
 
-    taken = train.open_training_batches
+    taken = rollout_source.open_training_batches
 
     @contextmanager
     def witnessed(
-        setup: Any, source: Any, start: int, skips: Any = ()
+        setup: Any,
+        source: Any,
+        start: int,
+        skips: Any = (),
+        is_stop_requested: Callable[[], bool] = lambda: False,
     ) -> Iterator[Iterator[Any]]:
         path = Path(folder) / f"{os.getpid()}.txt"
         with taken(setup, source, start, skips) as batches, path.open("a") as file:
@@ -48,7 +52,7 @@ def main() -> int:
 
             yield noted()
 
-    train.open_training_batches = witnessed
+    rollout_source.open_training_batches = witnessed
     return maxlm(arguments)
 
 

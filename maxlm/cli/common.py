@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -13,6 +12,7 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     from maxlm.run.config import RunConfig
+    from maxlm.train.program import TrainingProgram
 
 ConfigArgument = Annotated[
     str, Argument(help="A YAML file, or a shipped config: demo, llama3_8b.")
@@ -86,28 +86,21 @@ def make_cluster_variables(
     return {name: str(value) for name, value in options.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class TuningOptions:
-    """Options of ``maxlm tune`` that are no settings of a run; see ``tune_model``."""
-
-    epochs: float | None
-    precompute_reference: bool
-
-
 def run_training(
     run: "RunConfig",
     resume: str | None,
     profile: str | None,
     cluster_variables: dict[str, str],
-    tuning: TuningOptions | None = None,
+    load_program: "Callable[[], TrainingProgram]",
 ) -> None:
-    """Train a run, or tune it, and print its report; all of its processes join, and
+    """Run a program that trains, and print its report; all of its processes join, and
     each takes as much of a GPU's memory as plans say.
 
     Args:
         resume: another run's folder to resume from.
         profile: steps to trace, ``10:13``.
-        tuning: None: train.
+        load_program: imports the program, which starts JAX; called once all processes
+            have joined.
     """
     from maxlm.plan.hardware import GPU_MEMORY_SHARE
     from maxlm.runtime.session import distributed_session
@@ -126,21 +119,8 @@ def run_training(
         # Imported when all processes have joined: these modules start JAX.
         from maxlm.train.report import print_training_report
 
-        if tuning is None:
-            from maxlm.train.program import train_model
-
-            result = train_model(run, resume=resume, profile=profiled_steps)
-        else:
-            from maxlm.tune.program import tune_model
-
-            result = tune_model(
-                run,
-                epochs=tuning.epochs,
-                precompute_reference=tuning.precompute_reference,
-                resume=resume,
-                profile=profiled_steps,
-            )
-        print_training_report(result)
+        train = load_program()
+        print_training_report(train(run, resume=resume, profile=profiled_steps))
 
 
 def print_json(value: object) -> None:

@@ -32,6 +32,7 @@ ResultT = TypeVar("ResultT")
 VERBS = {
     "train": "Train a model, or resume a run.",
     "tune": "Tune a pretrained model: to answer, to prefer, to score, to imitate.",
+    "rl": "Train a policy on its own answers, by rewards or by a teacher.",
     "smoke": "Check on this device, in a minute, that a config works.",
     "plan": "Show a run's memory, communication and time before it starts.",
     "runs": "List runs; show how far one is and where its time went.",

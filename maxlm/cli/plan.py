@@ -24,7 +24,8 @@ from maxlm.runtime.json_types import JsonMapping, JsonObject
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from maxlm.plan.predict import Machine
+    from maxlm.plan.generation import ExpectedLengths
+    from maxlm.plan.machine import Machine
     from maxlm.plan.search import SearchResult
     from maxlm.run.config import RunConfig
 
@@ -123,10 +124,20 @@ def command(
         bool, Option("--serve", help="Plan serving the model instead.")
     ] = False,
     prompt: Annotated[
-        int | None, Option(min=1, help="Tokens of a prompt; default: 512.")
+        int | None,
+        Option(
+            min=1,
+            help="Tokens of a prompt, with --serve (default: 512), or on average of a "
+            "task that generates (default: of the longest).",
+        ),
     ] = None,
     new: Annotated[
-        int | None, Option(min=1, help="Tokens of an answer; default: 128.")
+        int | None,
+        Option(
+            min=1,
+            help="Tokens of an answer, with --serve (default: 128), or on average of a "
+            "task that generates (default: of the longest).",
+        ),
     ] = None,
     batch: Annotated[
         int | None, Option(min=1, help="Concurrent sequences; default: as many as fit.")
@@ -193,7 +204,10 @@ def command(
         output = _plan_serving(config, settings or [], on, mesh, requests, top, price)
         return _print_output(output, html, as_json)
 
-    serving_options = {f"--{name.replace('_', '-')}": True for name in requests}
+    lengths = _select_given({"prompt": prompt, "new": new})
+    serving_options = {
+        f"--{name.replace('_', '-')}": True for name in requests if name not in lengths
+    }
     _refuse_options(serving_options, "is for serving", "add --serve")
     searching = searching or compile_top > 0
     if on is None:
@@ -201,6 +215,7 @@ def command(
             "--devices": False,
             "--search": searching,
             "--price": price is not None,
+            "--prompt or --new": bool(lengths),
         }
         _refuse_options(machine_options, "needs a machine", "name it: --on v5p-128")
     else:
@@ -228,6 +243,7 @@ def command(
         compiled=compiled,
         price=price,
         reliability=reliability,
+        lengths=lengths,
     )
     _print_output(output, html, as_json)
 
@@ -286,15 +302,22 @@ def _plan_training(
     compiled: bool,
     price: float | None,
     reliability: Mapping[str, float],
+    lengths: Mapping[str, int],
 ) -> _PlanOutput:
     """Plan a run, or the best layout of it that a search finds."""
+    from maxlm.plan.generation import ExpectedLengths
     from maxlm.plan.goodput import Reliability
-    from maxlm.plan.predict import plan_run
+    from maxlm.plan.predict import TRAINING_STEP, plan_run
     from maxlm.plan.show import format_seconds, render_plan_tables
     from maxlm.run.load_config import load_run_config
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
     run = load_run_config(config, settings)
+    if lengths and run.task.generation(run.data.seq_len, run.data.batch_size) is None:
+        by_name = {f"--{name}": True for name in lengths}
+        message = f"is for serving, and task.kind={run.task.kind} generates nothing"
+        _refuse_options(by_name, message, "add --serve")
+    expected_lengths = ExpectedLengths(**lengths)
     if mesh is not None:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
     machine = None
@@ -305,8 +328,14 @@ def _plan_training(
         machine = _make_machine(on)
     searched = None
     if machine is not None and search is not None:
-        run, searched = _search(run, machine, config, search)
-    plan = plan_run(run, machine, sizes=sizes, reliability=Reliability(**reliability))
+        run, searched = _search(run, machine, config, search, expected_lengths)
+    plan = plan_run(
+        run,
+        machine,
+        sizes=sizes,
+        reliability=Reliability(**reliability),
+        lengths=expected_lengths,
+    )
     data = plan.to_json()
     tables: list[RenderableType] = [
         render_plan_tables(plan, price_per_device_hour=price)
@@ -328,7 +357,13 @@ def _plan_training(
         tables.append(render_compiler_tables(verdict))
         verdict_line += f"; compiled in {format_seconds(verdict.seconds)}"
     tables.append(f"\n{verdict_line}")
-    return _PlanOutput(data, tables, verdict.fits)
+    # The compiler's account is of the training step alone.
+    others_fit = all(
+        size <= machine.chip.memory_bytes
+        for phase, size in plan.bytes_by_phase.items()
+        if phase != TRAINING_STEP
+    )
+    return _PlanOutput(data, tables, verdict.fits and others_fit)
 
 
 def _print_output(output: _PlanOutput, html: Path | None, as_json: bool) -> None:
@@ -365,9 +400,10 @@ def _plan_serving(
         requests: fields of ``ServingOptions``, and the ``cache``.
         top: splits of a search to show; 0: no search.
     """
-    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, ServingOptions, search_serving
+    from maxlm.plan.served_model import ServingOptions
+    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, search_serving
     from maxlm.plan.serving_cache import CacheFormat
-    from maxlm.plan.show import render_serving_search, render_serving_tables
+    from maxlm.plan.show_serving import render_serving_search, render_serving_tables
     from maxlm.run.config import RunConfig
     from maxlm.sharding import mesh_sizes, parse_mesh
 
@@ -423,7 +459,7 @@ def _make_machine(name: str) -> "Machine":
     `cpuxN`."""
     import jax
 
-    from maxlm.plan.predict import Machine
+    from maxlm.plan.machine import Machine
     from maxlm.plan.topology import parse_topology
 
     topology = parse_topology(name)
@@ -444,7 +480,11 @@ def _refuse_options(options: Mapping[str, bool], message: str, fix: str) -> None
 
 
 def _search(
-    run: "RunConfig", machine: "Machine", source: str, options: _SearchOptions
+    run: "RunConfig",
+    machine: "Machine",
+    source: str,
+    options: _SearchOptions,
+    lengths: "ExpectedLengths",
 ) -> tuple["RunConfig", JsonObject]:
     """Print the quickest candidates; return the first that fits as a run, and all of
     them as plain data. Where some are compiled, it fits by the compiler's account.
@@ -453,7 +493,7 @@ def _search(
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import render_candidates_table
 
-    result = search_layouts(run, machine, top=options.top)
+    result = search_layouts(run, machine, top=options.top, lengths=lengths)
     data: JsonObject = {
         "tried": result.num_tried,
         "possible": result.num_divisible,

@@ -1,6 +1,6 @@
 """maxlm train"""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -13,6 +13,9 @@ from maxlm.cli.common import (
     make_cluster_variables,
     run_training,
 )
+
+if TYPE_CHECKING:
+    from maxlm.train.program import TrainingProgram
 
 
 def command(
@@ -42,4 +45,10 @@ def command(
 
     cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
     run = load_run_config(config, settings or ())
-    run_training(run, resume, profile, cluster_variables)
+    run_training(run, resume, profile, cluster_variables, _load_program)
+
+
+def _load_program() -> "TrainingProgram":
+    from maxlm.train.program import train_model
+
+    return train_model

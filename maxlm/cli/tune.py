@@ -1,8 +1,9 @@
 """maxlm tune"""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -15,13 +16,15 @@ from maxlm.cli.common import (
     ProcessIdOption,
     SettingsArgument,
     StepOption,
-    TuningOptions,
     make_cluster_variables,
     open_console,
     print_json,
     run_training,
 )
 from maxlm.config import MaxlmError
+
+if TYPE_CHECKING:
+    from maxlm.train.program import TrainingProgram
 
 RecipeArgument = Annotated[
     str,
@@ -92,9 +95,16 @@ def command(
         message = "a recipe tunes a model that is there, and none is named"
         fix = "name a run's folder, or a Hugging Face one"
         raise MaxlmError(message, where="--base", fix=fix)
-    tuning = TuningOptions(epochs, precompute_reference)
+
+    def load_program() -> "TrainingProgram":
+        from maxlm.tune.program import tune_model
+
+        return partial(
+            tune_model, epochs=epochs, precompute_reference=precompute_reference
+        )
+
     cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
-    run_training(run, resume, profile, cluster_variables, tuning)
+    run_training(run, resume, profile, cluster_variables, load_program)
 
 
 def show(

@@ -8,7 +8,7 @@ from maxlm.config.errors import MaxlmError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Of configs/, in the order in which a bare name is looked up.
-_FOLDERS = ("runs", "tune", "methods", "models")
+_FOLDERS = ("runs", "tune", "rl", "methods", "models")
 
 
 def find_asset(relative: str) -> Path:
@@ -47,7 +47,7 @@ def resolve_config(name: str) -> Path:
     """Returns the config file a user means: an existing file, else a shipped config by
     name.
 
-    A bare name is looked up among the recipes (configs/runs, tune, methods), then the
+    A bare name is looked up among the recipes (configs/runs, tune, rl, methods), then the
     presets (configs/models); ``.yaml`` may be left out.
     """
     path = Path(name).expanduser()

@@ -77,7 +77,7 @@ class MixtureCounts:
 
 
 @dataclass(frozen=True, order=True)
-class Sample:
+class ReportSample:
     """A document shown as an example."""
 
     sort_key: str
@@ -102,9 +102,9 @@ class CorpusSummary:
     """A sample of each numeric label's values: float64 [2, values], the first row
     random numbers of which the smallest are kept, so that the sample does not depend on
     the order of shards."""
-    dropped: dict[str, list[Sample]] = field(default_factory=dict)
+    dropped: dict[str, list[ReportSample]] = field(default_factory=dict)
     """Examples that a rule alone drops of what the rules before leave, by rule."""
-    kept_samples: list[Sample] = field(default_factory=list)
+    kept_samples: list[ReportSample] = field(default_factory=list)
     """Examples that all rules keep."""
 
     def add(self, other: "CorpusSummary") -> None:
@@ -121,12 +121,12 @@ class CorpusSummary:
             self.add_dropped(rule, samples)
         self.add_kept(other.kept_samples)
 
-    def add_dropped(self, rule: str, samples: Sequence[Sample]) -> None:
+    def add_dropped(self, rule: str, samples: Sequence[ReportSample]) -> None:
         """Adds examples of documents that a rule drops."""
         all_samples = [*self.dropped.get(rule, []), *samples]
         self.dropped[rule] = heapq.nsmallest(SAMPLES, all_samples)
 
-    def add_kept(self, samples: Sequence[Sample]) -> None:
+    def add_kept(self, samples: Sequence[ReportSample]) -> None:
         """Adds examples of documents that all rules keep."""
         self.kept_samples = heapq.nsmallest(SAMPLES, [*self.kept_samples, *samples])
 
@@ -270,7 +270,7 @@ def _count_documents(
 
 def _choose_samples(
     table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]
-) -> list[Sample]:
+) -> list[ReportSample]:
     """Chooses documents among some rows: those with the smallest hashes of their
     ids."""
     ids = table.column("id")
@@ -284,7 +284,7 @@ def _choose_samples(
         row = row_by_hash[id_hash]
         text = table.column("text")[row].as_py() or ""
         samples.append(
-            Sample(
+            ReportSample(
                 sort_key=id_hash,
                 id=ids[row].as_py(),
                 source=table.column("source")[row].as_py(),

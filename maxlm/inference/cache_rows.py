@@ -52,7 +52,7 @@ class CacheRows:
     def match_prefix(self, sequence: RunningSequence) -> list[PrefixNode]:
         """Return the nodes of the prefix that a sequence need not compute."""
         ids = sequence.list_cache_ids(0, self._count_matchable(sequence))
-        return self.tree.match(ids, sequence.cache_key)
+        return self.tree.match(ids, sequence.prefix_key)
 
     def is_computing_prefix(self, sequence: RunningSequence) -> bool:
         """Return whether a running sequence is computing more of this one's prefix than
@@ -61,7 +61,7 @@ class CacheRows:
         page_size = self.page_size
         num_matched = len(self.match_prefix(sequence)) * page_size
         for other in self.running:
-            if other.num_to_compute <= 1 or other.cache_key != sequence.cache_key:
+            if other.num_to_compute <= 1 or other.prefix_key != sequence.prefix_key:
                 continue
             # The end of the next page that the other one fills.
             num_pages = max(num_matched, other.num_computed) // page_size
@@ -82,7 +82,7 @@ class CacheRows:
         sequence.num_computed = len(nodes) * self.page_size
         sequence.num_pages = len(nodes)
         if self.config.prefix_cache and not sequence.encoder_tokens:
-            sequence.node, pages = self.tree.acquire(nodes, sequence.cache_key)
+            sequence.node, pages = self.tree.acquire(nodes, sequence.prefix_key)
             for table, seen_pages in zip(self.page_tables, pages, strict=True):
                 first = len(nodes) - len(seen_pages)
                 table[sequence.row, first : len(nodes)] = seen_pages
@@ -281,6 +281,15 @@ class CacheRows:
         sequence.num_pages = 0
         sequence.num_computed = 0
         sequence.has_encoder_output = False
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix tree. Running sequences keep their pages, which no other
+        will share."""
+        for sequence in self.running:
+            if sequence.node is not None:
+                self.tree.drop(sequence.node)
+                sequence.node = None
+        self.tree.clear()
 
     def _take_row(self, sequence: RunningSequence) -> None:
         sequence.row = heappop(self.free_rows)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
@@ -29,7 +29,11 @@ from maxlm.inference.banned_sequences import (
 from maxlm.inference.cpu import choose_decode_kernels
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.inference.engine_inputs import InputBuilder
-from maxlm.inference.generative_model import GenerativeModel, require_generative
+from maxlm.inference.generative_model import (
+    GenerativeModel,
+    check_batch_invariant,
+    require_generative,
+)
 from maxlm.inference.grammar import GrammarCompiler
 from maxlm.inference.model_runner import (
     MAX_PAGE_COPIES,
@@ -68,6 +72,7 @@ from maxlm.models.caches.layout import (
     list_paged_windows,
 )
 from maxlm.models.params import Params
+from maxlm.parallel.batch_invariance import BATCH_INVARIANT_KERNELS
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -101,6 +106,7 @@ class Engine:
         tokenizer: for texts, stop strings and grammars; None: tokens alone.
         vocab_size: ids that may be drawn; default: the tokenizer's, else the model's.
         draft: the model that ``config.speculation`` names, on the same mesh.
+        mesh: to generate on; default: that of the parameters.
 
     Attributes:
         config: as given, with ``max_length`` cut to the positions that the model has.
@@ -118,8 +124,11 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         vocab_size: int | None = None,
         draft: DraftModel | None = None,
+        mesh: Mesh | None = None,
     ):
         model = require_generative(model)
+        if config.batch_invariant:
+            check_batch_invariant(model, config.cache)
         if model.rules.seq:
             message = f"the sequence is split over {' and '.join(model.rules.seq)}"
             fix = "generate on a mesh with context=1"
@@ -128,7 +137,7 @@ class Engine:
             _require_experts(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.mesh = jax.tree.leaves(params)[0].sharding.mesh
+        self.mesh: Mesh = mesh or jax.tree.leaves(params)[0].sharding.mesh
         if not vocab_size:
             if tokenizer is not None:
                 vocab_size = tokenizer.vocab_size
@@ -154,7 +163,7 @@ class Engine:
         num_mtp_modules = count_drafting_modules(model, config.speculation)
         windows = list_paged_windows(model, config.cache, num_mtp_modules)
         platform = self.mesh.devices.flat[0].platform
-        layout = _make_cache_layout(
+        layout = make_cache_layout(
             row_config, windows, self.num_shards, platform, num_mtp_modules
         )
         num_drafts = 0 if config.speculation is None else config.speculation.num_drafts
@@ -165,7 +174,13 @@ class Engine:
             max_row_length,
             self.vocab_size,
             num_mtp_drafts=num_mtp_drafts,
-            kernels=choose_decode_kernels(platform),
+            kernels=(
+                BATCH_INVARIANT_KERNELS
+                if config.batch_invariant
+                else choose_decode_kernels(platform)
+            ),
+            batch_invariant=config.batch_invariant,
+            shares_params=config.shares_params,
             record_routes=config.record_routes,
         )
         cache_specs = model.cache_specs(layout)
@@ -193,19 +208,21 @@ class Engine:
                 model, config.max_adapters, config.max_adapter_rank
             )
             self._runner = ModelRunner(
-                model, params, self._spec, self._adapters.arrays or None
+                model, params, self._spec, self.mesh, self._adapters.arrays or None
             )
             self._draft_runner = None
             if draft is not None and draft_model is not None:
                 draft_spec = replace(self._spec, record_routes=False)
-                self._draft_runner = ModelRunner(draft_model, draft.params, draft_spec)
+                self._draft_runner = ModelRunner(
+                    draft_model, draft.params, draft_spec, self.mesh
+                )
         self._runners = [self._runner]
         if self._draft_runner is not None:
             self._runners.append(self._draft_runner)
 
         self._prompt_encoder = PromptEncoder(
             model,
-            self._runner.params,
+            lambda: self._runner.params,
             self.mesh,
             self.num_shards,
             accepts_embeddings=config.accepts_embeddings,
@@ -382,6 +399,50 @@ class Engine:
         while self.has_work:
             has_waiting = bool(self.scheduler.waiting)
             yield from self.step(limit_seconds=stream or has_waiting)
+
+    def set_params(self, params: Params, draft_params: Params | None = None) -> None:
+        """Generates with other parameters from the next step on.
+
+        Sequences that run go on over the caches that they have (an update in flight);
+        nothing else is kept of the parameters before: computed prefixes are dropped,
+        and what a frontend made of prompts is made again. Loaded adapters stay, beside
+        the new parameters.
+
+        Args:
+            params: of the same model, as a training step leaves them (fp32, stacked, in
+                their storage layout), on the engine's mesh or on another one. With
+                ``config.shares_params`` the engine reads these arrays themselves: call
+                :meth:`release_params` before a training step takes them.
+            draft_params: of the draft model; None: its own stay.
+
+        Raises:
+            MaxlmError: parameters of another model, on another mesh where they are to
+                be shared, or of a draft model that there is none of.
+        """
+        if draft_params is not None and self._draft_runner is None:
+            message = "parameters of a draft model, and the engine has none"
+            raise MaxlmError(message, where="draft_params", fix="leave them out")
+        with jax.set_mesh(self.mesh):
+            self._runner.set_params(params)
+            if draft_params is not None and self._draft_runner is not None:
+                self._draft_runner.set_params(draft_params)
+        self.scheduler.change_params()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.request.items is not None:
+                sequence.vectors = self._prompt_encoder.encode(sequence.request)
+
+    def release_params(self) -> None:
+        """Lets go of the model's parameters, and of what was made of them, so that their
+        memory is free or theirs alone who also has them; steps are errors until
+        :meth:`set_params`."""
+        self._runner.release_params()
+
+    def release_caches(self) -> None:
+        """Frees the caches until the next step. Sequences that run wait, and are then
+        computed anew; computed prefixes are dropped."""
+        self.scheduler.vacate_caches()
+        for runner in self._runners:
+            runner.release_state()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -610,7 +671,7 @@ def _require_experts(model: GenerativeModel) -> None:
         raise MaxlmError(message, where="engine.record_routes", fix="set it to false")
 
 
-def _make_cache_layout(
+def make_cache_layout(
     config: EngineConfig,
     windows: tuple[int | None, ...],
     num_shards: int,

@@ -57,6 +57,17 @@ class EngineConfig(Config):
     them."""
     max_adapter_rank: int = Field(default=16, gt=0)
     """Their largest rank; each takes memory and time as if it had this one."""
+    shares_params: bool = False
+    """true: steps read the parameters that the engine is given, such as a trainer's on
+    the same mesh, where and as they are stored, and gather and cast those of a layer
+    when its turn comes: they are held once, and each step takes longer. false: the
+    engine makes a copy that steps read fastest: in the compute dtype, whole but for
+    tensor parallelism, layers out of their stacks."""
+    batch_invariant: bool = False
+    """true: a token's log-probability has the same bits whatever runs beside it, in any
+    chunks and pages, as in a training forward pass with `parallel.batch_invariant`;
+    slow, and for decoders of attention and dense feed-forwards alone. false: as fast as
+    can be, where log-probabilities differ by rounding."""
     accepts_embeddings: bool = False
     """Whether requests may have vectors in place of tokens' embeddings where the model
     has no frontend; where it has one they always may."""

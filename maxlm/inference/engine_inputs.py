@@ -177,6 +177,10 @@ class InputBuilder:
         needs_logprobs = any(
             sequence.request.top_logprobs is not None for sequence in sequences
         )
+        needs_top_logprobs = any(
+            sequence.request.top_logprobs or sequence.request.prompt_logprobs
+            for sequence in sequences
+        )
 
         # A step in which nothing happens; what the plan has is written into it below.
         inputs = StepInputs(
@@ -198,6 +202,7 @@ class InputBuilder:
             has_grammar=np.bool_(bool(matchers)),
             forced_tokens=np.full((D, num_results), -1, np.int32),
             needs_logprobs=np.bool_(needs_logprobs),
+            needs_top_logprobs=np.bool_(needs_top_logprobs),
             adapter_masks=self._adapter_masks,
             chunk_following=(
                 np.zeros((D, C, self.num_mtp_modules), np.int32)
@@ -364,7 +369,7 @@ class InputBuilder:
                 continue
             configs[row] = sequence.request.sampling
             stop_ids[row] = sequence.stop_ids
-            streams[row] = sequence.index
+            streams[row] = sequence.request.first_stream + sequence.index
             adapters[row] = sequence.request.adapter
             prompt_lengths[row] = sequence.num_prompt_tokens
         self._prompt_lengths = prompt_lengths.reshape(D, R)

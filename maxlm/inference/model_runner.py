@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import reshard
+from jax.sharding import Mesh, reshard
 
+from maxlm.config import MaxlmError
 from maxlm.inference.adapter_slots import write_columns
 from maxlm.inference.generative_model import GenerativeModel
-from maxlm.inference.params import prepare_params
+from maxlm.inference.params import check_params, check_shareable, prepare_params
 from maxlm.inference.prompt_vectors import encode_items
 from maxlm.inference.sequences import PageCopy, RowCopy, RunningSequence
 from maxlm.inference.step import run_decoding_step, run_step
@@ -46,12 +47,11 @@ class ModelRunner:
     Args:
         params: in any layout.
         spec: of the engine; the layout of caches is then fitted to the model.
+        mesh: the current one.
         adapters: A and B beside the parameters, which change in place.
 
     Attributes:
-        params: as steps read them.
         spec: with the model's own layout of caches.
-        state: the caches; each program that changes them takes them and returns others.
     """
 
     def __init__(
@@ -59,24 +59,75 @@ class ModelRunner:
         model: GenerativeModel,
         params: Params,
         spec: EngineSpec,
+        mesh: Mesh,
         adapters: Mapping[str, list[jax.Array]] | None = None,
     ):
         head_ways = axis_size(model.rules.heads)
         layout = replace(spec.layout, head_ways=head_ways)
         self.model = model
         self.spec = replace(spec, layout=layout)
-        self.params = prepare_params(model, params)
-        self.state = allocate_state(model, layout, spec.max_length)
+        self._mesh = mesh
+        self._params: Params | None = None
+        self.set_params(params)
+        self._state: EngineState | None = allocate_state(model, layout, spec.max_length)
         self._adapters = adapters
         # The thread that compiles may not read arrays that steps give up meanwhile:
         # it reads their shapes, which stay.
+        self._param_shapes = describe_arrays(self.params)
         self._state_shapes = describe_arrays(self.state)
         self._adapter_shapes = describe_arrays(adapters)
 
+    def set_params(self, params: Params) -> None:
+        """Reads other parameters; raises MaxlmError where they are not of the model, or
+        cannot be shared."""
+        check_params(self.model, params)
+        # What steps read so far is freed before its successor is made.
+        self._params = None
+        if self.spec.shares_params:
+            check_shareable(self.model, params, self._mesh)
+            self._params = params
+        else:
+            self._params = prepare_params(
+                self.model, params, self._mesh, fuse=not self.spec.batch_invariant
+            )
+
+    def release_params(self) -> None:
+        """Lets go of the parameters."""
+        self._params = None
+
+    def release_state(self) -> None:
+        """Frees the caches; the next program has new, empty ones."""
+        self._state = None
+
+    @property
+    def params(self) -> Params:
+        """The parameters as steps read them; raises MaxlmError where they were released,
+        or a training step has taken them."""
+        params = self._params
+        if params is None:
+            reason = "were released (Engine.release_params)"
+        elif any(array.is_deleted() for array in jax.tree.leaves(params)):
+            reason = "were given up to a program since, as a training step does"
+        else:
+            return params
+        message = f"the engine's parameters {reason}"
+        fix = "call Engine.set_params with those to generate with"
+        raise MaxlmError(message, where="engine", fix=fix)
+
+    @property
+    def state(self) -> EngineState:
+        """The caches; each program that changes them takes them and returns others."""
+        state = self._state
+        if state is None:
+            layout = self.spec.layout
+            state = allocate_state(self.model, layout, self.spec.max_length)
+            self._state = state
+        return state
+
     def run(self, shape: StepSizes, inputs: StepInputs) -> StepOutputs:
         """Runs a step."""
-        program = _choose_program(shape)
-        self.state, outputs = program(
+        program = _choose_program(shape, self.spec)
+        self._state, outputs = program(
             self.model,
             self.spec,
             shape,
@@ -94,11 +145,11 @@ class ModelRunner:
         Args:
             inputs: `jax.ShapeDtypeStruct` in place of arrays suffice.
         """
-        lowered = _choose_program(shape).lower(
+        lowered = _choose_program(shape, self.spec).lower(
             self.model,
             self.spec,
             shape,
-            self.params,
+            self._param_shapes,
             self._state_shapes,
             inputs,
             self._adapter_shapes,
@@ -120,7 +171,7 @@ class ModelRunner:
                     sources[copy.shard, place] = copy.source
                     destinations[copy.shard, place] = copy.destination
             copies_by_window[str(window)] = sources, destinations
-        self.state = copy_pages(self.model, layout, self.state, copies_by_window)
+        self._state = copy_pages(self.model, layout, self.state, copies_by_window)
 
     def copy_rows(self, copies: Sequence[RowCopy]) -> None:
         """Copies what caches keep by row."""
@@ -129,7 +180,7 @@ class ModelRunner:
         sources = np.tile(rows, (layout.num_shards, 1))
         for shard, source, destination in copies:
             sources[shard, destination] = source
-        self.state = copy_rows(
+        self._state = copy_rows(
             self.model, layout, self.spec.max_length, self.state, sources
         )
 
@@ -147,7 +198,7 @@ class ModelRunner:
         tokens[sequence.shard, :num_tokens] = sequence.encoder_tokens
         lengths[sequence.shard] = num_tokens
         rows[sequence.shard] = sequence.row
-        self.state = encode_row(
+        self._state = encode_row(
             self.model,
             layout,
             self.spec.max_length,
@@ -159,8 +210,10 @@ class ModelRunner:
         )
 
 
-def _choose_program(shape: StepSizes) -> jax.stages.Wrapped:
+def _choose_program(shape: StepSizes, spec: EngineSpec) -> jax.stages.Wrapped:
     """Returns the jitted step for a shape."""
+    if spec.batch_invariant:  # compiled as everything else is
+        return run_step
     is_decoding_on_cpu = get_platform() == "cpu" and not shape.chunk_tokens
     return run_decoding_step if is_decoding_on_cpu else run_step
 

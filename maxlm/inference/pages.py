@@ -196,6 +196,16 @@ class PrefixTree:
             node.pages = [0] * len(self.pools)
         self._prune(node)
 
+    def clear(self) -> None:
+        """Remove all nodes, which nobody holds, and let go of their pages: those that no
+        sequence holds are free."""
+        for pool in self.pools:
+            for page in list(pool.cached):
+                del pool.cached[page]
+                pool.evictable.pop(page, None)
+                pool.release(page)
+        self._roots = {}
+
     def _prune(self, node: PrefixNode) -> None:
         """Remove a node that nothing needs, and those above it that were there for it
         alone."""

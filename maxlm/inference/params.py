@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
+from maxlm.config import MaxlmError
 from maxlm.models.architectures import Model
 from maxlm.models.params import (
     SHARED_BLOCKS,
@@ -19,16 +20,22 @@ from maxlm.models.params import (
     flatten_names,
     is_leaf,
     param_specs,
+    take_stacked_layer,
 )
 from maxlm.parallel.linear import can_fuse_kernels, fuse_kernels
 
 _fuse_kernels = jax.jit(fuse_kernels)
 
 
-def prepare_params(model: Model, params: Params) -> Params:
-    """Returns parameters laid out for use: in their compute layout on the mesh that
-    they lie on, matrices and tables cast to the compute dtype, the decoder's layers out
-    of their stacks. One array after the other, so that little is held twice."""
+def prepare_params(
+    model: Model, params: Params, mesh: Mesh | None = None, *, fuse: bool = True
+) -> Params:
+    """Returns parameters laid out for use: in their compute layout, matrices and tables
+    cast to the compute dtype, the decoder's layers out of their stacks. One array after
+    the other, so that little is held twice. ``mesh``: to lay them out on; default: that
+    which they lie on. ``fuse``: whether kernels of the same input lie side by side."""
+    params_mesh: Mesh = jax.tree.leaves(params)[0].sharding.mesh
+    target_mesh = params_mesh if mesh is None else mesh
     stacks = getattr(model, "stacks", {})
     stack_prefixes = tuple(f"{stack}." for stack in stacks)
     # Layers leave their stacks, so that no mesh axis splits them.
@@ -43,6 +50,11 @@ def prepare_params(model: Model, params: Params) -> Params:
         dtype = jnp.dtype(model.dtype if is_cast else x.dtype)
         layout = rules.spec(*spec.axes)
         num_layer_axes = spec.num_layer_axes if unstack else 0
+        if target_mesh != params_mesh:
+            # In the compute dtype, so that less crosses the wire.
+            with jax.set_mesh(params_mesh):
+                narrow = x.astype(dtype)
+            x = jax.device_put(narrow, NamedSharding(target_mesh, layout))
         return _lay_out(x, layout, dtype, num_layer_axes)
 
     def prepare(name: str, spec: StoredParam, value: StoredParam) -> StoredParam:
@@ -57,14 +69,13 @@ def prepare_params(model: Model, params: Params) -> Params:
         layers = [structure.unflatten(arrays) for arrays in arrays_by_layer]
         return UnstackedParam(tuple(layers))
 
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(target_mesh):
         specs = flatten_names(param_specs(model), is_leaf)
         values: dict[str, StoredParam] = {}
         for name, value in flatten_names(params, is_leaf).items():
             values[name] = prepare(name, specs[name], value)
 
-        for names in _list_joint_kernels(model, specs):
+        for names in _list_joint_kernels(model, specs) if fuse else ():
             # The first of them has the joint kernel; the others are read through it.
             first, *others = names
             if not isinstance(values[first], UnstackedParam):
@@ -83,6 +94,57 @@ def prepare_params(model: Model, params: Params) -> Params:
                 values[name] = UnstackedParam((FusedKernel(None),) * len(fused))
     structure = jax.tree.structure(params, is_leaf=is_leaf)
     return jax.tree.unflatten(structure, list(values.values()))
+
+
+def unstack_params(model: Model, params: Params) -> Params:
+    """Returns stored parameters with an :class:`UnstackedParam` in place of each stack
+    of layers. Of what a program reads, its layers are slices."""
+    specs = flatten_names(param_specs(model), is_leaf)
+    stack_prefixes = tuple(f"{stack}." for stack in getattr(model, "stacks", {}))
+
+    def unstack(name: str, value: StoredParam) -> StoredParam:
+        if not name.startswith(stack_prefixes):
+            return value
+        num_layers = jax.tree.leaves(specs[name])[0].shape[0]
+        layers = (take_stacked_layer(value, layer) for layer in range(num_layers))
+        return UnstackedParam(tuple(layers))
+
+    flat = flatten_names(params, is_leaf)
+    values = [unstack(name, value) for name, value in flat.items()]
+    structure = jax.tree.structure(params, is_leaf=is_leaf)
+    return jax.tree.unflatten(structure, values)
+
+
+def check_params(model: Model, params: Params) -> None:
+    """Checks that parameters have the names and shapes of a model's; raises
+    MaxlmError."""
+    where = "parameters of the engine"
+    fix = "give those of the model that the engine was made for"
+    expected = flatten_names(param_specs(model))
+    arrays = flatten_names(params)
+    if expected.keys() != arrays.keys():
+        differing = sorted(expected.keys() ^ arrays.keys())
+        message = f"names differ from the model's: {', '.join(differing)[:200]}"
+        raise MaxlmError(message, where=where, fix=fix)
+    for name, spec in expected.items():
+        shape = arrays[name].shape
+        if shape != spec.shape:
+            message = f"{name} has shape {[*shape]}, the model's {[*spec.shape]}"
+            raise MaxlmError(message, where=where, fix=fix)
+
+
+def check_shareable(model: Model, params: Params, mesh: Mesh) -> None:
+    """Checks that steps on ``mesh`` can read parameters as they are stored; raises
+    MaxlmError."""
+    where = "shares_params"
+    fix = "set shares_params=false: the engine then has a copy of its own"
+    if jax.tree.leaves(params)[0].sharding.mesh != mesh:
+        message = "the parameters lie on another mesh than the engine's"
+        raise MaxlmError(message, where=where, fix=fix)
+    if model.rules.layers:
+        axes = " and ".join(model.rules.layers)
+        message = f"layers are split over {axes}, and every device runs all of them"
+        raise MaxlmError(message, where=where, fix=fix)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

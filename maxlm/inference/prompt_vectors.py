@@ -2,7 +2,7 @@
 a request gives."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,7 +35,7 @@ class PromptEncoder:
 
     Args:
         model: that the engine runs.
-        params: its parameters as steps read them.
+        get_params: returns its parameters as steps read them.
         accepts_embeddings: whether requests may give vectors to a model without a
             frontend.
     """
@@ -43,7 +43,7 @@ class PromptEncoder:
     def __init__(
         self,
         model: GenerativeModel,
-        params: Params,
+        get_params: Callable[[], Params],
         mesh: Mesh,
         num_shards: int,
         *,
@@ -53,7 +53,7 @@ class PromptEncoder:
         self.is_used = self.frontend is not None or accepts_embeddings
         """Whether any request may have vectors."""
         self._model = model
-        self._params = params
+        self._get_params = get_params
         self._mesh = mesh
         self._num_shards = num_shards
 
@@ -136,7 +136,7 @@ class PromptEncoder:
             for name, array in arrays.items()
         }
         with jax.set_mesh(self._mesh):
-            vectors = np.asarray(encode_items(self._model, self._params, padded))
+            vectors = np.asarray(encode_items(self._model, self._get_params(), padded))
         return vectors[0, : num_items * frontend.vectors_per_item]
 
 

@@ -35,6 +35,9 @@ class GenerationRequest:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     num_sequences: int = 1
     """Sequences that continue the prompt, each with a random stream of its own."""
+    first_stream: int = 0
+    """Number of the first one's random stream among those of ``sampling.seed``; the
+    others follow."""
     continuations: tuple[tuple[int, ...], ...] = ()
     """Tokens to score behind the prompt, one of these for each sequence, in place of
     drawing any: the log-probability of a continuation's last token is in the output's

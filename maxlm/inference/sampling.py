@@ -27,6 +27,7 @@ from maxlm.inference.logits_processors import (
     mask_from_bits,
     scatter_tokens,
 )
+from maxlm.parallel.batch_invariance import compute_log_probs_in_tiles
 
 MAX_STOP_IDS = 16
 TOP_LOGPROBS = 20
@@ -322,7 +323,13 @@ class TokenLogprobs(NamedTuple):
 
 
 def compute_logprobs(
-    logits: jax.Array, tokens: jax.Array, is_needed: jax.Array, *, vocab_size: int
+    logits: jax.Array,
+    tokens: jax.Array,
+    is_needed: jax.Array,
+    needs_top: jax.Array | bool = True,
+    *,
+    vocab_size: int,
+    in_tiles: bool = False,
 ) -> TokenLogprobs:
     """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
 
@@ -330,20 +337,35 @@ def compute_logprobs(
         logits: the model's, [..., V].
         tokens: int32 [...].
         is_needed: whether any row needs them, bool []; if not, all are 0.
+        needs_top: whether any row needs those of the likeliest tokens, bool []; if not,
+            these are 0, and nothing is sorted.
         vocab_size: ids that the tokenizer has; no other is among the likeliest.
+        in_tiles: whether those of ``tokens`` are computed as
+            :mod:`maxlm.parallel.batch_invariance` says; then on one device's shard.
     """
     num_top = min(TOP_LOGPROBS, vocab_size)
+
+    def find_top(logits, total):
+        top_logits, top_ids = lax.top_k(logits[..., :vocab_size], num_top)
+        return top_ids, top_logits - total
+
+    def skip_top(logits, total):
+        zeros = jnp.zeros_like(logits[..., :num_top], jnp.float32)
+        return zeros.astype(jnp.int32), zeros
 
     def compute(logits):
         logits = logits.astype(jnp.float32)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - total
-        top_logits, top_ids = lax.top_k(logits[..., :vocab_size], num_top)
-        return TokenLogprobs(chosen[..., 0], top_ids, top_logits - total)
+        top_ids, top = lax.cond(needs_top, find_top, skip_top, logits, total)
+        if in_tiles:
+            rows = logits.reshape(-1, logits.shape[-1])
+            tiled = compute_log_probs_in_tiles(rows, tokens.ravel())
+            return TokenLogprobs(tiled.reshape(tokens.shape), top_ids, top)
+        return TokenLogprobs(chosen[..., 0], top_ids, top)
 
     def skip(logits):
         chosen = jnp.zeros_like(logits[..., 0], jnp.float32)
-        top = jnp.zeros_like(logits[..., :num_top], jnp.float32)
-        return TokenLogprobs(chosen, top.astype(jnp.int32), top)
+        return TokenLogprobs(chosen, *skip_top(logits, None))
 
     return lax.cond(is_needed, compute, skip, logits)

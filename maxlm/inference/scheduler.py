@@ -71,6 +71,8 @@ class Scheduler:
         self.waiting: list[RunningSequence] = []
         """Sequences without a row, the next to start first."""
         self.num_preemptions = 0
+        self.params_version = 0
+        """Number of the parameters that sequences start with from now on."""
         self._can_share = bool(windows) and not self.has_row_state
         if not self._can_share:
             config = config.model_copy(update={"prefix_cache": False})
@@ -125,6 +127,7 @@ class Scheduler:
                 order=(creations[0], creations[index]),
                 encoder_tokens=encoder_tokens,
                 cache_key=cache_key,
+                params_version=self.params_version,
                 num_virtual_tokens=num_virtual,
                 vectors=vectors,
                 needs_host=needs_host,
@@ -192,6 +195,24 @@ class Scheduler:
         for sequence in sequences:
             self.finish(sequence)
         return sequences
+
+    def change_params(self) -> None:
+        """Let no sequence that starts from now on share what was computed before: the
+        parameters are others. Sequences that run go on over the caches that they have;
+        where they are preempted, these are computed anew."""
+        self.params_version += 1
+        for shard in self._shards:
+            shard.forget_prefixes()
+        for sequence in self.waiting:
+            sequence.params_version = self.params_version
+
+    def vacate_caches(self) -> None:
+        """Take all rows and pages back: sequences that run wait, and will be computed
+        anew; computed prefixes are dropped."""
+        for sequence in self.running:
+            self._preempt(sequence)
+        for shard in self._shards:
+            shard.forget_prefixes()
 
     def finish(self, sequence: RunningSequence) -> None:
         """End a sequence; its computed pages stay in the prefix tree. Ending one again
@@ -404,9 +425,13 @@ class Scheduler:
                     step.decode.append(DecodeRow(sequence, 1))
 
     def _find_leader(self, sequence: RunningSequence) -> RunningSequence | None:
-        """Return the sequence that computes the prompt for a request's others, its
-        oldest, unless this is the one, or has output to compute as well."""
-        oldest = self._requests[sequence.request.request_id][0]
+        """Return the sequence that computes the prompt for a request's others, the
+        oldest with the same parameters, unless this is the one, or has output to
+        compute as well."""
+        siblings = self._requests[sequence.request.request_id]
+        oldest = next(
+            sibling for sibling in siblings if sibling.prefix_key == sequence.prefix_key
+        )
         follows = (
             self._can_share
             and oldest is not sequence
@@ -484,6 +509,7 @@ class Scheduler:
 
     def _wait(self, sequence: RunningSequence) -> None:
         sequence.state = "waiting"
+        sequence.params_version = self.params_version
         insort(self.waiting, sequence, key=get_order)
 
     def _preempt(self, sequence: RunningSequence) -> None:

@@ -14,7 +14,7 @@ from maxlm.inference.requests import GenerationRequest
 @dataclass(eq=False, slots=True)
 class RunningSequence:
     """One continuation of a request's prompt. The scheduler alone changes it, but for
-    ``needs_host``, ``is_branching``, ``stop_ids``, ``num_drafts`` and
+    ``needs_host``, ``is_branching``, ``stop_ids``, ``vectors``, ``num_drafts`` and
     ``next_drafts``."""
 
     request: GenerationRequest
@@ -32,6 +32,8 @@ class RunningSequence:
     """The prompt, where an encoder reads it."""
     cache_key: Hashable = None
     """Sequences with different ones share no pages."""
+    params_version: int = 0
+    """Number of the parameters that its caches began with, likewise."""
     num_virtual_tokens: int = 0
     """Dummy tokens that stand before the prompt's; see
     :mod:`maxlm.adapters.virtual_tokens`."""
@@ -89,6 +91,11 @@ class RunningSequence:
         assert num_known >= 0
         # A copy: a step's array is of all its sequences, and large.
         self.routes += list(routes[num_known:].copy())
+
+    @property
+    def prefix_key(self) -> Hashable:
+        """Sequences with equal ones have equal keys and values of equal tokens."""
+        return self.cache_key, self.params_version
 
     @property
     def num_output_tokens(self) -> int:

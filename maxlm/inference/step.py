@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec, reshard
 from maxlm.inference.adapter_slots import add_adapters
 from maxlm.inference.generative_model import GenerativeModel
 from maxlm.inference.mtp_drafts import guess_ahead
+from maxlm.inference.params import unstack_params
 from maxlm.inference.sampling import (
     TOP_LOGPROBS,
     RowSettings,
@@ -65,7 +66,8 @@ def _run_step(
     """Runs one dispatch.
 
     Args:
-        params: as :func:`~maxlm.inference.params.prepare_params` returns them.
+        params: as :func:`~maxlm.inference.params.prepare_params` returns them, or with
+            ``spec.shares_params`` as they are stored.
         adapters: A and B of all slots, as :func:`add_adapters` takes them.
     """
     by_shard = model.rules.spec("batch")
@@ -76,11 +78,27 @@ def _run_step(
     if spec.kernels is not None:
         model = set_product(model, spec.kernels.multiply)
     base = bind(model, params)
-    bound = base
+    mask = None
     if adapters is not None:
         mask = _spread_adapter_masks(inputs, sizes, model.rules).astype(model.dtype)
-        bound = bind(model, add_adapters(params, adapters, mask))
-    advance = partial(_run_once, bound, base, spec, sizes)
+
+    def advance(
+        inputs: StepInputs, state: EngineState
+    ) -> tuple[EngineState, jax.Array, DrawnTokens]:
+        step_params = params
+        if spec.shares_params:
+            # They seem to change from step to step: otherwise what a layer gathers and
+            # casts would be moved out of the loop over steps, and held for all layers.
+            step_params, inputs = lax.optimization_barrier((params, inputs))
+        step_base = bind(model, step_params)
+        bound = step_base
+        if adapters is not None:
+            assert mask is not None
+            if spec.shares_params:
+                step_params = unstack_params(model, step_params)
+            bound = bind(model, add_adapters(step_params, adapters, mask))
+        return _run_once(bound, step_base, spec, sizes, inputs, state)
+
     if sizes.max_steps == 1:
         state, chunk_states, drawn = advance(inputs, state)
         drawn = jax.tree.map(lambda x: x[None], drawn)
@@ -245,11 +263,11 @@ def _sample(
 
     def sample(flags, *shard_arrays):
         squeezed = jax.tree.map(lambda x: x[0], shard_arrays)
-        drawn = _sample_shard(spec.vocab_size, flags, *squeezed)
+        drawn = _sample_shard(spec, flags, *squeezed)
         return jax.tree.map(lambda x: x[None], drawn)
 
     by_shard = rules.spec("batch")
-    flags = inputs.has_grammar, inputs.needs_logprobs
+    flags = inputs.has_grammar, inputs.needs_logprobs, inputs.needs_top_logprobs
     arrays = (
         logits,
         rows,
@@ -303,8 +321,8 @@ def _get_vectors(inputs: StepInputs) -> InputVectors | None:
 
 
 def _sample_shard(
-    vocab_size: int,
-    flags: tuple[jax.Array, jax.Array],
+    spec: EngineSpec,
+    flags: tuple[jax.Array, jax.Array, jax.Array],
     logits: jax.Array,
     rows: jax.Array,
     lengths: jax.Array,
@@ -317,14 +335,15 @@ def _sample_shard(
     """Draws the tokens of one shard's results, and computes their log-probabilities.
 
     Args:
-        flags: ``has_grammar`` and ``needs_logprobs`` of :class:`StepInputs`.
+        flags: ``has_grammar``, ``needs_logprobs`` and ``needs_top_logprobs`` of
+            :class:`StepInputs`.
         logits: [results, V].
         rows, lengths: of each result, int32 [results].
         settings, history, prompt_lengths: of each row.
     """
-    has_grammar, needs_logprobs = flags
+    has_grammar, needs_logprobs, needs_top_logprobs = flags
     drawn = _draw_shard(
-        vocab_size,
+        spec.vocab_size,
         logits,
         rows,
         lengths,
@@ -335,7 +354,14 @@ def _sample_shard(
         has_grammar=has_grammar,
     )
     tokens = jnp.where(forced_tokens >= 0, forced_tokens, drawn)
-    logprobs = compute_logprobs(logits, tokens, needs_logprobs, vocab_size=vocab_size)
+    logprobs = compute_logprobs(
+        logits,
+        tokens,
+        needs_logprobs,
+        needs_top_logprobs,
+        vocab_size=spec.vocab_size,
+        in_tiles=spec.batch_invariant,
+    )
     return tokens, logprobs
 
 
@@ -452,7 +478,11 @@ def _compute_prompt_logprobs(
         logits = bound.logits(states)
         targets = jnp.maximum(targets, 0)
         block_logprobs = compute_logprobs(
-            logits, targets, jnp.ones((), bool), vocab_size=vocab_size
+            logits,
+            targets,
+            jnp.ones((), bool),
+            inputs.needs_top_logprobs,
+            vocab_size=vocab_size,
         )
         write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return start + block, jax.tree.map(write, logprobs, block_logprobs)

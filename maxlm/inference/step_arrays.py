@@ -39,6 +39,11 @@ class EngineSpec:
     kernels: DecodeKernels | None = None
     """What steps multiply and attend with where they support it; None: what a forward
     pass in training does."""
+    batch_invariant: bool = False
+    """Whether all sums of a token have one order; then ``kernels`` do."""
+    shares_params: bool = False
+    """Whether steps read parameters as they are stored, and not as
+    :func:`~maxlm.inference.params.prepare_params` lays them out."""
     record_routes: bool = False
     """Whether steps return the experts of their tokens."""
 
@@ -109,6 +114,8 @@ class StepInputs(NamedTuple):
     """int32 [D, b·G + F]: results in place of drawn ones; -1: draw."""
     needs_logprobs: Array
     """bool []."""
+    needs_top_logprobs: Array
+    """bool []: whether those of the likeliest tokens are needed too."""
     adapter_masks: Array | None = None
     """bool [D, R, slots · rank]: columns of each row's adapter; None: the model has no
     slots."""

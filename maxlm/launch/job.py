@@ -20,7 +20,8 @@ class Job:
     """Title that names the run and its machine, for a reader."""
     hosts: JobHosts
     program: str
-    """``train``, or ``tune``, which reads Hugging Face checkpoints too."""
+    """The verb: ``train``, or ``tune`` or ``rl``, which read Hugging Face checkpoints
+    too."""
     config: str
     """A shipped config's name, or a file's path on the hosts."""
     settings: tuple[str, ...]

@@ -21,7 +21,8 @@ from maxlm.launch.options import (
 )
 from maxlm.launch.places import check_paths, find_placeholder_settings
 from maxlm.launch.schedulers import SCHEDULERS, JobScheduler, get_scheduler
-from maxlm.plan.predict import Machine, RunPlan, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.plan.topology import Topology
 from maxlm.run.config import RunConfig
@@ -110,7 +111,7 @@ def make_job(
         name=name,
         title=title,
         hosts=hosts,
-        program="train" if run.task.reads_text else "tune",
+        program=run.task.command,
         config=config,
         settings=tuple(settings),
         config_text=config_text,
@@ -173,7 +174,7 @@ def check_machine(topology: Topology, scheduler: JobScheduler, machine: str) -> 
 def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
     """Refuses a job that is over before a step is saved: one that has begun is finished
     first. ``limit`` and ``grace`` are in seconds."""
-    step = plan.step_seconds or 0.0
+    step = plan.longest_step_seconds or 0.0
     if grace is not None and grace <= step:
         message = f"--grace {grace} is shorter than a step ({step:.3g} s)"
         raise MaxlmError(message, fix=f"give --grace {floor(step) + 1} or more")

@@ -24,7 +24,6 @@ from maxlm.parallel.layers import PyTree
 from maxlm.parallel.linear import (
     multiply_fused_kernel,
     multiply_kernels,
-    multiply_kernels_with,
 )
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
@@ -152,8 +151,7 @@ class ParamReader:
     """The mesh axes of B and S in the results, where the parameter is multiplied
     with."""
     product: LocalProduct | None = None
-    """What a step of the engine multiplies with; None: XLA's dot, which has
-    gradients."""
+    """What the forward pass multiplies with; None: XLA's dot."""
 
     @property
     def input_axes(self) -> tuple[str | None, ...]:
@@ -197,11 +195,9 @@ class ParamReader:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S,
         *outputs] each."""
         values, compute_layouts, gathered = zip(*weights, strict=True)
-        if self.product is not None:
-            return multiply_kernels_with(
-                self.product, x, values, gathered, compute_layouts, self.token_layout
-            )
-        return multiply_kernels(x, values, gathered, compute_layouts, self.token_layout)
+        return multiply_kernels(
+            x, values, gathered, compute_layouts, self.token_layout, self.product
+        )
 
 
 RowReader = Callable[[StoredParam, tuple[str | None, ...]], jax.Array]

@@ -39,6 +39,8 @@ class TrainState:
     """Parameters of the other models that the task reads, by the task's names for them.
     They never change, and checkpoints, which hold all else, say where they came from in
     their place."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Small arrays of the task's own (``Task.init_state``), whole on every device."""
 
 
 def param_shardings(

@@ -28,10 +28,20 @@ from maxlm.models.params import (
 from maxlm.optim.state import TrainState, merge_params, split_params
 from maxlm.parallel.layers import PyTree
 from maxlm.parallel.pipeline import run_1f1b_pipeline
-from maxlm.tasks.task import DeviceBatch, Task, TaskModels, map_micro_batches
+from maxlm.tasks.task import (
+    Average,
+    DeviceBatch,
+    Task,
+    TaskModels,
+    map_micro_batches,
+)
 
-Sums = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+"""fp32 scalars by name."""
+Sums = Mapping[str, jax.Array | Average]
 """fp32 scalars by name, summed over what a task counts."""
+COUNT_PREFIX = "count_of_"
+"""Of the name of an :class:`Average`'s denominator, among sums of scalars."""
 Gradients = tuple[tuple[jax.Array, Sums], Params]
 """((loss, sums), gradients), as ``jax.value_and_grad`` returns them."""
 LossFunction = Callable[[nnx.Module, DeviceBatch, jax.Array], tuple[jax.Array, Sums]]
@@ -54,7 +64,7 @@ def train_step(
     gradient_layouts: Params | None = None,
     trainable: Params | None = None,
     frozen_models: Mapping[str, nnx.Module] = MappingProxyType({}),
-) -> tuple[TrainState, Sums]:
+) -> tuple[TrainState, Metrics]:
     """Computes gradients over micro-batches, and applies one optimizer update.
 
     Args:
@@ -79,19 +89,21 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     trainable = param_specs(model) if trainable is None else trainable
     trained, untrained = split_params(state.params, trainable)
-    frozen = _bind_frozen(frozen_models, state.frozen, state.params)
-    batch = task.prepare_batch(TaskModels(bind(model, state.params), frozen), batch)
+    frozen = bind_frozen(frozen_models, state.frozen, state.params)
+    models = TaskModels(bind(model, state.params), frozen, state.task)
+    batch = task.prepare_batch(models, batch, fold_in_name(key, "prepare_batch"))
 
     def model_loss(
         bound_model: nnx.Module, batch: DeviceBatch, key: jax.Array
     ) -> tuple[jax.Array, Sums]:
-        return task.loss(TaskModels(bound_model, frozen), batch, key)
+        return task.loss(TaskModels(bound_model, frozen, state.task), batch, key)
 
     # Gradients of the summed loss, then of its mean over the batch's tokens.
     (total, sums), grads = compute_loss_and_gradients(
         model, model_loss, trained, batch, key, gradient_layouts, untrained
     )
-    tokens = jnp.maximum(sums["tokens"], 1.0)
+    counted = _get_tokens(sums)
+    tokens = jnp.maximum(counted, 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     grad_norm = optax.tree.norm(_select_learned(trainable, grads))
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
@@ -117,10 +129,10 @@ def train_step(
         0, finite.astype(int), update, before
     )
 
-    metrics: Sums = {
+    metrics: Metrics = {
         "loss": total / tokens,
         **convert_sums_to_metrics(sums),
-        "batch_tokens": sums["tokens"],
+        "batch_tokens": counted,
         # A float where the rate is constant; jit makes it an array.
         "learning_rate": cast(jax.Array, schedule(state.step)),
         "grad_norm": grad_norm,
@@ -132,8 +144,23 @@ def train_step(
     params = merge_params(trained, untrained)
     if ema is not None and untrained_ema is not None:
         ema = merge_params(ema, untrained_ema)
-    next_state = TrainState(state.step + 1, params, opt_state, ema, state.frozen)
+    # Where the update was left out, what the task learnt of the step is none either.
+    task_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        task.update_state(state.task, metrics),
+        state.task,
+    )
+    next_state = TrainState(
+        state.step + 1, params, opt_state, ema, state.frozen, task_state
+    )
     return next_state, metrics
+
+
+def _get_tokens(sums: Mapping[str, jax.Array | Average]) -> jax.Array:
+    """Returns the weight that a loss is divided by."""
+    tokens = sums["tokens"]
+    assert not isinstance(tokens, Average), "tokens is a sum, and no average"
+    return tokens
 
 
 def _keep_layout(array: jax.Array) -> jax.Array:
@@ -154,7 +181,7 @@ def _select_learned(specs: Params, tree: optax.Updates) -> optax.Updates:
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
-def _bind_frozen(
+def bind_frozen(
     models: Mapping[str, nnx.Module], frozen: Mapping[str, Params], params: Params
 ) -> dict[str, nnx.Module]:
     """Binds frozen models to their own parameters, or to the base of the adapted
@@ -176,18 +203,27 @@ def evaluate_step(
     model: nnx.Module,
     task: Task,
     frozen_models: Mapping[str, nnx.Module] = MappingProxyType({}),
-) -> Sums:
+    task_state: Mapping[str, jax.Array] = MappingProxyType({}),
+) -> Metrics:
     """Evaluates the task's sums and ``loss`` over arrays [M, B, ...], without
-    gradients."""
-    bound_frozen = _bind_frozen(frozen_models, frozen, params)
-    models = TaskModels(bind(model, params), bound_frozen)
+    gradients. An :class:`Average` becomes two sums: its total, and its count under its
+    name behind ``COUNT_PREFIX``."""
+    bound_frozen = bind_frozen(frozen_models, frozen, params)
+    models = TaskModels(bind(model, params), bound_frozen, task_state)
     # Nothing random happens without gradients: the key has no effect.
     key = jax.random.key(0)
-    batch = task.prepare_batch(models, batch)
+    batch = task.prepare_batch(models, batch, key)
 
-    def compute_sums(_: nnx.Module, micro_batch: DeviceBatch) -> Sums:
+    def compute_sums(_: nnx.Module, micro_batch: DeviceBatch) -> Metrics:
         total, sums = task.loss(models, micro_batch, key)
-        return {"loss": total, **sums}
+        scalars = {"loss": total}
+        for name, value in sums.items():
+            if isinstance(value, Average):
+                scalars[name] = value.total
+                scalars[f"{COUNT_PREFIX}{name}"] = value.count
+            else:
+                scalars[name] = value
+        return scalars
 
     sums_by_micro_batch = map_micro_batches(compute_sums, model, batch)
     return jax.tree.map(jnp.sum, sums_by_micro_batch)
@@ -360,16 +396,22 @@ def _run_1f1b(
     return (total + aux.loss, all_sums), d_ends | {"layers": d_layers}
 
 
-def convert_sums_to_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Divides a task's sums by ``tokens``, as they are logged; experts' by their load:
-    the busiest's and the idlest's over the mean, and the share of assignments
-    dropped."""
-    tokens = jnp.maximum(sums["tokens"], 1.0)
-    loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
-    metrics = {}
+def convert_sums_to_metrics(sums: Mapping[str, jax.Array | Average]) -> Metrics:
+    """Divides a task's sums by ``tokens``, as they are logged; averages by their own
+    counts, and experts' by their load: the busiest's and the idlest's over the mean,
+    and the share of assignments dropped."""
+    tokens = jnp.maximum(_get_tokens(sums), 1.0)
+    load = sums.get("expert_load", tokens)
+    assert not isinstance(load, Average)
+    load = jnp.maximum(load, 1.0)
+    metrics: Metrics = {}
     for name, value in sums.items():
         if name in ("tokens", "expert_load"):
             continue
-        divisor = loads if name.startswith("expert_") else tokens
-        metrics[name] = value / divisor
+        if isinstance(value, Average):
+            metrics[name] = value.total / jnp.maximum(value.count, 1.0)
+        elif name.startswith("expert_"):
+            metrics[name] = value / load
+        else:
+            metrics[name] = value / tokens
     return metrics

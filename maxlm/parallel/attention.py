@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from maxlm.config.errors import check_requirements
 from maxlm.parallel import blocks, ulysses
+from maxlm.parallel.batch_invariance import ScoreTerms, attend_rows_in_order
 from maxlm.parallel.context import (
     ContextMethod,
     Segments,
@@ -42,6 +43,7 @@ def sharded_attention(
     segment_ids: Segments = None,
     method: ContextMethod = "all_gather",
     balanced: bool = False,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Runs ``pallas_kernels.attention.attention`` on a mesh, a device with its rows and
     heads.
@@ -62,6 +64,9 @@ def sharded_attention(
         balanced: whether rows stand in the balanced order of
             ``context.sequence_order_indices`` for the number of shards; masks compare
             places in the sequence, not in the arrays.
+        batch_invariant: add up in one order, as
+            :mod:`~maxlm.parallel.batch_invariance` says, where rows are whole and
+            causal and no bias is learnt.
 
     Returns:
         [B, S, N, Hv] in v's dtype, laid out as q.
@@ -92,7 +97,14 @@ def sharded_attention(
             "with a split sequence, attention is over the tokens of the batch alone"
         )
     split = SequenceSplit(
-        seq_axes, method, balanced, causal, terms.window, terms.scale, terms.soft_cap
+        seq_axes,
+        method,
+        balanced,
+        causal,
+        terms.window,
+        terms.scale,
+        terms.soft_cap,
+        batch_invariant=batch_invariant and causal and terms.biases is None,
     )
     head_terms = HeadTerms(
         *(_split_by_heads(term, num_heads, rules) for term in terms.by_head)
@@ -138,6 +150,14 @@ def _forward(q, k, v, head_terms, segments, rules, split):
         k = layouts.select_kv_heads(k, device_indices)
         v = layouts.select_kv_heads(v, device_indices)
         if not split.axes:
+            if split.batch_invariant:
+                scale = split.scale or q.shape[-1] ** -0.5
+                score_terms = ScoreTerms(
+                    scale, split.soft_cap, head_terms.slopes, head_terms.sinks
+                )
+                return attend_rows_in_order(
+                    q, k, v, score_terms, segments=segments, window=split.window
+                )
             options = split.kernel_options(head_terms, segments)
             return attention_forward(q, k, v, **options)
         program = ulysses if split.method == "ulysses" else blocks

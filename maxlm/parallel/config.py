@@ -30,5 +30,10 @@ class ParallelConfig(Config):
     groups of layers and micro-batches go round that often: the bubble shrinks as often.
     1f1b: backward as soon as possible; keeps the inputs of at most 2·stages − 1
     micro-batches."""
+    batch_invariant: bool = False
+    """true: linear maps, attention and log-probabilities add up in one order whatever
+    the batch, so that a token's log-probability has the same bits here and in an engine
+    with its own `batch_invariant`; slow, and for decoders of attention and dense
+    feed-forwards alone (docs/inference.md). false: as fast as the compiler can."""
     layer_groups: int = Field(default=1, ge=1)
     """circular: groups of layers a stage."""

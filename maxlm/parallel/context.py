@@ -55,6 +55,9 @@ class SequenceSplit(NamedTuple):
     scale: float | None = None
     """Factor on q·k; None: by the head size."""
     soft_cap: float | None = None
+    batch_invariant: bool = False
+    """Whether rows that are not split are attended to one key after the other
+    (:mod:`maxlm.parallel.batch_invariance`)."""
 
     @property
     def num_shards(self) -> int:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, reshard
 
+from maxlm.parallel.batch_invariance import compute_log_probs_in_tiles
+from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.local import (
     Axes,
     Dims,
@@ -32,6 +34,7 @@ from pallas_kernels.linear_cross_entropy import (
     LinearGradients,
     compute_logits,
     loss_and_gradients,
+    split_into_chunks,
 )
 
 
@@ -55,6 +58,8 @@ class HeadOptions(NamedTuple):
     soft_cap: float | None
     z_loss: float
     chunk_tokens: int
+    product: LocalProduct | None = None
+    """What log-probabilities multiply with, and in tiles; None: XLA's dot."""
 
     @property
     def vocab_axes(self) -> Axes:
@@ -76,11 +81,16 @@ class LogitsInputs(NamedTuple):
     bias: jax.Array | None = None
     """fp32 [V] in any layout."""
     soft_cap: float | None = None
+    product: LocalProduct | None = None
+    """What :func:`compute_fused_log_probs` multiplies with where the vocabulary is
+    whole; None: XLA's dot."""
 
     def split(self, z_loss: float, chunk_tokens: int) -> tuple[HeadArrays, HeadOptions]:
         """Returns the arrays, a bias split over the vocabulary's axes or more of them,
         and the settings of a program on them."""
-        options = HeadOptions(self.head_layout, self.soft_cap, z_loss, chunk_tokens)
+        options = HeadOptions(
+            self.head_layout, self.soft_cap, z_loss, chunk_tokens, self.product
+        )
         vocab_axes = options.vocab_axes
         bias = self.bias
         if bias is not None:
@@ -237,7 +247,7 @@ def run_head_loss(
     """Runs a loss on shards, and returns its sums over all tokens; the first is
     differentiable in ``arrays``. ``other_arrays``: of a model that gets no gradient, if
     any. ``rows``: arrays [..., *], each token's in its place."""
-    return _run_loss(arrays, other_arrays, rows, loss, gradient=False)[0]
+    return run_loss_and_gradients(arrays, other_arrays, rows, loss, gradient=False)[0]
 
 
 def _backward(_, gradients, cotangents):
@@ -247,7 +257,7 @@ def _backward(_, gradients, cotangents):
     return HeadArrays(*scaled, gathered_head=None), None, None
 
 
-def _run_loss(
+def run_loss_and_gradients(
     arrays: HeadArrays,
     other_arrays: HeadArrays | None,
     rows: tuple[jax.Array, ...],
@@ -319,7 +329,31 @@ def _run_loss(
     return run(arrays, other_arrays, rows, axis_indices(vocab_axes))
 
 
-run_head_loss.defvjp(partial(_run_loss, gradient=True), _backward)
+run_head_loss.defvjp(partial(run_loss_and_gradients, gradient=True), _backward)
+
+
+def _compute_log_probs_in_tiles(
+    model: LocalHead, targets: jax.Array, options: HeadOptions
+) -> jax.Array:
+    """Computes log-probabilities of targets int [T] as an engine does that is
+    batch-invariant."""
+    product = options.product
+    assert product is not None
+
+    def compute_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = chunk
+        logits = product(hidden, model.head, 1, jnp.float32)
+        if model.bias is not None:
+            logits += model.bias
+        if options.soft_cap is not None:
+            logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+        return compute_log_probs_in_tiles(logits, targets)
+
+    num_tokens = len(targets)
+    size = min(options.chunk_tokens, num_tokens)
+    hidden = split_into_chunks(model.hidden, size)
+    log_probs = lax.map(compute_chunk, (hidden, split_into_chunks(targets, size)))
+    return log_probs.reshape(-1)[:num_tokens]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -346,6 +380,11 @@ def _log_probs(
 
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
         flat_targets = targets.ravel()
+        if options.product is not None and not vocab_axes:
+            model = LocalHead(flat_hidden, head, bias)
+            return _compute_log_probs_in_tiles(model, flat_targets, options).reshape(
+                targets.shape
+            )
         normalizer, target_logit = lax.map(
             compute_token,
             (flat_hidden, flat_targets),
@@ -378,7 +417,9 @@ def _log_probs_backward(options, saved, cotangents):
     # A log-probability is a cross-entropy's negative.
     arrays, targets = saved
     loss = _make_cross_entropy(options)
-    _, gradients = _run_loss(arrays, None, (targets, -cotangents), loss, gradient=True)
+    _, gradients = run_loss_and_gradients(
+        arrays, None, (targets, -cotangents), loss, gradient=True
+    )
     assert gradients is not None
     return HeadArrays(*gradients, gathered_head=None), None
 

@@ -97,13 +97,14 @@ class _MapLayouts:
         return gather(kernel, self.stored[index], self.used[index])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def multiply_kernels(
     x: jax.Array,
     kernels: tuple[jax.Array, ...],
     gathered_kernels: tuple[jax.Array | None, ...],
     kernel_layouts: tuple[Dims, ...],
     token_layout: Dims,
+    product: LocalProduct | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns ``x · kernel`` for every kernel; reverse-mode differentiable.
 
@@ -115,26 +116,13 @@ def multiply_kernels(
         kernel_layouts: mesh axes of each kernel's dimensions in use, which begin those
             in storage.
         token_layout: the mesh axes of B and S in the results.
+        product: of the forward pass, on shards; None: XLA's dot. Gradients are XLA's.
 
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    return multiply_kernels_with(
-        multiply_by_xla, x, kernels, gathered_kernels, kernel_layouts, token_layout
-    )
-
-
-def multiply_kernels_with(
-    product: LocalProduct,
-    x: jax.Array,
-    kernels: tuple[jax.Array, ...],
-    gathered_kernels: tuple[jax.Array | None, ...],
-    kernel_layouts: tuple[Dims, ...],
-    token_layout: Dims,
-) -> tuple[jax.Array, ...]:
-    """Returns what :func:`multiply_kernels` does, by another product on shards and
-    without gradients."""
     layouts = _MapLayouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
+    multiply = product or multiply_by_xla
 
     def local(x, kernels, gathered_kernels):
         x = gather(x, layouts.x, layouts.product_x)
@@ -144,7 +132,7 @@ def multiply_kernels_with(
             kernel = layouts.gather_kernel(
                 index, kernels[index], gathered_kernels[index]
             )
-            y = product(x, kernel, layouts.num_inputs)
+            y = multiply(x, kernel, layouts.num_inputs)
             product_layout = (*layouts.product_tokens, *outputs)
             result_layout = (*layouts.tokens, *outputs)
             ys.append(reduce(y, summed_axes, product_layout, result_layout))
@@ -155,14 +143,17 @@ def multiply_kernels_with(
     return run(x, kernels, gathered_kernels)
 
 
-def _multiply_forward(x, kernels, gathered_kernels, kernel_layouts, token_layout):
-    ys = multiply_kernels_with(
-        multiply_by_xla, x, kernels, gathered_kernels, kernel_layouts, token_layout
+def _multiply_forward(
+    x, kernels, gathered_kernels, kernel_layouts, token_layout, product
+):
+    ys = multiply_kernels(
+        x, kernels, gathered_kernels, kernel_layouts, token_layout, product
     )
     return ys, (x, kernels, gathered_kernels)
 
 
-def _multiply_backward(kernel_layouts, token_layout, saved, d_ys):
+def _multiply_backward(kernel_layouts, token_layout, product, saved, d_ys):
+    del product
     x, kernels, gathered_kernels = saved
     layouts = _MapLayouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
 

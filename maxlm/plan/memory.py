@@ -72,6 +72,8 @@ class DeviceMemory:
     """The peak's index in ``working_sets``."""
     working_sets: dict[str, WorkingSet]
     """Other arrays that are alive in each phase of a step, by part."""
+    caches: Number = 0.0
+    """Caches of an engine that stay while the trainer runs."""
 
     @property
     def total(self) -> Number:
@@ -106,6 +108,7 @@ PARTS = (
     "gradients",
     "activations",
     "working",
+    "caches",
 )
 """Fields of :class:`DeviceMemory` that add up to its total."""
 # Arrays of the residual stream's width that a layer without remat keeps, by where its

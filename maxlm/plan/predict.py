@@ -1,119 +1,31 @@
 """The plan of a run on a machine: memory, communication and time, before it starts."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.plan.communication import list_collectives
+from maxlm.plan.generation import ExpectedLengths, GenerationPlanner
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
-from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
 from maxlm.plan.layout import RunLayout, compute_run_layout
+from maxlm.plan.machine import SAFE_FILL_RATIO, Machine, select_matmul_dtype
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network, PlannedCollective
+from maxlm.plan.phases import ExtraPhases, estimate_extra_phases
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
-from maxlm.plan.topology import TPUS, Topology, parse_topology
 from maxlm.plan.torus import find_torus_dimensions
-from maxlm.plan.workload import FP32, MeshPartitioning, RunWorkload, StepShape
+from maxlm.plan.workload import MeshPartitioning, Number, RunWorkload, StepShape
 from maxlm.run.config import RunConfig, resolve_micro_batches
 from maxlm.runtime.json_types import JsonObject
-from maxlm.sharding import MESH_AXES, mesh_sizes
-from maxlm.sharding.links import check_tensor_within_host, count_slices_per_axis
+from maxlm.sharding import MESH_AXES
 
-# Share of the memory limit that the analytic peak may safely come to: it is off by a
-# few per cent.
-SAFE_FILL_RATIO = 0.95
-
-
-@dataclass(frozen=True)
-class Machine(Network):
-    """The machine that a run is planned for."""
-
-    name: str
-
-    @classmethod
-    def from_name(cls, name: str) -> "Machine":
-        """Returns the machine of a name that docs/plan.md explains; a CPU is
-        measured."""
-        topology = parse_topology(name)
-        if topology.platform == "cpu":
-            chip = measure_cpu(topology.devices)
-        else:
-            chip = CHIPS[topology.kind]
-        return cls(topology, chip, name)
-
-    @classmethod
-    def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
-        """Returns the machine that these devices, real or only described, are; None: a
-        kind whose figures are not known."""
-        # Of another process's devices the memory cannot be asked for. Devices that are
-        # only described, for a compiler, may belong to no process.
-        process = jax.process_index()
-        local_devices = [
-            device
-            for device in devices
-            if getattr(device, "process_index", 0) == process
-        ]
-        first = local_devices[0] if local_devices else devices[0]
-        chip = find_chip(first)
-        if chip is None:
-            return None
-        # Devices that are only described have no memory to ask for.
-        with suppress(AttributeError, jax.errors.JaxRuntimeError):
-            limit = (first.memory_stats() or {}).get("bytes_limit")
-            chip = replace(chip, memory_bytes=float(limit or chip.memory_bytes))
-        # Sides of the torus, or hosts and their GPUs.
-        slices = len({getattr(device, "slice_index", 0) for device in devices})
-        shape = (len(devices),)
-        if first.platform == "gpu":
-            num_processes = len({device.process_index for device in devices})
-            gpus_per_host = len(devices) // num_processes
-            if gpus_per_host == 1:
-                # Each process has one GPU: a host is as many as NVLink joins.
-                gpus_per_host = min(chip.nvlink_domain_size, len(devices))
-            slices = 1
-            shape = (len(devices) // gpus_per_host, gpus_per_host)
-        elif first.platform == "tpu":
-            coords = np.array([device.coords for device in devices])  # [devices, 3]
-            sides = coords.max(0) - coords.min(0) + 1
-            # There are three coordinates, also where the torus has two dimensions.
-            dimensions = TPUS[chip.name].dimensions
-            shape = tuple(int(side) for side in sides)[:dimensions]
-        topology = Topology(first.platform, chip.name, shape, slices)
-        return cls(topology, chip, topology.description)
-
-    def resolve_mesh_sizes(self, config: RunConfig) -> dict[str, int]:
-        """Returns the config's mesh; refuses slices or hosts that it cannot be laid
-        along."""
-        sizes = mesh_sizes(config.mesh, self.topology.devices)
-        if self.topology.platform == "tpu":
-            count_slices_per_axis(sizes, self.topology.slices)
-        if self.topology.platform == "gpu":
-            check_tensor_within_host(sizes, self.topology.shape[-1])
-        return sizes
-
-    def to_json(self) -> JsonObject:
-        topology = self.topology
-        chip = self.chip
-        return {
-            "name": self.name,
-            "words": topology.description,
-            "chip": chip.name,
-            "shape": list(topology.shape),
-            "slices": topology.slices,
-            "memory": chip.memory_bytes,
-            "bandwidth": chip.memory_bandwidth,
-            "read_bandwidth": chip.read_bandwidth or chip.memory_bandwidth,
-            "sources": chip.sources,
-            "peak": chip.peak_flops["bf16"],
-            "efficiency": asdict(EFFICIENCY[chip.family]),
-        }
+TRAINING_STEP = "training step"
+"""Name of the phase in which the trained model learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +57,8 @@ class RunPlan:
     collectives: tuple[CollectiveCost, ...]
     time: StepTime | None
     goodput: Goodput | None
+    extra: ExtraPhases = field(default_factory=ExtraPhases)
+    """What the run does beside its training steps."""
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -153,7 +67,17 @@ class RunPlan:
         if self.machine is not None:
             limit = self.machine.chip.memory_bytes
             peak_flops = self.machine.chip.peak_flops["bf16"] * layout.devices
-        total = float(self.memory.total)
+        bytes_by_phase = {
+            TRAINING_STEP: float(self.memory.total),
+            **{phase.name: float(phase.total_bytes) for phase in self.extra.phases},
+        }
+        self.bytes_by_phase = bytes_by_phase
+        """Bytes on each device at the peak of each phase of the run."""
+        self.peak_phase = max(bytes_by_phase, key=bytes_by_phase.__getitem__)
+        """The phase that needs most memory."""
+        total = bytes_by_phase[self.peak_phase]
+        self.peak_bytes = total
+        """Bytes on each device at the run's peak."""
         self.checkpoint_every = self.shape.work.config.checkpoint.every_steps
         self.memory_limit_bytes = limit
         """Bytes of main memory that a program may use."""
@@ -163,12 +87,32 @@ class RunPlan:
         )
         """Whether the run fits by less than the plan may be wrong."""
         self.step_seconds = None
+        """Seconds of a training step alone."""
+        self.mean_step_seconds = None
+        """Seconds from a step to the next on average, all phases of the run
+        included."""
+        self.longest_step_seconds = None
+        """Seconds from a step to the next where a rollout lies between, or passes
+        over rows."""
         self.tokens_per_second = None
+        """Tokens of training steps a second, other phases left out."""
         if self.time is not None:
+            extra_seconds = float(self.extra.total_seconds)
             self.step_seconds = float(self.time.total)
+            self.mean_step_seconds = self.step_seconds + extra_seconds
+            rollout_seconds = self.steps_per_rollout * extra_seconds
+            self.longest_step_seconds = self.step_seconds + rollout_seconds
             self.tokens_per_second = layout.tokens_per_step / self.step_seconds
         self.total_peak_flops_per_second = peak_flops
         """FLOP/s of all devices together."""
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Training steps that a rollout serves; 1: nothing is generated."""
+        config = self.shape.work.config
+        data = config.data
+        generation = config.task.generation(data.seq_len, data.batch_size)
+        return 1 if generation is None else generation.steps_per_rollout
 
     def mfu(self, *, full_attention: bool = False) -> float | None:
         """Share of the machine's peak spent on the model's own work."""
@@ -197,10 +141,11 @@ class RunPlan:
     def run_hours(self) -> float | None:
         """Hours of the whole run, failures included, with checkpoints at the best
         interval."""
-        if self.step_seconds is None or self.goodput is None or not self.goodput.best:
+        step_seconds = self.mean_step_seconds
+        if step_seconds is None or self.goodput is None or not self.goodput.best:
             return None
         steps = self.layout.tokens_total / self.layout.tokens_per_step
-        seconds = steps * self.step_seconds / self.goodput.best
+        seconds = steps * step_seconds / self.goodput.best
         return seconds / 3600
 
     def to_json(self) -> JsonObject:
@@ -216,6 +161,10 @@ class RunPlan:
             "remat": self.shape.remat,
             "micro_batches": self.shape.micro_batches,
             "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},
+            "phases": [phase.to_json() for phase in self.extra.phases],
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase,
+            "steps_per_rollout": self.steps_per_rollout,
             "checkpoint_every": self.checkpoint_every,
             "fits": self.fits,
             "collectives": [collective.to_json() for collective in self.collectives],
@@ -231,6 +180,7 @@ class RunPlan:
         return {
             **parts,
             "step": self.step_seconds,
+            "mean_step": self.mean_step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu(),
             "mfu_full_attention": self.mfu(full_attention=True),
@@ -245,6 +195,7 @@ def plan_run(
     *,
     sizes: Mapping[str, int] | None = None,
     reliability: Reliability = Reliability(),
+    lengths: ExpectedLengths = ExpectedLengths(),
 ) -> RunPlan:
     """Plans a run.
 
@@ -252,6 +203,7 @@ def plan_run(
         machine: where; None: bytes alone.
         sizes: mesh axis → devices; default: the config's mesh on the machine.
         reliability: of the machine, for goodput.
+        lengths: that are expected of the sequences that a task generates.
 
     Raises:
         MaxlmError: something does not fit together. Too little memory is no error.
@@ -269,14 +221,15 @@ def plan_run(
     shape = StepShape(
         work, sizes, config.train.micro_batches, config.model.remat, topology
     )
-    memory, collectives, time = estimate_costs(shape, machine)
+    planner = GenerationPlanner(config, machine, lengths)
+    memory, collectives, time, extra = estimate_costs(shape, machine, planner)
     goodput = None
     if time is not None:
         state_bytes = float(memory.parameters + memory.optimizer + memory.average)
         goodput = estimate_goodput(
             layout.devices,
             state_bytes,
-            float(time.total),
+            float(time.total + extra.total_seconds),
             config.checkpoint.every_steps,
             reliability,
         )
@@ -292,6 +245,7 @@ def plan_run(
         collectives=tuple(cost for cost in costs if cost.sent_bytes > 0),
         time=time,
         goodput=goodput,
+        extra=extra,
     )
 
 
@@ -317,15 +271,43 @@ def _describe_links(
     return links
 
 
+class RunCosts(NamedTuple):
+    """Costs of a run, or of each of many."""
+
+    memory: DeviceMemory
+    collectives: tuple[PlannedCollective, ...]
+    time: StepTime | None
+    """None: no machine was named."""
+    extra: ExtraPhases
+
+    @property
+    def peak_bytes(self) -> Number:
+        """Bytes on each device at the peak of the phase that needs most."""
+        peak = self.memory.total
+        for phase in self.extra.phases:
+            peak = np.maximum(peak, phase.total_bytes)
+        return peak
+
+    @property
+    def mean_step_seconds(self) -> Number:
+        """Seconds from a step to the next on average; needs a machine."""
+        assert self.time is not None
+        return self.time.total + self.extra.total_seconds
+
+
 def estimate_costs(
-    shape: StepShape, machine: Machine | None
-) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
-    """Returns memory, collectives and, on a machine, the time of a run, or of each of
-    many."""
-    memory = estimate_memory(shape)
+    shape: StepShape, machine: Machine | None, planner: GenerationPlanner
+) -> RunCosts:
+    """Estimates what a run costs, or each of many.
+
+    Args:
+        planner: of the run's generation on this machine.
+    """
+    extra = estimate_extra_phases(shape, machine, planner)
+    memory = replace(estimate_memory(shape), caches=extra.resident_bytes)
     collectives = list_collectives(shape)
     if machine is None:
-        return memory, collectives, None
+        return RunCosts(memory, collectives, None, extra)
     time = estimate_time(
         shape,
         machine,
@@ -333,16 +315,7 @@ def estimate_costs(
         dtype=select_matmul_dtype(machine.chip, shape.work.dtype_bytes),
         transient_bytes=memory.transient_bytes,
     )
-    return memory, collectives, time
-
-
-def select_matmul_dtype(chip: Chip, dtype_bytes: int) -> str:
-    """Returns the key in ``Chip.peak_flops`` of products in a compute dtype of so many
-    bytes."""
-    # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass
-    # of bf16 on TPUs.
-    dtypes = ("fp32", "tf32", "bf16") if dtype_bytes == FP32 else ("bf16",)
-    return next(dtype for dtype in dtypes if dtype in chip.peak_flops)
+    return RunCosts(memory, collectives, time, extra)
 
 
 def _estimate_collective_cost(

@@ -20,8 +20,10 @@ from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.remat import RematPolicy
+from maxlm.plan.generation import ExpectedLengths, GenerationPlanner
 from maxlm.plan.known_errors import KnownTimeError, find_known_time_errors
-from maxlm.plan.predict import SAFE_FILL_RATIO, Machine, estimate_costs, plan_run
+from maxlm.plan.machine import SAFE_FILL_RATIO, Machine
+from maxlm.plan.predict import estimate_costs, plan_run
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshPartitioning, RunWorkload, StepShape
 from maxlm.run.config import RunConfig
@@ -47,7 +49,8 @@ class Candidate:
     remat: RematPolicy
     residual: tuple[str, ...]
     seconds: float
-    """Predicted seconds of a step."""
+    """Predicted seconds from a step to the next on average, a rollout's share
+    included."""
     memory: float
     """Predicted bytes of a device at the peak."""
 
@@ -110,25 +113,34 @@ class _FittingCandidates(NamedTuple):
 
 
 def search_layouts(
-    config: RunConfig, machine: Machine, *, top: int = 10
+    config: RunConfig,
+    machine: Machine,
+    *,
+    top: int = 10,
+    lengths: ExpectedLengths = ExpectedLengths(),
 ) -> SearchResult:
-    """Ranks all layouts of a run on a machine; where none fits there is no best."""
+    """Ranks all layouts of a run on a machine; where none fits there is no best.
+
+    Args:
+        top: layouts to return.
+        lengths: that are expected of the sequences that a task generates.
+    """
     began = time.perf_counter()
     groups: list[_FittingCandidates] = []
     num_tried = 0
     num_divisible = 0
     min_peak_bytes = np.inf
+    planner = GenerationPlanner(config, machine, lengths)
     for num_candidates, shape in _list_shapes(config, machine):
         num_tried += num_candidates
         if not len(shape.micro_batches):
             continue
         num_divisible += len(shape.micro_batches)
-        memory, _, step_time = estimate_costs(shape, machine)
-        assert step_time is not None
+        costs = estimate_costs(shape, machine, planner)
         # A figure that is the same for all candidates is a single number until here.
         seconds, peak_bytes, micro_batches, *mesh_columns = np.broadcast_arrays(
-            step_time.total,
-            memory.total,
+            costs.mean_step_seconds,
+            costs.peak_bytes,
             shape.micro_batches,
             *(shape.split.sizes[axis] for axis in MESH_AXES),
         )
@@ -155,7 +167,7 @@ def search_layouts(
     refusal = None
     for candidate in candidates:
         try:
-            plan_run(candidate.apply(config), machine)
+            plan_run(candidate.apply(config), machine, lengths=lengths)
             best.append(candidate)
         except MaxlmError as error:
             refusal = str(error)

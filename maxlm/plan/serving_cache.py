@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.caches.config import (
+    CacheConfig,
     PagedCacheConfig,
     QuantizedCacheConfig,
     find_default_page_size,
@@ -48,16 +49,23 @@ class LayerCacheKind(NamedTuple):
 
 def count_layer_caches(
     model: Decoder,
-    cache: CacheFormat = "auto",
+    cache: CacheFormat | CacheConfig = "auto",
     platform: str = "cpu",
     head_ways: int = 1,
     num_mtp_modules: int = 0,
+    page_size: int | None = None,
 ) -> Counter[LayerCacheKind]:
     """Counts the layers that have each cache, by
     :meth:`maxlm.models.blocks.Mixer.cache_spec`; ``num_mtp_modules`` of ``mtp`` are
-    among them."""
-    config = PagedCacheConfig() if cache == "auto" else QuantizedCacheConfig(kind=cache)
-    page_size = find_default_page_size(config.kind) or PAGE_TOKENS
+    among them. ``page_size``: tokens of a page; default: as formats have them."""
+    if isinstance(cache, CacheConfig):
+        config = cache
+    elif cache == "auto":
+        config = PagedCacheConfig()
+    else:
+        config = QuantizedCacheConfig(kind=cache)
+    if page_size is None:
+        page_size = find_default_page_size(config.kind) or PAGE_TOKENS
     layout = CacheLayout(
         num_shards=1,
         num_rows=1,

@@ -12,9 +12,9 @@ from rich.text import Text
 from maxlm.models.architectures.runs import strip_stack_name
 from maxlm.plan.known_errors import format_known_time_errors
 from maxlm.plan.layout import ParamRow, RunLayout
-from maxlm.plan.predict import SAFE_FILL_RATIO, RunPlan
+from maxlm.plan.phases import GENERATION
+from maxlm.plan.predict import TRAINING_STEP, RunPlan
 from maxlm.plan.search import SearchResult
-from maxlm.plan.serving import ServingPlan
 from maxlm.plan.timing import StepTime
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are
@@ -83,8 +83,10 @@ def render_plan_tables(
             parts.append(Text(warning, style="bold"))
     parts.append(_render_parameters(plan.layout))
     parts.append(_render_memory(plan))
+    if plan.extra.phases:
+        parts.append(_render_phase_memory(plan))
     work = plan.shape.work
-    if work.cache_bytes:
+    if work.cache_bytes and not plan.extra.phases:
         num_tokens = work.tokens_per_row.decoder
         size = format_bytes(work.cache_bytes)
         line = f"caches of one row of {num_tokens:,} tokens in generation: {size}"
@@ -93,6 +95,8 @@ def render_plan_tables(
         parts.append(_render_communication(plan))
     if plan.time is not None:
         parts.append(_render_time(plan.time))
+    if plan.time is not None and plan.extra.phases:
+        parts.append(_render_phase_times(plan))
     return Group(*parts)
 
 
@@ -132,19 +136,25 @@ def render_layout_facts(layout: RunLayout) -> Text:
 def format_prediction(plan: RunPlan) -> str:
     """Formats the time of a step and the memory of a device in a line."""
     memory = _format_memory_need(plan)
-    if plan.step_seconds is None:
+    if plan.step_seconds is None or plan.mean_step_seconds is None:
         return memory
-    seconds = format_seconds(plan.step_seconds)
-    return f"{seconds} a step, MFU {plan.mfu():.1%}, {memory}"
+    seconds = format_seconds(plan.mean_step_seconds)
+    mfu = f"MFU {plan.mfu():.1%}"
+    if plan.extra.phases:
+        mfu += f" in the {format_seconds(plan.step_seconds)} that train"
+    return f"{seconds} a step, {mfu}, {memory}"
 
 
 def _format_memory_need(plan: RunPlan) -> str:
-    """Formats ``61.2 GiB of 80 GiB a device``."""
-    need = format_bytes(float(plan.memory.total))
-    limit = plan.memory_limit_bytes
-    if limit is None:
-        return f"{need} a device"
-    return f"{need} of {format_bytes(limit)} a device"
+    """Formats ``61.2 GiB of 80 GiB a device``, with the phase of the run that needs
+    them where it has several."""
+    need = format_bytes(plan.peak_bytes)
+    if plan.memory_limit_bytes is not None:
+        need += f" of {format_bytes(plan.memory_limit_bytes)}"
+    need += " a device"
+    if plan.extra.phases:
+        need += f" in phase '{plan.peak_phase}'"
+    return need
 
 
 def format_fit_verdict(plan: RunPlan) -> str:
@@ -154,8 +164,14 @@ def format_fit_verdict(plan: RunPlan) -> str:
     if plan.barely_fits:
         return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:
-        spare = 1 - float(plan.memory.total) / plan.memory_limit_bytes
+        spare = 1 - plan.peak_bytes / plan.memory_limit_bytes
         return f"fits: {need}, {spare:.0%} to spare"
+    if plan.peak_phase == GENERATION:
+        return (
+            f"does not fit: {need}; lower the engine's max_sequences or lengths, split "
+            "over more devices (mesh.tensor splits its parameters and caches), or let "
+            "--search choose"
+        )
     return (
         f"does not fit: {need}; raise train.micro_batches, choose a model.remat that "
         "keeps less, split over more devices, or let --search choose"
@@ -291,6 +307,7 @@ def _render_memory(plan: RunPlan) -> Group:
         "gradients": memory.gradients,
         f"activations kept ({plan.shape.remat})": memory.activations,
         f"working set of {peak_phase}": memory.working,
+        "the engine's caches": memory.caches,
     }
     for name, size in memory.working_sets[peak_phase].items():
         parts[f"  {name}"] = size
@@ -386,6 +403,52 @@ def _render_time(time: StepTime) -> Group:
     return make_table("Time of a step", columns, rows, right=columns[1:])
 
 
+def _render_phase_memory(plan: RunPlan) -> Group:
+    """Renders the peak of each phase of a run, and the parts of those beside the
+    training step."""
+    rows: list[tuple[str, str, str]] = []
+
+    def add(name: str, size: float) -> None:
+        if size:
+            rows.append((name, f"{size:,.0f}", format_bytes(size)))
+
+    for phase in plan.extra.phases:
+        add(phase.name, float(phase.total_bytes))
+        for part, size in phase.memory.items():
+            add(f"  {part}", float(size))
+    add(TRAINING_STEP, plan.bytes_by_phase[TRAINING_STEP])
+    title = "Memory of each device, at the peak of each phase"
+    return make_table(title, ("phase", "bytes", ""), rows, right=("bytes", ""))
+
+
+def _render_phase_times(plan: RunPlan) -> Group:
+    """Renders the time of a rollout and the steps that it serves."""
+    assert plan.step_seconds is not None
+    assert plan.mean_step_seconds is not None
+    num_steps = plan.steps_per_rollout
+    total = num_steps * plan.mean_step_seconds
+    rows: list[tuple[str, str, str, str]] = []
+
+    def add(name: str, step_seconds: float, step_tokens: float | None = None) -> None:
+        seconds = num_steps * step_seconds
+        rate = ""
+        if step_tokens is not None and step_seconds:
+            rate = format_count(step_tokens / step_seconds)
+        rows.append((name, format_seconds(seconds), f"{seconds / total:.1%}", rate))
+
+    for phase in plan.extra.phases:
+        add(phase.name, float(phase.total_seconds), phase.tokens)
+        if len(phase.seconds) > 1:
+            for part, seconds in phase.seconds.items():
+                add(f"  {part}", float(seconds))
+    name = TRAINING_STEP if num_steps == 1 else f"{num_steps:,} {TRAINING_STEP}s"
+    add(name, plan.step_seconds, plan.layout.tokens_per_step)
+    add("together", plan.mean_step_seconds)
+    figures = ("time", "share", "tokens/s")
+    title = "Time of a rollout and its steps"
+    return make_table(title, ("phase", *figures), rows, right=figures)
+
+
 def format_run_estimate(
     plan: RunPlan, price_per_device_hour: float | None = None
 ) -> str:
@@ -393,8 +456,10 @@ def format_run_estimate(
     layout = plan.layout
     goodput = plan.goodput
     step_seconds = plan.step_seconds
+    mean_step_seconds = plan.mean_step_seconds
     hours = plan.run_hours
     assert step_seconds is not None
+    assert mean_step_seconds is not None
     assert goodput is not None
 
     tokens_per_second = layout.tokens_per_step / step_seconds
@@ -407,6 +472,15 @@ def format_run_estimate(
         f"{plan.mfu(full_attention=True):.1%} (in full)"
     )
     lines = [rates]
+    if plan.extra.phases:
+        shares = [
+            f"{phase.name} {float(phase.total_seconds) / mean_step_seconds:.0%}"
+            for phase in plan.extra.phases
+        ]
+        lines.append(
+            f"{format_seconds(mean_step_seconds)} from a step to the next, of which "
+            f"{', '.join(shares)}"
+        )
 
     if hours is not None:
         steps = layout.tokens_total // layout.tokens_per_step
@@ -419,7 +493,7 @@ def format_run_estimate(
         lines.append(line)
 
     best_interval = goodput.best_interval_seconds
-    best_steps = max(1, round(best_interval / step_seconds))
+    best_steps = max(1, round(best_interval / mean_step_seconds))
     configured = "none are configured"
     if plan.checkpoint_every:
         configured = (
@@ -478,154 +552,3 @@ def render_candidates_table(
 
 def _format_peak(peak_bytes: float) -> str:
     return format_bytes(peak_bytes) if peak_bytes < inf else "no room"
-
-
-def render_serving_tables(
-    plan: ServingPlan, *, price_per_device_hour: float | None = None
-) -> Group:
-    """Renders a plan, with the price of an accelerator's hour in whatever currency."""
-    facts = (
-        f" · {_describe_split(plan)} · cache {plan.cache} · "
-        f"weights {plan.options.weights} · requests of "
-        f"{plan.options.prompt:,} + {plan.options.new:,} tokens\n"
-        f"{plan.machine['name']}: {plan.machine['words']}\n"
-    )
-    verdict = format_serving_verdict(plan)
-    head = Text.assemble((plan.name, "bold"), facts, (verdict, "bold"))
-    estimate = Text(_format_serving_estimate(plan, price_per_device_hour))
-    return Group(
-        head,
-        estimate,
-        _render_serving_memory(plan),
-        _render_serving_step(plan),
-        _render_serving_curve(plan),
-    )
-
-
-def _render_serving_memory(plan: ServingPlan) -> Group:
-    rows = [
-        (name, f"{size:,.0f}", format_bytes(size)) for name, size in plan.memory.items()
-    ]
-    sizes = ("bytes", "")
-    return make_table("Memory of each device", ("what", *sizes), rows, right=sizes)
-
-
-def _render_serving_step(plan: ServingPlan) -> Group:
-    """Renders the time of a step by its parts."""
-    total = plan.point.time["total"]
-    rows = [
-        (name, format_seconds(seconds), f"{seconds / total:.1%}")
-        for name, seconds in plan.point.time.items()
-    ]
-    times = ("time", "share")
-    title = f"A step of {_count_sequences(plan.point.batch)}"
-    return make_table(title, ("what", *times), rows, right=times)
-
-
-def _render_serving_curve(plan: ServingPlan) -> Group:
-    """Renders rates by the number of sequences at once; an arrow marks the plan's."""
-    rows = []
-    for point in plan.curve:
-        sequences = f"{point.batch:,}"
-        if point == plan.point:
-            sequences += " ←"
-        cells = (
-            sequences,
-            format_seconds(point.time["total"]),
-            format_seconds(point.tpot_seconds),
-            f"{point.tokens_per_second:,.0f}",
-            f"{point.tokens_per_second / plan.devices:,.0f}",
-        )
-        rows.append(cells)
-    rates = ("step", "a token", "tokens/s", "a device")
-    columns = ("sequences", *rates)
-    return make_table("By sequences at once", columns, rows, right=rates)
-
-
-def _format_serving_estimate(
-    plan: ServingPlan, price_per_device_hour: float | None
-) -> str:
-    """Formats the cache's bytes, the times of tokens, and their price."""
-    cache = (
-        f"cache: {format_bytes(plan.token_cache_bytes)} a token, "
-        f"{format_bytes(plan.sequence_cache_bytes)} a sequence of "
-        f"{plan.options.length:,}"
-    )
-    point = plan.point
-    rate = point.tokens_per_second
-    times = (
-        f"first token of a prompt alone after {format_seconds(plan.ttft_seconds)}; "
-        f"{_count_sequences(point.batch)}: {format_seconds(point.tpot_seconds)} "
-        f"a token, {rate:,.0f} tokens/s, {rate / plan.devices:,.0f} a device"
-    )
-    lines = [cache, times]
-    if price_per_device_hour is not None:
-        price_per_token = price_per_device_hour * plan.devices / 3600 / rate
-        price_per_million = 1e6 * price_per_token
-        lines.append(f"{price_per_million:,.3g} for a million new tokens")
-    return "\n".join(lines)
-
-
-def _count_sequences(count: int) -> str:
-    """Formats ``1 sequence``, ``2 sequences``."""
-    return f"{count:,} sequence" if count == 1 else f"{count:,} sequences"
-
-
-def format_serving_verdict(plan: ServingPlan) -> str:
-    """Formats whether it fits and is in time, and what to do where not."""
-    total = format_bytes(plan.memory["total"])
-    limit = format_bytes(plan.memory["limit"])
-    need = f"{total} of {limit} a device"
-    if not plan.fits:
-        need += f", of which {SAFE_FILL_RATIO:.0%} are filled at most"
-        sequences = _count_sequences(plan.point.batch)
-        problem = f"{sequences} need {need}; {plan.max_batch:,} fit"
-        if not plan.max_batch:
-            problem = f"not one sequence a replica: {need}"
-        return (
-            f"does not fit: {problem}; split over more devices (tensor in --mesh), "
-            "or choose a smaller --cache, --batch or --prompt"
-        )
-    verdict = f"fits: {need}, {_count_sequences(plan.max_batch)} at most"
-    missed_targets = [
-        *_list_missed_target("first token", plan.ttft_seconds, plan.options.ttft_ms),
-        *_list_missed_target("token", plan.point.tpot_seconds, plan.options.tpot_ms),
-    ]
-    if missed_targets:
-        return f"{verdict}, but too slow: {' and '.join(missed_targets)}"
-    return verdict
-
-
-def _list_missed_target(name: str, seconds: float, max_ms: float | None) -> list[str]:
-    """Formats the time of a token where it is above its target, if there is one."""
-    if max_ms is None or 1e3 * seconds <= max_ms:
-        return []
-    target = format_seconds(max_ms / 1e3)
-    return [f"{format_seconds(seconds)} a {name}, not {target}"]
-
-
-def render_serving_search(plans: list[ServingPlan], top: int) -> Group:
-    """Renders the best of a search: ``top`` of the plans that fit and are in time."""
-    feasible = [plan for plan in plans if plan.is_feasible]
-    rows = []
-    for plan in feasible[:top]:
-        tokens_per_device = plan.point.tokens_per_second / plan.devices
-        cells = (
-            _describe_split(plan),
-            plan.cache,
-            f"{plan.point.batch:,}",
-            f"{tokens_per_device:,.0f}",
-            format_seconds(plan.point.tpot_seconds),
-            format_seconds(plan.ttft_seconds),
-            format_bytes(plan.memory["total"]),
-        )
-        rows.append(cells)
-    figures = ("sequences", "tokens/s\na device", "a token", "first\ntoken", "memory")
-    num_fitting = sum(plan.fits for plan in plans)
-    title = f"{len(plans)} splits and caches, {num_fitting} fit, "
-    title += f"{len(feasible)} are in time too"
-    return make_table(title, ("mesh", "cache", *figures), rows, right=figures)
-
-
-def _describe_split(plan: ServingPlan) -> str:
-    return " ".join(f"{axis}={plan.mesh[axis]}" for axis in ("data", "tensor"))

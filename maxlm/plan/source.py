@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.plan.diff import StoredPlan
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.run.load_config import load_run_config
 from maxlm.sharding import count_min_devices, mesh_sizes
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from maxlm.optim.kinds import get_input_output_dims
 from maxlm.parallel.terms import limit_window
+from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import Chip
 from maxlm.plan.layout import count_training_flops_per_token
 from maxlm.plan.memory import count_stated_elements, count_stored_bytes
@@ -459,13 +460,16 @@ def count_newton_schulz_flops(shape: StepShape) -> Number:
 
 
 def count_frozen_forward_flops(shape: StepShape) -> Number:
-    """Counts FLOPs of a device in the forward passes of models that the task only
-    reads."""
+    """Counts FLOPs of a device in the forward passes that a step makes of models which
+    the task only reads."""
     work = shape.work
+    outside = {extra_pass.model for extra_pass in work.config.task.extra_passes()}
     devices = prod(shape.split.sizes.values())
     tokens = work.config.data.batch_size * work.tokens_per_row.decoder
     flops_per_token = 0.0
-    for model in work.frozen_models.values():
+    for name, model in work.frozen_models.items():
+        if name in outside:
+            continue
         # A third of training: no backward pass.
         flops_per_token += count_training_flops_per_token(model).causal / 3
     return flops_per_token * tokens / devices
@@ -658,6 +662,37 @@ def estimate_time(
         communication=sum(collective_seconds.values()),
         forward=micro_batches * forward.total + loss_forward,
     )
+
+
+def estimate_forward_seconds(
+    shape: StepShape,
+    network: Network,
+    *,
+    dtype: str = "bf16",
+    makes_logits: bool = True,
+) -> Number:
+    """Estimates the time of forward passes over a step's rows, and nothing else, with
+    ``dtype`` in matrix products.
+
+    Args:
+        makes_logits: whether they make the logits of every token.
+    """
+    chip = network.chip
+    efficiency = EFFICIENCY[chip.family]
+    flops = count_device_flops(shape)
+    moved = estimate_elementwise_bytes(shape)
+    forward, _ = _estimate_layer_seconds(
+        shape, network, efficiency, dtype, flops, moved
+    )
+    computation = shape.stage_passes_with_bubble * forward.total
+    if makes_logits:
+        products = flops.loss / (chip.peak_flops[dtype] * efficiency.matmul)
+        traffic = moved.loss / (chip.memory_bandwidth * efficiency.memory)
+        computation = computation + products + traffic
+    collectives = list_collectives(shape)
+    seconds = _sum_collective_seconds(shape, network, collectives, efficiency)
+    exposed = _count_exposed_seconds(seconds["forward"], computation, efficiency)
+    return computation + exposed
 
 
 def _count_exposed_seconds(

@@ -15,15 +15,20 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.checkpoint.skips import Skips, contiguous_ranges
-from maxlm.data.batch_source import BatchSource
+from maxlm.data.batch_source import Batch, BatchArraySpec, BatchSource
 from maxlm.data.loader.batches import load_batches
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import resolve_compute_dtype
 from maxlm.models.params import Params, init_params
 from maxlm.optim.optimizer import make_optimizer, opt_state_specs, shard_optimizer
 from maxlm.optim.schedule import make_schedule
-from maxlm.optim.state import TrainState, param_shardings, select_trainable
-from maxlm.optim.step import Sums, evaluate_step, train_step
+from maxlm.optim.state import (
+    TrainState,
+    get_eval_params,
+    param_shardings,
+    select_trainable,
+)
+from maxlm.optim.step import Metrics, evaluate_step, train_step
 from maxlm.parallel.context import sequence_order_indices
 from maxlm.run.config import RunConfig, list_base_models, resolve_micro_batches
 from maxlm.run.global_batch import (
@@ -33,7 +38,7 @@ from maxlm.run.global_batch import (
 )
 from maxlm.run.model_placement import PlacedModel
 from maxlm.run.placement import place_frozen_models, place_run
-from maxlm.sharding import bind_mesh, jit_sharded, make_mesh
+from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks.task import DeviceBatch
 
 
@@ -72,8 +77,9 @@ class RunSetup:
         storage = self.placed.storage
         params = param_shardings(self.specs, storage, mesh)
         moments = opt_state_specs(self.optimizer, self.specs)
+        whole = NamedSharding(mesh, PartitionSpec())
         return TrainState(
-            step=NamedSharding(mesh, PartitionSpec()),
+            step=whole,
             params=params,
             opt_state=param_shardings(moments, self.placed.optimizer, mesh),
             ema=None if self.config.train.ema_decay is None else params,
@@ -81,6 +87,9 @@ class RunSetup:
                 name: param_shardings(self.task_models[name].specs, storage, mesh)
                 for name in self.frozen_sources
             },
+            task=jax.tree.map(
+                lambda _: whole, jax.eval_shape(self.config.task.init_state)
+            ),
         )
 
     @property
@@ -122,7 +131,7 @@ class RunSetup:
 
     def jit_train_step(
         self,
-    ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]:
+    ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
         """The training step, compiled at its first call; it donates the state it is
         given."""
         # None: gradients lie as their parameters are stored.
@@ -140,22 +149,28 @@ class RunSetup:
             ema_decay=self.config.train.ema_decay,
             gradient_layouts=layouts,
             trainable=self.trainable,
-            frozen_models=self._frozen_modules,
+            frozen_models=self.frozen_modules,
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def jit_eval_step(
         self,
-    ) -> Callable[[Params, Mapping[str, Params], DeviceBatch], Sums]:
-        """The evaluation step ``(params, frozen models' params, batch) -> sums``,
-        compiled at its first call."""
+    ) -> Callable[[TrainState, DeviceBatch], Metrics]:
+        """The evaluation step ``(state, batch) -> sums``, compiled at its first call;
+        the state's moving average is evaluated where there is one."""
         step = partial(
             evaluate_step,
             model=self.model,
             task=self.config.task,
-            frozen_models=self._frozen_modules,
+            frozen_models=self.frozen_modules,
         )
-        return bind_mesh(self.mesh, jax.jit(step))
+        evaluate = bind_mesh(self.mesh, jax.jit(step))
+
+        def evaluate_state(state: TrainState, batch: DeviceBatch) -> Metrics:
+            params = get_eval_params(state)
+            return evaluate(params, state.frozen, batch, task_state=state.task)
+
+        return evaluate_state
 
     def _init(self, key: jax.Array) -> TrainState:
         params = init_params(self.specs, key)
@@ -163,10 +178,13 @@ class RunSetup:
         if self.config.train.ema_decay is not None:
             ema = jax.tree.map(jnp.copy, params)
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, self.optimizer.init(params), ema)
+        opt_state = self.optimizer.init(params)
+        task_state = self.config.task.init_state()
+        return TrainState(step, params, opt_state, ema, task=task_state)
 
     @property
-    def _frozen_modules(self) -> dict[str, Model]:
+    def frozen_modules(self) -> dict[str, Model]:
+        """The task's models beside the trained one, not bound to parameters."""
         return {name: placed.model for name, placed in self.task_models.items()}
 
 
@@ -262,18 +280,10 @@ def _put_batches(
 ) -> Generator[DeviceBatch]:
     """Yields a source's batches on the mesh, of which this process loads the rows of
     its devices."""
-    config = setup.config
-    mesh = setup.mesh
-    rules = setup.placed.compute
-    micro_batches = config.train.micro_batches
-    lead_shape = (micro_batches, config.data.batch_size // micro_batches)
-    arrays = config.batch_arrays
-    row_sharding = batch_sharding(rules, mesh, axes=())
-    rows = get_local_row_indices(row_sharding, lead_shape)
-    token_order = setup.token_order
+    placement = BatchPlacement.of_run(setup)
     with load_batches(
         source,
-        rows,
+        placement.local_rows,
         start_step=start_step,
         num_steps=num_steps,
         workers=workers,
@@ -281,6 +291,56 @@ def _put_batches(
         is_stop_requested=is_stop_requested,
     ) as loader:
         for batch in loader:
-            yield make_global_batch(
-                batch, arrays, rows, rules, mesh, lead_shape, token_order
-            )
+            yield placement.put(batch)
+
+
+@dataclass(frozen=True)
+class BatchPlacement:
+    """How a batch lies on a run's mesh: arrays [micro-batches, rows, ...]."""
+
+    lead_shape: tuple[int, int]
+    """Micro-batches, and rows of each."""
+    arrays: Mapping[str, BatchArraySpec]
+    rules: AxisRules
+    mesh: Mesh
+    token_order: np.ndarray | None
+    """See :attr:`RunSetup.token_order`."""
+
+    @classmethod
+    def of_run(cls, setup: RunSetup, num_batches: int = 1) -> "BatchPlacement":
+        """Returns the placement of a step's batch, or of ``num_batches`` of them
+        together, each of whose micro-batches stand behind those of the one before."""
+        config = setup.config
+        micro_batches = config.train.micro_batches
+        return cls(
+            lead_shape=(
+                num_batches * micro_batches,
+                config.data.batch_size // micro_batches,
+            ),
+            arrays=config.batch_arrays,
+            rules=setup.placed.compute,
+            mesh=setup.mesh,
+            token_order=setup.token_order,
+        )
+
+    @cached_property
+    def local_rows(self) -> list[int]:
+        """Global rows that this process's devices hold, ascending."""
+        row_sharding = batch_sharding(self.rules, self.mesh, axes=())
+        return get_local_row_indices(row_sharding, self.lead_shape)
+
+    def put(self, batch: Batch) -> DeviceBatch:
+        """Puts this process's rows of a batch on its devices.
+
+        Args:
+            batch: arrays [local rows, ...].
+        """
+        return make_global_batch(
+            batch,
+            self.arrays,
+            self.local_rows,
+            self.rules,
+            self.mesh,
+            self.lead_shape,
+            self.token_order,
+        )

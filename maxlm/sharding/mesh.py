@@ -1,6 +1,6 @@
 """Device meshes: six named axes, always explicit; and programs on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from math import prod
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
@@ -69,6 +69,14 @@ def parse_mesh(text: str) -> MeshConfig:
             )
         sizes[axis] = int(size)
     return MeshConfig(**{"fsdp": 1, **sizes})
+
+
+def fold_for_generation(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Returns the mesh of the same devices on which a run generates: what splits layers
+    or sequences, which generation cannot, splits the batch in their place."""
+    num_folded = sizes["context"] * sizes["stage"]
+    data = sizes["data"] * num_folded
+    return {**sizes, "data": data, "context": 1, "stage": 1}
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:

@@ -136,8 +136,10 @@ class KtoTask(ReferenceTask):
         """Computes log-probabilities of the other rows' completions, [..., E, 1]."""
         return self.compute_sequence_log_probs(model, batch, _MISMATCHED_PREFIX).sums
 
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
-        batch = super().prepare_batch(models, batch)
+    def prepare_batch(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> DeviceBatch:
+        batch = super().prepare_batch(models, batch, key)
         is_present = batch["labels"] != 0  # [M, B, E]; padding has the label 0
         mismatched = map_micro_batches(self._compute_mismatched, models.trained, batch)
         # The reference's columns are of the matched completion and of the mismatched.

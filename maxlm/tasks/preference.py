@@ -24,7 +24,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
 from maxlm.tasks.rows import RowTask, sum_by_segment
-from maxlm.tasks.task import BoundModel, DeviceBatch, LossResult
+from maxlm.tasks.task import BoundModel, DeviceBatch
 
 PairLosses = tuple[jax.Array, jax.Array]
 """Losses of pairs [..., E], finite for padding too, and rewards of both answers [...,
@@ -135,7 +135,7 @@ def check_label_smoothing(label_smoothing: float, loss_type: str) -> None:
 
 def sum_answer_losses(
     answers: SequenceLogProbs, pair_losses: PairLosses, batch: DeviceBatch
-) -> LossResult:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sums the losses of pairs of ``answers``, and what is logged of them; see
     :func:`sum_pairs`."""
     losses, rewards = pair_losses
@@ -150,7 +150,7 @@ def sum_pairs(
     is_present: jax.Array,
     aux: Aux,
     batch: DeviceBatch,
-) -> LossResult:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sums pairs' losses [..., E], and what is logged of both answers' rewards [..., E,
     2]; ``tokens`` counts the pairs."""
     chosen = jnp.where(is_present, rewards[..., 0], 0)

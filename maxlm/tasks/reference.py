@@ -53,7 +53,9 @@ class ReferenceTask(PreferenceTask):
         """Computes what the reference says of rows [..., S]: fp32 [..., E, columns]."""
         return self.compute_sequence_log_probs(model, batch).sums
 
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+    def prepare_batch(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> DeviceBatch:
         if LOG_PROBS in batch:
             return batch
         reference = models.frozen["reference"]

@@ -67,7 +67,9 @@ class ReferenceFreeTask(PreferenceTask):
         is_chosen = arrays["segment_ids"] == 1
         return arrays | {"nll_weights": (is_chosen * weights).astype(np.float32)}
 
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+    def prepare_batch(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> DeviceBatch:
         # The loss is divided by the number of pairs: a mean over tokens of the whole
         # batch, its micro-batches together, is weighted by pairs over tokens.
         weights = batch["nll_weights"]

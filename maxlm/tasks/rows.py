@@ -55,6 +55,7 @@ class RowTask(Task):
     the model reads all.
     """
 
+    command: ClassVar[Literal["train", "tune", "rl"]] = "tune"
     reads_text: ClassVar[bool] = False
     sequences_per_example: ClassVar[int] = 1
 

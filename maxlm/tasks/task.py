@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeVar, Unpack
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, Unpack
 
 import jax
 import numpy as np
@@ -29,13 +30,34 @@ from maxlm.models.frontends import (
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork
 
 ModelT = TypeVar("ModelT")
 ResultT = TypeVar("ResultT")
 DeviceBatch = dict[str, jax.Array]
-LossResult = tuple[jax.Array, dict[str, jax.Array]]
+TaskState = dict[str, jax.Array]
+"""Small arrays of a task's own that a step changes, by name."""
+
+
+class Average(NamedTuple):
+    """A sum to log with a denominator of its own, both fp32 scalars."""
+
+    total: jax.Array
+    count: jax.Array
+
+
+LossResult = tuple[jax.Array, Mapping[str, jax.Array | Average]]
 """The loss to differentiate, summed over what is counted, and sums to log: ``tokens``
-(the weight that everything is divided by) among them."""
+(the weight that the loss and every sum that is no :class:`Average` are divided by)
+among them."""
+
+
+class WatchedMetric(NamedTuple):
+    """What tells whether training works."""
+
+    name: str
+    """A metric of the step."""
+    goal: Literal["falls", "rises"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +120,9 @@ class TaskModels:
     trained: Any
     frozen: Mapping[str, Any] = field(default_factory=dict)
     """Models by the names of :meth:`Task.frozen_models`; no gradient reaches them."""
+    state: Mapping[str, jax.Array] = field(default_factory=dict)
+    """The task's own arrays, as :meth:`Task.init_state` made them and
+    :meth:`Task.update_state` last returned them."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +164,21 @@ class Task(Config):
     """Whether its batches have the arrays of the model's frontend, if it has one
     (:mod:`maxlm.models.frontends`), which its loss reads. A subclass with a ``loss`` or
     ``prepare_batch`` of its own declares it anew, too."""
+    command: ClassVar[Literal["train", "tune", "rl"]] = "train"
+    """The verb of ``maxlm`` that runs it."""
+    shown_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"loss": "loss {:.4f}", "accuracy": "accuracy {:.1%}"}
+    )
+    """Metrics that the progress of a run shows first, where a step has them, and how
+    each is written."""
+    plotted_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"loss": "loss (nats per token, or the task's own)", "accuracy": "accuracy"}
+    )
+    """Metrics that are drawn at a run's end, where its records have them, and what each
+    is called."""
+    watched_metric: ClassVar[WatchedMetric | None] = WatchedMetric("loss", "falls")
+    """The metric by which `maxlm smoke` tells that a small model learns; None: no
+    metric of a few steps tells."""
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset()
     """The mesh axes, of those that reshape a batch, that its loss supports. A subclass
     with a ``loss`` or ``prepare_batch`` of its own declares them anew: it supports none
@@ -163,6 +203,17 @@ class Task(Config):
         run's folder, such as `maxlm convert` makes; None: the parameters that training
         starts from."""
         return {}
+
+    def extra_passes(self) -> tuple[ExtraPass, ...]:
+        """Returns the forward passes that the run makes outside its steps, for its
+        plan. A frozen model that they name is not counted in every step, as the others
+        are."""
+        return ()
+
+    def generation(self, seq_len: int, batch_size: int) -> GenerationWork | None:
+        """Returns what the trained model generates for steps of ``batch_size`` rows of
+        ``seq_len`` tokens, for the run's plan; None: nothing."""
+        return None
 
     @property
     def required_heads(self) -> Mapping[str, int]:
@@ -203,10 +254,31 @@ class Task(Config):
         """Returns finite sources to evaluate on, by name."""
         return {}
 
-    def prepare_batch(self, models: TaskModels, batch: DeviceBatch) -> DeviceBatch:
+    def init_state(self) -> TaskState:
+        """Returns the arrays of the task's own that training begins with, which steps
+        change and checkpoints hold: a coefficient that adapts, a moving average."""
+        return {}
+
+    def update_state(
+        self, state: Mapping[str, jax.Array], metrics: Mapping[str, jax.Array]
+    ) -> TaskState:
+        """Returns the task's own arrays after a step.
+
+        Args:
+            metrics: of the step, as they are logged.
+        """
+        return dict(state)
+
+    def prepare_batch(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> DeviceBatch:
         """Returns a batch [M, B, ...] of M micro-batches with more arrays for the loss:
         what frozen models make of it, or what is measured over all of it. Gradients do
-        not reach them."""
+        not reach them.
+
+        Args:
+            key: of this step; the losses' keys are drawn from it too.
+        """
         return batch
 
     @abstractmethod

@@ -2,7 +2,7 @@
 beside what they watch: loss spikes, the watchdog, the profiler."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -11,7 +11,8 @@ from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import Sums
+from maxlm.optim.step import Metrics
+from maxlm.run.rollout_source import StepBatches
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.signals import SignalHandler, StopRequest
@@ -43,6 +44,30 @@ class EvaluationCallback(Callback):
             metrics = self.evaluate(state)
             trainer.end_evaluation(step, metrics)
         trainer.event("evaluate", step, seconds=evaluation.seconds)
+
+
+@dataclass
+class RolloutCallback(Callback):
+    """Asks for the batch of each step with the state that the step begins with."""
+
+    batches: StepBatches
+    """Those that the trainer takes."""
+    _metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
+
+    def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
+        trainer.begin_work(step, "rollout")
+        with trainer.timer.time_activity("generating") as rollout:
+            metrics = self.batches.roll_out(state)
+        self._metrics[step] = {"rollout_seconds": rollout.seconds, **metrics}
+        for callback in trainer.callbacks:
+            callback.on_work_end(trainer, step, "rollout")
+
+    def get_metrics(self, step: int) -> Mapping[str, float]:
+        return self._metrics.pop(step)
+
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        # The next rollout waits for this step in any case: its record comes first.
+        return True
 
 
 @dataclass
@@ -112,7 +137,7 @@ class StopCallback(Callback):
     """Folder of the run, for messages."""
     _reductions: deque[StopRequest | jax.Array] = field(default_factory=deque)
 
-    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
+    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Metrics) -> None:
         # Started here and read in `on_step_end`: it runs behind the step, and holds
         # nothing up.
         save = StopRequest.SAVE if self.save_is_due() else StopRequest.NONE

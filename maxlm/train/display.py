@@ -3,6 +3,7 @@ the end."""
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,7 @@ from maxlm.runtime.json_types import JsonMapping
 from maxlm.train.records import read_records
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SHOWN = {
-    "loss": "loss {:.4f}",
-    "accuracy": "accuracy {:.1%}",
+_SHOWN_OF_EVERY_RUN = {
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
@@ -36,18 +35,27 @@ def format_duration(seconds: float) -> str:
 class ConsoleDisplay:
     """Progress of a run on stderr. A context manager.
 
-    On a terminal, a bar that stays in place: step, time left, loss, learning rate,
-    tokens/s, MFU, loader wait and steps/s. Elsewhere one line at most every 10 seconds,
+    On a terminal, a bar that stays in place: step, time left, what ``shown`` names,
+    learning rate, tokens/s, MFU, loader wait and steps/s. Elsewhere one line at most every 10 seconds,
     with the same content. Time left and steps/s are measured from the end of the first
     step shown, which compiles; evaluations and checkpoints after it count.
 
     Args:
         start_step: steps made before this start (a resumed run).
         show: False on all processes but the first: every method then does nothing.
+        shown: how each metric is written that is shown, where a record has it.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, *, show: bool = True):
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        show: bool = True,
+        shown: Mapping[str, str],
+    ):
         self.total_steps = total_steps
+        self._shown = {**shown, **_SHOWN_OF_EVERY_RUN}
         self._show = show
         # The first step shown, and when it was.
         self._first: tuple[int, float] | None = None
@@ -88,7 +96,7 @@ class ConsoleDisplay:
             seconds_left = (self.total_steps - step) * seconds / num_steps
             time_left = format_duration(seconds_left)
         parts = [f"ETA {time_left}"]
-        for name, template in _SHOWN.items():
+        for name, template in self._shown.items():
             if record.get(name) is not None:
                 parts.append(template.format(record[name]))
         if num_steps > 0:
@@ -119,14 +127,22 @@ class ConsoleDisplay:
             self._progress.stop()
 
 
-def plot_loss(metrics: str | Path, image: str | Path) -> None:
-    """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a
-    PNG, and beside them ``accuracy`` where a task has one. What training measures is
-    drawn twice, faintly each step and boldly their means over 1% of the steps. Points
-    of a held-out curve are all of the same rows; what the end measures on all held-out
-    text, where that is more, is a mark beside it. The x axis of losses is logarithmic,
-    so that the early fall and the late crawl can both be read. Raises MaxlmError
-    without any loss."""
+def plot_metrics(
+    metrics: str | Path, image: str | Path, names: Mapping[str, str]
+) -> None:
+    """Draws metrics of a ``metrics.jsonl`` over ``tokens`` as a PNG, each that there is
+    in a panel of its own: what training measures twice, faintly each step and boldly
+    their means over 1% of the steps, and what is held out (``eval_`` and the name).
+    Points of a held-out curve are all of the same rows; what the end measures on all
+    held-out text, where that is more, is a mark beside it. The x axis of losses is
+    logarithmic, so that the early fall and the late crawl can both be read.
+
+    Args:
+        names: what each metric is called.
+
+    Raises:
+        MaxlmError: none of them is there.
+    """
     records = list(read_records(Path(metrics)))
     tokens = {
         record["step"]: record["tokens"] for record in records if "tokens" in record
@@ -142,25 +158,30 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
                 points.append((x, value))
         return np.array(points, float).reshape(-1, 2).T
 
-    names = {"loss": "loss (nats per token, or the task's own)", "accuracy": "accuracy"}
     panels = {}
     for name in names:
         training_points = select_points(name)
         eval_points = select_points(f"eval_{name}")
         if training_points.size or eval_points.size:
             panels[name] = (training_points, eval_points)
-    if "loss" not in panels:
-        raise MaxlmError(
-            "no losses to plot", where=str(metrics), fix="train for a few steps first"
-        )
+    if not panels:
+        message = f"no {' and no '.join(names)} to plot"
+        fix = "train for a few steps first"
+        raise MaxlmError(message, where=str(metrics), fix=fix)
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 * len(panels), 4.5), dpi=150, layout="constrained")
-    all_axes = FigureCanvasAgg(figure).figure.subplots(1, len(panels), squeeze=False)[0]
+    num_columns = min(len(panels), 2)
+    num_rows = -(-len(panels) // num_columns)
+    size = (8 * num_columns, 4.5 * num_rows)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = FigureCanvasAgg(figure).figure.subplots(num_rows, num_columns, squeeze=False)
+    all_axes = grid.ravel().tolist()
+    for unused_axes in all_axes[len(panels) :]:
+        unused_axes.set_visible(False)
     for axes, (name, ((x, values), (x_eval, eval_values))) in zip(
-        all_axes, panels.items(), strict=True
+        all_axes, panels.items(), strict=False
     ):
         if values.size:
             # A moving mean over 1% of the steps; at the ends, over those there are.

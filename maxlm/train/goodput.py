@@ -26,6 +26,7 @@ PARTS = (
     "starting",
     "compiling",
     "loading",
+    "generating",
     "saving",
     "evaluating",
     "hanging",
@@ -35,7 +36,7 @@ PARTS = (
 )
 """``lost``: steps past the checkpoint that was resumed from. ``starting``: from the
 process's start to the start event. ``hanging``: found by the watchdog. ``other``:
-alive, and none of these. ``down``: between attempts. ``finished``: between the end of a
+alive, and none of these. ``generating``: rollouts. ``down``: between attempts. ``finished``: between the end of a
 finished run and its next attempt."""
 
 SILENCE = 60.0
@@ -206,7 +207,9 @@ def _account(
     limits = iter(kept_steps)
     limit = next(limits)
     # As of the last ``progress``: seconds by activity, cumulative.
-    totals = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+    totals = dict.fromkeys(
+        ("stepping", "loading", "generating", "saving", "evaluating"), 0.0
+    )
     # Of events since then that tell their own seconds.
     once = {"compiling": 0.0, "hanging": 0.0}
     final = 0.0

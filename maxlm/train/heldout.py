@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import jax
 
 from maxlm.data.batch_source import BatchSource
-from maxlm.optim.state import TrainState, get_eval_params
+from maxlm.optim.state import TrainState
+from maxlm.optim.step import COUNT_PREFIX
 from maxlm.run.prepare import PreparedData
 from maxlm.run.setup import RunSetup, open_evaluation_batches
 
@@ -86,14 +87,13 @@ class HeldOutEvaluator:
     ) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Returns the sums over the first ``train.eval_batches`` batches, and over all
         that were read: at most ``max_batches``."""
-        params = get_eval_params(state)
         curve_batches = self._setup.config.train.eval_batches
         sums = defaultdict[str, float](float)
         part_sums: Mapping[str, float] | None = None
         with open_evaluation_batches(self._setup, source, max_batches) as batches:
             for number, batch in enumerate(batches, 1):
                 self._on_batch()
-                values = jax.device_get(self._eval_fn(params, state.frozen, batch))
+                values = jax.device_get(self._eval_fn(state, batch))
                 for metric, value in values.items():  # added up in float64
                     sums[metric] += float(value)
                 if number == curve_batches:
@@ -104,7 +104,11 @@ class HeldOutEvaluator:
 
     def _make_result(self, source: str, sums: Mapping[str, float]) -> dict[str, float]:
         num_tokens = sums["tokens"]
-        result = {name: value / num_tokens for name, value in sums.items()}
+        result: dict[str, float] = {}
+        for name, value in sums.items():
+            if not name.startswith(COUNT_PREFIX):
+                count = sums.get(f"{COUNT_PREFIX}{name}", num_tokens)
+                result[name] = value / count if count else 0.0
         # Nats per predicted token, or the task's own loss.
         result["loss"] = sums.get("cross_entropy", sums["loss"]) / num_tokens
         result["tokens"] = num_tokens

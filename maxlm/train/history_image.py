@@ -19,6 +19,7 @@ _COLOURS = {
     "starting": "#BAB0AC",
     "compiling": "#76B7B2",
     "loading": "#F28E2B",
+    "generating": "#EDC948",
     "saving": "#4E79A7",
     "evaluating": "#B07AA1",
     "hanging": "#9C2F2F",

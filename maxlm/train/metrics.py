@@ -58,7 +58,7 @@ class MetricsCallback(Callback):
             self._planned = {
                 "planned_seconds": plan.step_seconds,
                 "planned_mfu": plan.mfu(),
-                "planned_memory": float(plan.memory.total),
+                "planned_memory": plan.peak_bytes,
             }
         self._mixture: Any = getattr(data.train_batch_source, "mixture", None)
         self._bytes_per_target = {

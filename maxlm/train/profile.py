@@ -8,7 +8,7 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import Sums
+from maxlm.optim.step import Metrics
 from maxlm.train.trainer import Callback, Trainer
 
 
@@ -43,7 +43,7 @@ class Profiler(Callback):
         self._is_tracing = False
         self._annotation: jax.profiler.StepTraceAnnotation | None = None
         # Results of the step under way, to wait for before a trace ends.
-        self._running: Sums | None = None
+        self._running: Metrics | None = None
 
     def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not self._first <= step <= self._last:
@@ -58,7 +58,7 @@ class Profiler(Callback):
         self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._annotation.__enter__()
 
-    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
+    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Metrics) -> None:
         self._running = sums if self._is_tracing else None
         if self._annotation is not None:
             self._annotation.__exit__(None, None, None)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 
@@ -15,19 +15,15 @@ from maxlm.checkpoint.skips import get_skips, read_skips
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchSource
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import Sums
+from maxlm.optim.step import Metrics
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import (
     PreparedData,
     prepare_data_on_all_hosts,
     read_vocab_size,
 )
-from maxlm.run.setup import (
-    RunSetup,
-    open_training_batches,
-    set_up_run,
-    use_compilation_cache,
-)
+from maxlm.run.rollout_source import RolloutContext, open_step_batches
+from maxlm.run.setup import RunSetup, set_up_run, use_compilation_cache
 from maxlm.run.warm_start import (
     check_init_checkpoint,
     describe_frozen_models,
@@ -38,8 +34,13 @@ from maxlm.runtime.json_types import JsonObject
 from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.tasks.task import DeviceBatch
 from maxlm.train.anomaly import LossSpikeDetector
-from maxlm.train.callbacks import CheckpointCallback, EvaluationCallback, StopCallback
-from maxlm.train.display import ConsoleDisplay, plot_loss
+from maxlm.train.callbacks import (
+    CheckpointCallback,
+    EvaluationCallback,
+    RolloutCallback,
+    StopCallback,
+)
+from maxlm.train.display import ConsoleDisplay, plot_metrics
 from maxlm.train.heldout import HeldOutEvaluator, HeldOutResults
 from maxlm.train.metrics import MetricsCallback, format_downstream
 from maxlm.train.profile import Profiler
@@ -88,6 +89,18 @@ class TrainingResult:
     heldout: HeldOutResults
 
 
+class TrainingProgram(Protocol):
+    """A program that trains, as the command line calls it; see :func:`train_model`."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        *,
+        resume: str | Path | None,
+        profile: tuple[int, int] | None,
+    ) -> TrainingResult: ...
+
+
 @dataclass(frozen=True)
 class _OpenRun:
     """A run whose folder, text, checkpoints and records are open."""
@@ -113,7 +126,7 @@ class _OpenRun:
 class _TrainingParts:
     """What a run trains and evaluates with; a rollback keeps it."""
 
-    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]
+    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
     """Compiled at its first call."""
     evaluator: HeldOutEvaluator
     evaluate_downstream: DownstreamEvaluation
@@ -207,21 +220,34 @@ def _train_from(
     detector = LossSpikeDetector(config.faults, position.detector_state)
     timer = StepTimer(run.log.event, position.step)
     eval_every = config.train.eval_every if run.data.eval_batch_sources else 0
-    training_batches = open_training_batches(
-        setup,
+    context = RolloutContext(
+        setup=setup,
+        tokenizer=run.data.tokenizer,
+        folder=run.folder,
+        start_step=position.step,
+        skips=position.skips,
+        say=run.say,
+        on_work=run.watchdog.reset_timer,
+    )
+    training_batches = open_step_batches(
+        context,
         run.data.train_batch_source,
-        position.step,
-        position.skips,
         # Once a stop is requested, no batch waits for workers that are still starting.
         is_stop_requested=lambda: run.signals.request.stops,
     )
-    console = ConsoleDisplay(num_steps, position.step, show=run.is_lead)
+    console = ConsoleDisplay(
+        num_steps, position.step, show=run.is_lead, shown=config.task.shown_metrics
+    )
     with training_batches as batches, console as display, run.signals.defer_signals():
         all_reduce = FlagAllReduce(setup.mesh)
         profilers = [] if parts.profiler is None else [parts.profiler]
+        rolling_out = []
+        if batches.rollouts is not None:
+            rolling_out.append(RolloutCallback(batches))
         callbacks = [
             run.watchdog,
             *profilers,
+            *rolling_out,
             MetricsCallback(setup, run.data, run.plan, run.log, display),
             detector,
             EvaluationCallback(parts.evaluator.evaluate_metrics, eval_every),
@@ -235,7 +261,7 @@ def _train_from(
             ),
         ]
         trainer = Trainer(parts.step_fn, num_steps, callbacks, timer)
-        return trainer.run(position.state, batches)
+        return trainer.run(position.state, batches.arrays)
 
 
 def _open_run(
@@ -409,7 +435,8 @@ def _plan_run(config: RunConfig, setup: RunSetup, say: Say) -> "RunPlan":
     measured."""
     # Imported here: nothing else of training needs the planner.
     from maxlm.plan.known_errors import format_known_time_errors
-    from maxlm.plan.predict import Machine, plan_run
+    from maxlm.plan.machine import Machine
+    from maxlm.plan.predict import plan_run
     from maxlm.plan.show import format_prediction
 
     machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
@@ -519,7 +546,9 @@ def _draw_plots(run: _OpenRun) -> None:
     metrics_path = run.folder / "metrics.jsonl"
     plots = run.folder / "plots"
     plots.mkdir(exist_ok=True)
-    plot_loss(metrics_path, plots / "loss.png")
+    plot_metrics(
+        metrics_path, plots / "loss.png", run.setup.config.task.plotted_metrics
+    )
     records = [*read_records(metrics_path)]
     flops_per_token = run.plan.layout.flops_per_token
     draw_downstream(records, flops_per_token, plots / "downstream.png")

@@ -93,7 +93,7 @@ def _compare_with_plan(run: TrainingResult) -> Group | None:
     ]
     if "device_memory_peak" in records[-1]:
         peak = max(record["device_memory_peak"] for record in records)
-        memory = float(plan.memory.total)
+        memory = plan.peak_bytes
         rows.append(_compare("memory of a device", memory, peak, format_bytes))
     columns = ("", "planned", "median", "planned ÷ measured")
     return make_table("Planned and measured", columns, rows, right=columns[1:])

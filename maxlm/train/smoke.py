@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.inference.generate import collect_tokens, generate
 from maxlm.models.params import flatten_names
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import Sums
+from maxlm.optim.step import Metrics
 from maxlm.plan.layout import compute_run_layout
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import make_source_inputs, read_vocab_size
@@ -38,16 +38,16 @@ from maxlm.run.warm_start import load_frozen_models
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary
 from maxlm.tasks.rows import RowTask
-from maxlm.tasks.task import DeviceBatch
+from maxlm.tasks.task import DeviceBatch, WatchedMetric
 
 NUM_STEPS = 10
 # Where few tokens are targets, it takes more of them to learn as much.
 NUM_SPARSE_STEPS = 30
 SAVED_STEP = 5
 NUM_NEW_TOKENS = 8
-# The least share by which the loss must fall: more than chance, far less than what a
-# model learns.
-MIN_LOSS_FALL = 0.1
+# The least share by which the watched metric must change: more than chance, far less
+# than what a model learns.
+MIN_CHANGE = 0.1
 # Sizes of the small model.
 VOCAB_SIZE = 512
 SEQ_LEN = 64
@@ -226,34 +226,37 @@ def _make_checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     train_step = setup.jit_train_step()
     last_step = setup.config.train.steps
     began = time.perf_counter()
-    state, first_losses = _train(setup, train_step, state, SAVED_STEP)
+    state, first_metrics = _train(setup, train_step, state, SAVED_STEP)
     # A copy on the host: the next step takes the state's memory.
     saved = jax.tree.map(np.asarray, state)
     seconds = time.perf_counter() - began
     detail = f"{SAVED_STEP} steps in {seconds:.1f} s, compilation included"
-    all_ran = len(first_losses) == SAVED_STEP
+    all_ran = len(first_metrics) == SAVED_STEP
     yield Check("the step compiles and runs", all_ran, detail)
 
     # The rest, while the checkpoint is written; then the same from the checkpoint.
     layer_groups = layer_group_shapes(setup.specs)
     with FolderTier(folder, layer_groups=layer_groups) as checkpoints:
         checkpoints.save(SAVED_STEP, replace(state, frozen={}), {})
-        state, last_losses = _train(setup, train_step, state, last_step)
-        losses = first_losses + last_losses
+        state, last_metrics = _train(setup, train_step, state, last_step)
+        all_metrics = first_metrics + last_metrics
+        losses = [metrics["loss"] for metrics in all_metrics]
         are_finite = all(math.isfinite(loss) for loss in losses)
         yield Check("losses are finite", are_finite, f"{losses[0]:.3f} at first")
-        final_loss = sum(losses[-3:]) / 3
-        falls = final_loss < (1 - MIN_LOSS_FALL) * losses[0]
-        yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
+        watched = setup.config.task.watched_metric
+        if watched is not None:
+            yield _check_learning(watched, all_metrics)
         checkpoints.wait()
         abstract_state = replace(setup.abstract_state, frozen={})
         restored = checkpoints.restore(SAVED_STEP, abstract_state)
     restored = replace(restored, frozen=state.frozen)
     are_equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", are_equal, f"step {SAVED_STEP}")
-    _, repeated_losses = _train(setup, train_step, restored, last_step)
+    _, repeated_metrics = _train(setup, train_step, restored, last_step)
     detail = f"steps {SAVED_STEP + 1} to {last_step}"
-    yield Check("restored steps repeat exactly", repeated_losses == last_losses, detail)
+    yield Check(
+        "restored steps repeat exactly", repeated_metrics == last_metrics, detail
+    )
 
     if setup.config.model.transformer_type == "encoder":
         return  # it names tokens, and continues nothing
@@ -266,18 +269,30 @@ def _make_checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     yield Check("the model generates", is_whole and are_ids, detail)
 
 
+def _check_learning(
+    watched: WatchedMetric, all_metrics: Sequence[Mapping[str, float]]
+) -> Check:
+    """Checks that a metric of the steps goes where the task's does that learns."""
+    values = [metrics[watched.name] for metrics in all_metrics]
+    final_value = sum(values[-3:]) / 3
+    change = (final_value - values[0]) / abs(values[0]) if values[0] else final_value
+    passed = change > MIN_CHANGE if watched.goal == "rises" else change < -MIN_CHANGE
+    name = f"the {watched.name} {watched.goal}"
+    return Check(name, passed, f"{values[0]:.3f} → {values[-1]:.3f}")
+
+
 def _train(
     setup: RunSetup,
-    train_step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]],
+    train_step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]],
     state: TrainState,
     last_step: int,
-) -> tuple[TrainState, list[float]]:
-    """Trains up to ``last_step``; returns the state and the loss of each step."""
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Trains up to ``last_step``; returns the state and the metrics of each step."""
     first_step = int(state.step)
-    losses = []
+    all_metrics = []
     source = make_counting_batch_source(setup.config)
     with open_training_batches(setup, source, first_step) as batches:
         for batch in islice(batches, last_step - first_step):
             state, metrics = train_step(state, batch)
-            losses.append(float(metrics["loss"]))
-    return state, losses
+            all_metrics.append({name: float(x) for name, x in metrics.items()})
+    return state, all_metrics

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import jax
 
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import Sums
+from maxlm.optim.step import Metrics
 from maxlm.runtime.signals import StopRequest
 from maxlm.tasks.task import DeviceBatch
 
@@ -56,7 +56,7 @@ class StepTimer:
     """Steps made before."""
     seconds_by_activity: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
-            ("stepping", "loading", "saving", "evaluating"), 0.0
+            ("stepping", "loading", "generating", "saving", "evaluating"), 0.0
         )
     )
 
@@ -77,7 +77,7 @@ class StepTimer:
 
     @contextmanager
     def time_activity(
-        self, activity: Literal["evaluating", "saving"]
+        self, activity: Literal["evaluating", "generating", "saving"]
     ) -> Iterator[TimedActivity]:
         """Times the block as an activity that is no part of a step; the yielded object
         has its seconds once the block is over."""
@@ -129,7 +129,7 @@ def measure_peak_memory_bytes() -> dict[str, float]:
     }
 
 
-Work = Literal["evaluation", "save"]
+Work = Literal["evaluation", "rollout", "save"]
 """Work of the loop that is no step."""
 
 
@@ -145,7 +145,7 @@ class Callback:
         """Step ``step`` is about to be dispatched; ``state`` is still being
         computed."""
 
-    def on_step_dispatched(self, trainer: "Trainer", step: int, sums: Sums) -> None:
+    def on_step_dispatched(self, trainer: "Trainer", step: int, sums: Metrics) -> None:
         """The devices have the step. Work queued here runs behind it; wait for
         nothing."""
 
@@ -154,6 +154,11 @@ class Callback:
     ) -> None:
         """The step's scalars are on the host, mostly one step after it was
         dispatched."""
+
+    def get_metrics(self, step: int) -> Mapping[str, float]:
+        """Returns what is to be logged with the step's scalars; asked for once, before
+        :meth:`on_step_end`."""
+        return {}
 
     def needs_state(self, trainer: "Trainer", step: int) -> bool:
         """Whether to call :meth:`on_state` after ``step``, which the next then does not
@@ -166,6 +171,9 @@ class Callback:
 
     def on_work_begin(self, trainer: "Trainer", step: int, activity: Work) -> None:
         """Work that is no step begins."""
+
+    def on_work_end(self, trainer: "Trainer", step: int, activity: Work) -> None:
+        """Work that is no step is done, and the step goes on."""
 
     def on_evaluation_end(
         self, trainer: "Trainer", step: int, metrics: dict[str, float]
@@ -188,7 +196,7 @@ class Trainer:
     the next step has been dispatched, so that no callback holds it up.
     """
 
-    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Sums]]
+    step_fn: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
     """Compiled, donating its state."""
     num_steps: int
     """Updates of the whole run."""
@@ -236,7 +244,7 @@ class Trainer:
         start = int(state.step)
         step = start
         # A step that was dispatched, and whose scalars are not read yet.
-        pending: tuple[int, Sums] | None = None
+        pending: tuple[int, Metrics] | None = None
         for step in range(start + 1, self.num_steps + 1):
             for callback in self.callbacks:
                 callback.on_step_begin(self, step, state)
@@ -283,9 +291,11 @@ class Trainer:
             callback.on_train_end(self, step, state)
         return state
 
-    def _finish_step(self, step: int, sums: Sums) -> None:
+    def _finish_step(self, step: int, sums: Metrics) -> None:
         """Waits for a step and hands its scalars to the callbacks."""
         scalars = {name: float(value) for name, value in jax.device_get(sums).items()}
         metrics = scalars | self.timer.finish_step(step)
+        for callback in self.callbacks:
+            metrics |= callback.get_metrics(step)
         for callback in self.callbacks:
             callback.on_step_end(self, step, metrics)

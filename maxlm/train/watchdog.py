@@ -69,6 +69,9 @@ class Watchdog(Callback):
     def on_work_begin(self, trainer: Trainer, step: int, activity: str) -> None:
         self.start_timer(step, activity)
 
+    def on_work_end(self, trainer: Trainer, step: int, activity: str) -> None:
+        self.start_timer(step)
+
     def on_step_end(
         self, trainer: Trainer, step: int, metrics: dict[str, float]
     ) -> None:

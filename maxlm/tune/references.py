@@ -10,23 +10,20 @@ from jax.experimental.multihost_utils import process_allgather, sync_global_devi
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.load import load_tokenizer
-from maxlm.inference.embedding import Embedder
 from maxlm.models.params import Params, bind, select_base_params
 from maxlm.run.config import RunConfig
-from maxlm.run.load import load_run
 from maxlm.run.prepare import (
     check_frozen_tokenizers,
     make_source_inputs,
     prepare_tokenizer,
 )
+from maxlm.run.reward_model import RewardModel
 from maxlm.run.setup import open_evaluation_batches, set_up_run
 from maxlm.run.warm_start import init_or_warm_start_state, load_frozen_models
 from maxlm.runtime.json_types import JsonMapping
 from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.tasks import TaskModels
 from maxlm.tasks.reference import LOG_PROBS, ReferenceTask
-from maxlm.tasks.reward import SCORE
-from maxlm.tasks.sft import SftTask
 from maxlm.tasks.task import DeviceBatch
 
 
@@ -54,7 +51,9 @@ def precompute_reference_log_probs(config: RunConfig, folder: str | Path) -> Non
 
     def compute(params: Params, batch: DeviceBatch) -> jax.Array:
         models = TaskModels(None, {"reference": bind(model, params)})
-        return ReferenceTask.prepare_batch(task, models, batch)[LOG_PROBS]
+        # Nothing random happens without gradients: the key has no effect.
+        key = jax.random.key(0)
+        return ReferenceTask.prepare_batch(task, models, batch, key)[LOG_PROBS]
 
     run = bind_mesh(setup.mesh, jax.jit(compute))
     for name in ("files", "validation_files"):
@@ -87,22 +86,5 @@ def score_texts(
 ) -> np.ndarray:
     """Scores answers with a run's reward model. ``rows``: prompts and completions, or
     messages. Returns fp32 [len(rows)]; a higher score is a better answer."""
-    run = load_run(folder, mesh=mesh)
-    if SCORE not in run.config.model.heads:
-        fix = "name a run of task.kind=reward"
-        raise MaxlmError(
-            f"no reward model: it has no head {SCORE!r}", where=str(folder), fix=fix
-        )
-    max_length = run.config.model.max_seq_len
-    task = SftTask()
-    tokens = []
-    for row in rows:
-        examples = task.encode_example(run.tokenizer, row)
-        tokens.append(examples[0].tokens)
-    longest = max(map(len, tokens), default=0)
-    if longest > max_length:
-        message = f"a text of {longest} tokens, where the model reads {max_length}"
-        raise MaxlmError(message, where=str(folder), fix="leave it out, or shorten it")
-    embedder = Embedder(run.model, run.params, run.mesh, max_length)
-    scores = embedder.apply_head(tokens, SCORE)
-    return scores[:, 0]
+    model = RewardModel(folder, mesh=mesh)
+    return model.score_tokens([model.encode_row(row) for row in rows])

@@ -11,7 +11,8 @@ from maxlm.plan.compiled.program import (
     get_topology_devices,
     has_compiler,
 )
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.plan.topology import parse_topology
 from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, D, small_run
 

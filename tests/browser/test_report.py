@@ -12,8 +12,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config.load import load_config
-from maxlm.plan.predict import Machine, plan_run
-from maxlm.plan.serving import ServingOptions, search_serving
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
+from maxlm.plan.served_model import ServingOptions
+from maxlm.plan.serving import search_serving
 from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.run.config import RunConfig
 from maxlm.sharding import MESH_AXES

@@ -21,7 +21,8 @@ from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.params import bind, declare, init_params, materialize, param_specs
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import LogitsInputs
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig
 from maxlm.run.load import load_run
 from maxlm.sharding import AxisRules

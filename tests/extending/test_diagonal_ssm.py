@@ -32,7 +32,8 @@ from maxlm.models.params import (
     param_specs,
 )
 from maxlm.plan.compiled.compare import count_step_products
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.plan.serving_cache import count_layer_caches, count_sequence_bytes
 from maxlm.plan.timing import count_extra_forward_flops
 from maxlm.run.config import RunConfig

@@ -32,7 +32,8 @@ from maxlm.models.frontends import (
 )
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, flatten_names
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig
 from maxlm.run.load import load_run
 from maxlm.tasks import TASKS, SourceInputs

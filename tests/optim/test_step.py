@@ -1,6 +1,7 @@
 """A step is the optimizer's update for the mean loss over all counted tokens, however
 it is cut into micro-batches."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from maxlm.optim.optimizer import make_optimizer
 from maxlm.optim.state import TrainState, select_trainable
 from maxlm.optim.step import evaluate_step, train_step
 from maxlm.tasks import ClmTask, TaskModels
+from maxlm.tasks.task import Average
 from tests.models import building
 
 RATE, DECAY = 0.05, 0.9
@@ -34,16 +36,26 @@ def squares(models, batch, key):
     error = models.trained.slope[...] * batch["tokens"] + 1.0 - batch["targets"]
     weights = batch["weights"]
     noise = jax.random.uniform(key)
+    is_large = abs(error) > 1
     sums = {
         "tokens": weights.sum(),
         "absolute": (abs(error) * weights).sum(),
+        "large": Average((abs(error) * is_large).sum(), is_large.sum() * 1.0),
         "noise": noise,
     }
     return (weights * error**2).sum(), sums
 
 
+def add_up(state, metrics):
+    return {name: value + metrics["loss"] for name, value in state.items()}
+
+
 def task_of(loss) -> Any:
-    return SimpleNamespace(loss=loss, prepare_batch=lambda models, batch: batch)
+    return SimpleNamespace(
+        loss=loss,
+        prepare_batch=lambda models, batch, key: batch,
+        update_state=add_up,
+    )
 
 
 def line_state(ema=None, step=3):
@@ -93,6 +105,7 @@ def test_loss_update_and_metrics_follow_their_formulas(micro):
         {
             "loss": (w * error**2).sum() / w.sum(),
             "absolute": (w * abs(error)).sum() / w.sum(),
+            "large": abs(error)[abs(error) > 1].mean(),
             "batch_tokens": w.sum(),
             "learning_rate": RATE * 3,
             "grad_norm": abs(gradient),
@@ -131,6 +144,20 @@ def test_evaluation_sums_without_learning():
     assert float(sums["absolute"]) == pytest.approx(
         (batch["weights"] * abs(error)).sum(), rel=1e-5
     )
+    large = abs(error)[abs(error) > 1]
+    assert float(sums["large"]) == pytest.approx(large.sum(), rel=1e-5)
+    assert float(sums["count_of_large"]) == len(large)
+
+
+def test_the_task_s_own_state_follows_each_step_that_counts():
+    state = replace(line_state(), task={"total": jnp.float32(0.25)})
+    after, metrics = step_line(state, line_batch(2))
+    assert float(after.task["total"]) == pytest.approx(0.25 + float(metrics["loss"]))
+    batch = line_batch(2)
+    batch["targets"][0, 1, 2] = np.nan
+    skipped, metrics = step_line(state, batch)
+    assert float(metrics["skipped"]) == 1
+    assert float(skipped.task["total"]) == 0.25
 
 
 def assert_close(got, want):

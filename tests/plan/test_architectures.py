@@ -10,8 +10,9 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.plan.layout import compute_run_layout
+from maxlm.plan.machine import Machine
 from maxlm.plan.memory import list_layer_working_sets
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.predict import plan_run
 from maxlm.plan.search import search_layouts
 from maxlm.plan.timing import (
     EFFICIENCY,

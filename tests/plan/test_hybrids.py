@@ -5,8 +5,9 @@ import pytest
 
 from maxlm.config.load import load_config
 from maxlm.models.layers.mamba import MambaConfig
+from maxlm.plan.machine import Machine
 from maxlm.plan.memory import PARTS
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.predict import plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.run.config import RunConfig
 from tests.models.published import COUNTS

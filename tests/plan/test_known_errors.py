@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from maxlm.plan.known_errors import KNOWN_TIME_ERRORS
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from tests.plan.test_predict import run
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.plan.hardware import CHIPS, find_chip
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.plan.timing import EFFICIENCY
 from maxlm.run.config import RunConfig
 from maxlm.runtime.report_page import write_report_page

@@ -11,7 +11,8 @@ import yaml
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.plan.search import format_run_yaml, list_divisors, search_layouts
 from maxlm.run.config import RunConfig
 

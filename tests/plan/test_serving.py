@@ -21,15 +21,15 @@ from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.caches import CacheArraySpec, CacheLayout, RecurrentCache
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.hardware import CHIPS
-from maxlm.plan.predict import Machine
-from maxlm.plan.serving import (
+from maxlm.plan.machine import Machine
+from maxlm.plan.served_model import (
     ServedModel,
     ServingOptions,
     WeightFormat,
-    list_serving_points,
     read_workload,
-    search_serving,
+    resolve_replica_mesh,
 )
+from maxlm.plan.serving import list_serving_points, search_serving
 from maxlm.plan.serving_cache import (
     PAGE_TOKENS,
     CacheFormat,
@@ -39,6 +39,7 @@ from maxlm.plan.serving_cache import (
     count_token_bytes,
 )
 from maxlm.plan.timing import DECODE_EFFICIENCY
+from maxlm.plan.workload import RunWorkload
 from maxlm.run.config import RunConfig
 from tests.models.building import decoder, random_params
 from tests.plan.architectures import run
@@ -64,7 +65,18 @@ def place(
     machine = Machine.from_name(on)
     options = ServingOptions(prompt, new, weights)
     work = read_workload(load(name), machine, options)
-    return ServedModel(work, machine, options, tensor, cache)
+    return serve(work, machine, options, tensor, cache)
+
+
+def serve(
+    work: RunWorkload,
+    machine: Machine,
+    options: ServingOptions,
+    tensor: int,
+    cache: CacheFormat,
+) -> ServedModel:
+    sizes = resolve_replica_mesh(work, machine, tensor)
+    return ServedModel(work, machine, options, sizes, cache)
 
 
 def test_the_sums_that_everyone_knows():
@@ -228,7 +240,7 @@ def test_modules_that_guess_have_caches_as_large_as_the_engines(
     options = ServingOptions(9, 5, mtp_drafts=num_drafts)
     machine = Machine.from_name("h100x1")
     work = read_workload(config, machine, options)
-    planned = ServedModel(work, machine, options, 1, "auto").layer_caches
+    planned = serve(work, machine, options, 1, "auto").layer_caches
     with jax.set_mesh(one_device_mesh):
         model = decoder(config.model, one_device_mesh, jnp.bfloat16)
         sizes = {"max_sequences": 3, "max_length": 75, "page_size": PAGE_TOKENS}
@@ -311,7 +323,7 @@ def test_a_cpu_reads_weights_at_the_rate_measured_in_reading(monkeypatch):
     cpu = replace(
         CHIPS["h100"], family="cpu", memory_bandwidth=5e9, read_bandwidth=20e9
     )
-    monkeypatch.setattr("maxlm.plan.predict.measure_cpu", lambda _: cpu)
+    monkeypatch.setattr("maxlm.plan.machine.measure_cpu", lambda _: cpu)
     served = place("smollm2_135m", "cpux1", 32, 64)
     weights = served.estimate_decode_seconds(np.array([1.0]))["weights"]
     # With its table, which is the head too (huggingface.co/HuggingFaceTB/SmolLM2-135M:
@@ -376,7 +388,7 @@ def test_nothing_better_is_missed(tpot_ms):
     work = read_workload(config, machine, options)
     for tensor in (1, 2, 4, 8):
         for cache in get_args(CacheFormat):
-            served = ServedModel(work, machine, options, tensor, cache)
+            served = serve(work, machine, options, tensor, cache)
             for batch in range(1, served.count_max_rows() * 8 // tensor + 1):
                 (point,) = list_serving_points(served, [batch])
                 if point.tpot_seconds <= (tpot_ms or inf) / 1e3:

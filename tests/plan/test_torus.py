@@ -4,7 +4,8 @@ from math import prod
 
 import pytest
 
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.torus import find_torus_dimensions
 from maxlm.sharding import MESH_AXES

@@ -139,13 +139,13 @@ def _jit_step(kind: Any, settings: str, model: Any, frozen_model: Any) -> Any:
 
     def run(params, reference, micro):
         frozen = {name: bind(frozen_model, reference) for name in task.frozen_models()}
-        micro = task.prepare_batch(TaskModels(bind(model, params), frozen), micro)
+        key = jax.random.key(0)
+        models = TaskModels(bind(model, params), frozen)
+        micro = task.prepare_batch(models, micro, key)
 
         def total(params):
             models = TaskModels(bind(model, params), frozen)
-            results = jax.lax.map(
-                lambda rows: task.loss(models, rows, jax.random.key(0)), micro
-            )
+            results = jax.lax.map(lambda rows: task.loss(models, rows, key), micro)
             loss, sums = jax.tree.map(lambda x: x.sum(0), results)
             return loss / sums["tokens"], sums
 

@@ -239,6 +239,14 @@ MODELS[CAPACITY] = MODELS["moe"] | {
 # Tuning: a base model, and settings of its run. Segments of a row are chosen and
 # rejected by turns.
 _LORA = {"adapter": {"kind": "lora", "rank": 2}}
+_POLICY = {
+    "rewards": [{"kind": "exact_match"}],
+    "epochs": 2,
+    "sequences_per_row": 6,
+    "correction": "token_truncate",
+    "kl_coef": 0.1,
+    "entropy_coef": 0.01,
+}
 TUNED: dict[str, tuple[str, dict[str, Any]]] = {
     "sft + lora": ("gqa_window", {"task": {"kind": "sft"}, **_LORA}),
     "dpo + lora": (
@@ -246,6 +254,24 @@ TUNED: dict[str, tuple[str, dict[str, Any]]] = {
         {"task": {"kind": "dpo", "examples_per_row": 6}, **_LORA},
     ),
     "narrow values + lora": (NARROW, _LORA),
+    # Policies, on rollouts that were prepared before.
+    "grpo + lora": (
+        "gqa_window",
+        {
+            "task": _POLICY
+            | {"kind": "grpo", "loss_type": "grpo", "ratio_level": "sequence"}
+            | {"num_samples": 2},
+            **_LORA,
+        },
+    ),
+    "ppo": (
+        "mha",
+        {
+            # Without a reference, which would be a second model of this one's.
+            "task": _POLICY | {"kind": "ppo", "kl_coef": 0.0},
+            "model": MODELS["mha"] | {"heads": {"value": 1}},
+        },
+    ),
 }
 
 
@@ -522,8 +548,10 @@ def refusal(model: str, cell: Cell) -> str | None:
 
 @cache
 def batches(vocab_size: int) -> list[dict[str, np.ndarray]]:
-    """Rows of several documents and padding."""
+    """Rows of several documents and padding, and what a policy's loss reads of
+    them."""
     random = np.random.default_rng(1)
+    policy_random = np.random.default_rng(2)
     shape = (ROWS * MICRO, SEQ)
     columns = np.arange(SEQ)
     step_batches = []
@@ -540,7 +568,14 @@ def batches(vocab_size: int) -> list[dict[str, np.ndarray]]:
         positions = np.where(padding, 0, columns - begun).astype(np.int32)
         weights = random.random(shape, dtype=np.float32) * (segments > 0)
         batch = {"tokens": tokens, "targets": targets, "weights": weights}
-        step_batches.append(batch | {"positions": positions, "segment_ids": segments})
+        batch |= {"positions": positions, "segment_ids": segments}
+        batch["versions"] = np.zeros(shape, np.int32)
+        for name in ("advantages", "values", "returns"):
+            batch[name] = policy_random.standard_normal(shape, dtype=np.float32)
+        for name in ("sampled", "old", "reference"):
+            noise = 0.1 * policy_random.standard_normal(shape, dtype=np.float32)
+            batch[f"{name}_log_probs"] = noise - np.float32(np.log(vocab_size))
+        step_batches.append(batch)
     return step_batches
 
 
@@ -571,7 +606,7 @@ def train(
     rows = get_local_row_indices(batch_sharding(rules, mesh, ()), lead)
     step = None
     for batch in batches(setup.config.model.vocab_size):
-        local_arrays = {name: array[rows] for name, array in batch.items()}
+        local_arrays = {name: batch[name][rows] for name in arrays}
         global_batch = make_global_batch(
             local_arrays, arrays, rows, rules, mesh, lead, setup.token_order
         )

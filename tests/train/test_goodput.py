@@ -27,6 +27,7 @@ DETAILS = (
     "seconds",
     "stepping",
     "loading",
+    "generating",
     "saving",
     "evaluating",
     "from_step",
@@ -98,7 +99,8 @@ class Play:
         step += 1
         self.kept[step] = 0.0
         self.event("compiled", step, seconds=seconds)
-        counted = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+        parts = ("loading", "generating", "saving", "evaluating")
+        counted = dict.fromkeys(("stepping", *parts), 0.0)
         saved = 0
         for _ in range(draw(st.integers(0, 12))):
             # Between two events steps take as long as each other: they are told apart
@@ -110,7 +112,7 @@ class Play:
                 self.stepped += pace
                 counted["stepping"] += pace
                 self.kept[step] = pace
-            for part in ("loading", "saving", "evaluating"):
+            for part in parts:
                 seconds = draw(st.just(0.0) | st.floats(0.1, 9))
                 self.pass_(part, seconds)
                 counted[part] += seconds

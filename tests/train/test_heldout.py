@@ -2,7 +2,8 @@
 
 import pytest
 
-from maxlm.train.display import plot_loss
+from maxlm.tasks import ClmTask
+from maxlm.train.display import plot_metrics
 from tests.train import tiny
 
 pytestmark = pytest.mark.heavy
@@ -54,7 +55,9 @@ def test_the_plot_marks_it_apart_from_the_curve(run, tmp_path, monkeypatch):
         return plot(self, x, y, label=label, **style)
 
     monkeypatch.setattr(Axes, "plot", record_line)
-    plot_loss(run.folder / "metrics.jsonl", tmp_path / "loss.png")
+    plot_metrics(
+        run.folder / "metrics.jsonl", tmp_path / "loss.png", ClmTask.plotted_metrics
+    )
     last = tiny.read_metrics(run.folder)[-1]
     assert drawn["held out"] == [last["eval_loss"]] * 3
     final = last["final_eval_loss"]

@@ -17,8 +17,9 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.run.reporting_config import ReportingConfig
+from maxlm.tasks import ClmTask
 from maxlm.train import display
-from maxlm.train.display import ConsoleDisplay, plot_loss
+from maxlm.train.display import ConsoleDisplay, plot_metrics
 from maxlm.train.records import MetricsLog, read_records
 from maxlm.train.runs import read_run
 from maxlm.train.trainer import measure_peak_memory_bytes
@@ -167,7 +168,7 @@ def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatc
     monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with ConsoleDisplay(107, start_step=97) as console:
+    with ConsoleDisplay(107, start_step=97, shown=ClmTask.shown_metrics) as console:
         for step, seconds in {
             98: 3600,
             99: 3602,
@@ -192,7 +193,7 @@ def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    with ConsoleDisplay(123_456) as console:
+    with ConsoleDisplay(123_456, shown=ClmTask.shown_metrics) as console:
         console.update(1, RECORD)
         console.message("a [bold] note")
         console.update(98_765, RECORD)
@@ -207,7 +208,7 @@ def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "none").exists()
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    with ConsoleDisplay(20, show=False) as console:
+    with ConsoleDisplay(20, show=False, shown={}) as console:
         console.update(20, RECORD)
         console.message("hello")
     assert stream.getvalue() == ""
@@ -228,7 +229,9 @@ def test_losses_are_drawn_over_tokens_with_means_over_one_in_a_hundred_steps(
         for step, loss in enumerate(losses, 1):
             log.log(step, {"loss": loss, "tokens": 512 * step})
         log.log(400, {"eval_loss": 2.0})
-    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    plot_metrics(
+        tmp_path / "metrics.jsonl", tmp_path / "loss.png", ClmTask.plotted_metrics
+    )
     data = (tmp_path / "loss.png").read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == (1200, 675)
@@ -246,6 +249,9 @@ def test_nothing_to_plot_is_an_error(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(MaxlmError) as error:
-        plot_loss(path, tmp_path / "loss.png")
-    assert str(error.value) == f"{path}: no losses to plot; train for a few steps first"
+        plot_metrics(path, tmp_path / "loss.png", ClmTask.plotted_metrics)
+    assert (
+        str(error.value)
+        == f"{path}: no loss and no accuracy to plot; train for a few steps first"
+    )
     assert not (tmp_path / "loss.png").exists()

@@ -66,8 +66,10 @@ def differences(
             # An update is of the learning rate's size, also where its gradient is only
             # rounding (a key's bias, to which softmax is blind).
             size = max(size, cells.RATE)
-        elif name.endswith(("_reward", "margin", "kl")):
-            size = max(size, 1.0)  # differences of log-probabilities, which are larger
+        elif name.endswith(("_reward", "margin", "kl", "value_mean")):
+            # Differences of log-probabilities, which are larger, and values of either
+            # sign.
+            size = max(size, 1.0)
         error = np.abs(value - want[name]).max() / size if size else np.abs(value).max()
         if not error <= TOLERANCE:
             wrong[name] = float(error)

@@ -184,7 +184,8 @@ def test_a_run_answers_with_what_it_logs(tmp_path, monkeypatch):
     port = free_port()
     scraped = {}
     monkeypatch.setattr(
-        "maxlm.train.program.plot_loss", lambda *paths: scraped.update(scrape(port)[0])
+        "maxlm.train.program.plot_metrics",
+        lambda *paths: scraped.update(scrape(port)[0]),
     )
     reporting = {"tensorboard": False, "prometheus_port": port}
     text = tiny.write_text(tmp_path / "text")

@@ -90,7 +90,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, path, monkeypatch
     (tmp_path / "aside").rename(home)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "maxlm.train.program.open_training_batches", lambda *_, **__: 1 / 0
+            "maxlm.run.rollout_source.open_training_batches", lambda *_, **__: 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
             train(path, "name=other", "train.steps=4", resume=run)

@@ -10,7 +10,8 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.config.show import to_yaml
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import plan_run
 from maxlm.run.config import RunConfig
 from maxlm.train.goodput import summarize_run_events
 from maxlm.train.history_image import NUM_COLUMNS, draw_history

@@ -125,9 +125,9 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     """Let ``change`` have each batch of a run, with its number, before it is trained
     on."""
     from maxlm.checkpoint.skips import get_batch_index
-    from maxlm.train import program as train
+    from maxlm.run import rollout_source
 
-    original = train.open_training_batches
+    original = rollout_source.open_training_batches
 
     @contextmanager
     def spoiled(
@@ -146,7 +146,7 @@ def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
                 for step, batch in enumerate(batches, start)
             )
 
-    monkeypatch.setattr(train, "open_training_batches", spoiled)
+    monkeypatch.setattr(rollout_source, "open_training_batches", spoiled)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,11 @@ from maxlm.data.tokenizer.chat import render_chat
 from maxlm.data.tokenizer.load import import_tokenizer, load_tokenizer
 from maxlm.models.params import flatten_names
 from maxlm.run.convert import convert
+from maxlm.run.huggingface_sources import convert_sources
 from maxlm.run.load import load_model, load_run
 from maxlm.run.load_config import load_run_config
 from maxlm.train.program import train_model
-from maxlm.tune.program import convert_sources, tune_model
+from maxlm.tune.program import tune_model
 from tests.train import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -512,6 +512,7 @@ class Transformer(Trunk):
             gathered_head=kernel.gathered,
             bias=bias,
             soft_cap=self.config.logit_cap,
+            product=(self.head or self.embedding).product,
         )
 
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
@@ -532,7 +533,7 @@ class Transformer(Trunk):
             kernel,
             spec,
             dtype,
-            product=(self.head or self.embedding).product,
+            product=head.product,
             column_major=self.head is None,
         )
         if head.bias is not None:

@@ -177,6 +177,7 @@ def attend(
         segment_ids=None if segments is None else (segments, segments),
         method=layer.parallel.context,
         balanced=layer.parallel.balance_sequence,
+        batch_invariant=layer.parallel.batch_invariant,
     )
     return y, None
 

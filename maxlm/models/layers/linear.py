@@ -21,6 +21,7 @@ from maxlm.models.params import (
     materialize,
     truncated_normal,
 )
+from maxlm.parallel.batch_invariance import multiply_in_tiles
 from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.embedding import embed_tokens
 from maxlm.parallel.local import get_layout, parse_spec
@@ -54,8 +55,8 @@ class Linear(nnx.Module):
     ):
         self.rules = context.rules
         self.dtype = context.dtype
-        self.product: LocalProduct | None = None
-        """See :func:`set_product`."""
+        self.product = choose_product(context)
+        """See :func:`set_product`; None: XLA's dot."""
         if initializer is None:
             initializer = truncated_normal(context.init_std if std is None else std)
         self.kernel = declare(
@@ -187,7 +188,7 @@ class Embedding(nnx.Module):
     ):
         self.rules = context.rules
         self.dtype = context.dtype
-        self.product: LocalProduct | None = None
+        self.product = choose_product(context)
         """Of a head that is tied to the table; see :func:`set_product`."""
         self.table = declare(
             (size, width or context.d_model),
@@ -218,6 +219,11 @@ class Embedding(nnx.Module):
         if isinstance(table, Leaf):
             return table.look_up(read_rows, reader)
         return read_rows(table)
+
+
+def choose_product(context: BuildContext) -> LocalProduct | None:
+    """Returns what linear maps multiply with in training; None: XLA's dot."""
+    return multiply_in_tiles if context.parallel.batch_invariant else None
 
 
 def set_product(module: ModuleT, product: LocalProduct) -> ModuleT:

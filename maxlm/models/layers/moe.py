@@ -427,8 +427,8 @@ class Moe(nnx.Module):
             bias = read_weight(self.selection_bias, self.rules, logits.dtype).value
         if routes is not None:
             token_layout = get_layout(x)[:2]
-            expert_ids = routes.astype(jnp.int32)
-            routes = reshard(expert_ids, make_spec((*token_layout, ())))
+            by_token = reshard(routes, make_spec((*token_layout, ())))
+            routes = by_token.astype(jnp.int32)
         routing = route(logits, bias, config, routes)
         if mask is None:
             mask = jnp.ones_like(logits[..., 0], dtype=bool)

@@ -20,7 +20,8 @@ from maxlm.plan.compiled.compare import (
     compare_products,
 )
 from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost
-from maxlm.plan.predict import Machine, RunPlan
+from maxlm.plan.machine import Machine
+from maxlm.plan.predict import RunPlan
 from maxlm.plan.search import Candidate
 from maxlm.plan.show import format_bytes
 from maxlm.plan.topology import Topology, format_gpu_target, parse_topology

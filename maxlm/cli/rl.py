@@ -1,0 +1,98 @@
+"""maxlm rl"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from maxlm.cli.common import (
+    CoordinatorOption,
+    NumProcessesOption,
+    ProcessIdOption,
+    SettingsArgument,
+    make_cluster_variables,
+    run_training,
+)
+
+if TYPE_CHECKING:
+    from maxlm.train.program import TrainingProgram
+
+RecipeArgument = Annotated[
+    str, Argument(help="A YAML file, or a recipe of configs/rl: rl_demo, grpo, ppo.")
+]
+
+
+def command(
+    recipe: RecipeArgument,
+    settings: SettingsArgument = None,
+    base: Annotated[
+        str | None,
+        Option(help="The policy to start from: a run's or a Hugging Face folder."),
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        Option(exists=True, help="Rows of prompts; once for each file."),
+    ] = None,
+    resume: Annotated[
+        str | None, Option(help="Continue from this run, in a new folder.")
+    ] = None,
+    profile: Annotated[
+        str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    num_processes: NumProcessesOption = None,
+    process_id: ProcessIdOption = None,
+) -> None:
+    """Train a policy on its own answers, by what rewards say of them (grpo, rloo, ppo),
+    or by a teacher (on_policy_distill). The same command resumes an interrupted run.
+
+    maxlm rl grpo --base SmolLM2-135M --prompts questions.jsonl name=solver
+
+    A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
+    """
+    from maxlm.run.load_config import load_run_config
+
+    all_settings = []
+    if base:
+        all_settings.append(f"train.start_from={base}")
+    if prompts:
+        files = json.dumps([str(path) for path in prompts])
+        all_settings.append(f"task.environment.files={files}")
+    all_settings += settings or ()
+    run = load_run_config(recipe, all_settings)
+    cluster_variables = make_cluster_variables(coordinator, num_processes, process_id)
+    run_training(run, resume, profile, cluster_variables, _load_program)
+
+
+def _load_program() -> "TrainingProgram":
+    from maxlm.rl.program import train_policy
+
+    return train_policy
+
+
+def prompts(
+    out: Annotated[Path, Argument(help="The .jsonl file to write.")],
+    settings: SettingsArgument = None,
+    count: Annotated[
+        int | None,
+        Option("-n", "--count", min=1, help="Rows; default: all that there are."),
+    ] = None,
+    seed: Annotated[int, Option(help="Of rows that are drawn.")] = 0,
+) -> None:
+    """Write an environment's prompts, with their answers, as rows of a file: to look at
+    them, or for `maxlm tune`. Settings are the environment's, as kind=addition
+    num_digits=3.
+
+    maxlm rl prompts sums.jsonl kind=addition -n 2000
+    """
+    from maxlm.config.load import load_config
+    from maxlm.rl.prompts_file import EnvironmentSettings, write_prompts
+
+    environment_settings = [f"environment.{setting}" for setting in settings or ()]
+    config = load_config(EnvironmentSettings, None, environment_settings).value
+    num_rows = write_prompts(config.environment, out, count, seed=seed)
+    print(f"{num_rows:,} prompts in {out}")
+
+
+subcommands = {"prompts": prompts}

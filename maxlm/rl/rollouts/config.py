@@ -1,0 +1,44 @@
+"""Settings of rollouts."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from maxlm.config import Config
+from maxlm.config.sampling import SamplingConfig
+from maxlm.rl.rollouts.prompts import LongPrompts
+
+
+class RolloutConfig(Config):
+    """How the policy answers prompts."""
+
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=256)
+    """How tokens are drawn; ``max_new_tokens`` counts those of all turns of an
+    episode. ``seed`` has no effect: random streams come from the run's seed."""
+    max_prompt_length: int | None = Field(default=None, gt=0)
+    """Tokens of a prompt at most; null: as many as leave room for
+    ``sampling.max_new_tokens``."""
+    long_prompts: LongPrompts = "refuse"
+    """Longer prompts: ``refuse``: the run does not start; ``leave_out``: they are left
+    out, and counted."""
+    resample_zero_variance: bool = False
+    """Whether a prompt whose samples all score the same, which teaches nothing, makes
+    room for the next prompt (dynamic sampling, DAPO, Yu et al. 2025, arXiv 2503.14476,
+    §3.2)."""
+    max_resamples: int = Field(default=3, ge=0)
+    """Rounds of such prompts in a rollout at most; what is left then is kept."""
+    max_turns: int | None = Field(default=None, gt=0)
+    """Turns of the policy in an episode at most; null: as many as the environment
+    has."""
+    update_in_flight: Literal["recompute", "keep_caches"] = "recompute"
+    """Samples that are under way when the parameters are replaced: ``recompute``: the
+    new ones read what is there anew, so that they draw from their own distribution, and
+    a run that is killed and resumed is the same run; ``keep_caches``: they go on over
+    the keys and values of the old ones, which costs nothing."""
+    environment_errors: Literal["stop", "end_episode"] = "stop"
+    """An environment that fails to answer: ``stop`` ends the run with one line;
+    ``end_episode``: the sample ends where it is, incomplete, and is counted."""
+    reply_seconds: float = Field(default=120.0, gt=0)
+    """An environment that takes longer to answer has failed."""
+    reply_threads: int | None = Field(default=None, gt=0)
+    """Answers that an environment works out at once; null: one a core."""

@@ -1,0 +1,318 @@
+"""Rollouts in a run's folder: what is trained on, to be the same run again, and what
+was said, for people.
+
+``rollouts/00000012.npz`` has the arrays of rollout 12: its rows as they are trained on,
+and the samples that were under way at its end. ``samples/rollouts.jsonl`` has a line
+for each sample.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.rl.rollouts.episode import Episode
+from maxlm.rl.samples import Prompt, Sample
+from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
+from maxlm.runtime.json_files import parse_json
+from maxlm.runtime.json_types import JsonObject
+from maxlm.train.records import read_records
+
+FOLDER = "rollouts"
+SAMPLES_FILE = Path("samples") / "rollouts.jsonl"
+Arrays = Mapping[str, np.ndarray]
+_DIGITS = 8
+_DIGEST = "sha256"
+# Of a member that is encrypted or compressed in a way that there is not.
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, NotImplementedError, struct.error)
+# Keys of arrays of samples under way, behind a prefix.
+_TOKEN_ARRAYS = ("tokens", "is_sampled", "log_probs", "versions")
+_DTYPES = {
+    "tokens": np.int32,
+    "is_sampled": np.bool_,
+    "log_probs": np.float64,
+    "versions": np.int32,
+}
+
+
+class RowReader(Protocol):
+    """Reads the prompt of a row, such as :class:`PromptOrder`."""
+
+    def read_row(self, row_number: int, /) -> Prompt: ...
+
+
+@dataclass(frozen=True)
+class RolloutFiles:
+    """The arrays of a run's rollouts, one file a rollout."""
+
+    folder: Path
+    """The run's."""
+
+    def get_path(self, rollout_number: int) -> Path:
+        return self.folder / FOLDER / f"{rollout_number:0{_DIGITS}}.npz"
+
+    def write(self, rollout_number: int, arrays: Arrays) -> None:
+        """Writes a rollout's arrays: on return they are on the disk, whole. Raises
+        MaxlmError: they cannot be written."""
+        path = self.get_path(rollout_number)
+        with convert_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as temporary, temporary.open("wb") as file:
+            members = {**arrays, _DIGEST: _hash_arrays(arrays)}
+            np.savez(file, allow_pickle=False, **members)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, rollout_number: int) -> dict[str, np.ndarray] | None:
+        """Returns a rollout's arrays; None: it was not written. Raises MaxlmError: the
+        file is damaged."""
+        path = self.get_path(rollout_number)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            # Members have checksums, but their names have none.
+            digest = arrays.pop(_DIGEST)
+            if not np.array_equal(digest, _hash_arrays(arrays)):
+                raise ValueError("it has changed since it was written")
+            return arrays
+        except FileNotFoundError:
+            return None
+        # What numpy and zipfile raise of a file that was cut short or changed: any of
+        # their checks may be the first that fails.
+        except (OSError, ValueError, LookupError, EOFError, *_ZIP_ERRORS) as error:
+            message = f"the record of rollout {rollout_number} is damaged: {error}"
+            fix = (
+                "delete it and all later ones, and resume: they are sampled again, "
+                "from the checkpoint's parameters"
+            )
+            raise MaxlmError(message, where=str(path), fix=fix) from error
+
+    def list_numbers(self) -> list[int]:
+        """Returns the numbers of the rollouts that are there, ascending."""
+        paths = (self.folder / FOLDER).glob(f"{'[0-9]' * _DIGITS}*.npz")
+        return sorted(int(path.stem) for path in paths if path.stem.isdigit())
+
+    def delete_after(self, rollout_number: int) -> None:
+        """Deletes later rollouts, to be sampled again. A run that resumes as it was
+        keeps them, and trains on them once more."""
+        for number in self.list_numbers():
+            if number > rollout_number:
+                self.get_path(number).unlink(missing_ok=True)
+
+    def delete_old(self, num_kept: int, first_needed: int) -> None:
+        """Deletes all but the newest ``num_kept`` rollouts, and none from
+        ``first_needed`` on: the one that training would go on with from the oldest
+        checkpoint that it may resume at."""
+        numbers = self.list_numbers()
+        for number in numbers[: max(0, len(numbers) - num_kept)]:
+            if number < first_needed:
+                self.get_path(number).unlink(missing_ok=True)
+
+
+def _hash_arrays(arrays: Arrays) -> np.ndarray:
+    """SHA-256 of names, types, shapes and values: uint8 [32]."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
+    """Returns arrays from which :func:`episodes_from_arrays` makes samples under way
+    once more; their keys begin with ``unfinished_``."""
+    samples = [episode.sample for episode in episodes]
+    arrays: dict[str, np.ndarray] = {}
+    for name in _TOKEN_ARRAYS:
+        values = [value for sample in samples for value in getattr(sample, name)]
+        arrays[name] = np.array(values, _DTYPES[name])
+    lengths = [len(sample.tokens) for sample in samples]
+    arrays["lengths"] = np.array(lengths, np.int64)
+    states = [
+        {
+            "row_number": episode.sample.prompt.row_number,
+            "number": episode.sample.number,
+            "rollout_number": episode.rollout_number,
+            "occurrence": episode.occurrence,
+            "num_prompt_tokens": episode.sample.num_prompt_tokens,
+            "turn_start": episode.turn_start,
+            "has_ended_turn": episode.has_ended_turn,
+            "is_over": episode.is_over,
+            "is_complete": episode.sample.is_complete,
+            "turns": episode.sample.turns,
+        }
+        for episode in episodes
+    ]
+    arrays["states"] = np.frombuffer(json.dumps(states).encode(), np.uint8)
+    return {f"unfinished_{name}": array for name, array in arrays.items()}
+
+
+def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
+    """Makes samples under way of what :func:`episodes_to_arrays` returned.
+
+    Args:
+        rows: what the rows of their prompts are read from.
+
+    Raises:
+        MaxlmError: a prompt is other than it was.
+    """
+    states_json = arrays["unfinished_states"].tobytes()
+    states = parse_json(states_json, FOLDER, "delete the record, and resume")
+    episodes = []
+    # Samples of a group have the same prompt.
+    prompts: dict[tuple[int, int, int], Prompt] = {}
+    stop = 0
+    for state, length in zip(states, arrays["unfinished_lengths"], strict=True):
+        start = stop
+        stop = start + int(length)
+        values = {
+            name: arrays[f"unfinished_{name}"][start:stop].tolist()
+            for name in _TOKEN_ARRAYS
+        }
+        row_number = state["row_number"]
+        group = (state["rollout_number"], row_number, state["occurrence"])
+        if group not in prompts:
+            prompts[group] = rows.read_row(row_number)
+        prompt = prompts[group]
+        if list(prompt.tokens) != values["tokens"][: state["num_prompt_tokens"]]:
+            message = f"the prompt of row {prompt.row_number} has changed since it was "
+            message += "sampled from"
+            fix = "put the prompts and the tokenizer back, or begin another run"
+            raise MaxlmError(message, where=FOLDER, fix=fix)
+        sample = Sample(
+            prompt,
+            state["number"],
+            is_complete=state["is_complete"],
+            turns=[(role, text) for role, text in state["turns"]],
+            **values,
+        )
+        episode = Episode(
+            sample,
+            state["rollout_number"],
+            state["occurrence"],
+            state["turn_start"],
+            has_ended_turn=state["has_ended_turn"],
+            is_over=state["is_over"],
+        )
+        episodes.append(episode)
+    return episodes
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """A sample as people read it."""
+
+    sample: Sample
+    prompt_text: str
+    rewards: Mapping[str, float | None]
+    """By name; None: it gave none."""
+    reward: float
+    advantage: float
+
+
+class SampleLog:
+    """``samples/rollouts.jsonl``: a line for each sample, in the order of training.
+
+    A line has ``step`` (the updates made when its rollout was trained on first),
+    ``rollout``, ``row``, ``sample``, ``prompt``, ``turns`` (pairs of role and text),
+    ``rewards`` by name, ``reward``, ``advantage``, ``length`` (tokens that the policy
+    drew), ``complete`` and ``versions`` (the first and the last).
+
+    A rollout's lines are appended before its arrays are written: so a rollout with
+    arrays has its lines. Where it is drawn again, such as after a kill between the two,
+    its new lines take the place of the old ones and of those of later rollouts.
+
+    Args:
+        folder: the run's.
+        write: False on all processes but the first: nothing is written then.
+    """
+
+    def __init__(self, folder: str | Path, *, write: bool = True):
+        self.path = Path(folder) / SAMPLES_FILE
+        self._write = write
+        self._next_rollout = 0
+        if not write:
+            return
+        with convert_write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            # A kill may have cut the last line short.
+            end_of_whole_lines = self.path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.path, end_of_whole_lines)
+        for record in read_records(self.path):
+            self._next_rollout = max(self._next_rollout, _get_rollout(record) + 1)
+
+    def append(
+        self, step: int, rollout_number: int, samples: Sequence[ScoredSample]
+    ) -> None:
+        """Appends a rollout's lines, all or none. Raises MaxlmError: they cannot be
+        written."""
+        if not self._write:
+            return
+        if rollout_number < self._next_rollout:
+            self._drop_from(rollout_number)
+        self._next_rollout = rollout_number + 1
+        records = [_make_record(step, rollout_number, sample) for sample in samples]
+        text = "".join(f"{json.dumps(record)}\n" for record in records)
+        with convert_write_errors(self.path):
+            check_run_not_moved(self.path)
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("ab") as file:
+                    file.write(text.encode())
+            except OSError:  # A full disk may have taken the first part.
+                os.truncate(self.path, size)
+                raise
+
+    def _drop_from(self, rollout_number: int) -> None:
+        """Drops the lines of a rollout and later ones, and those that hold no
+        record."""
+        with replace_file(self.path) as temporary, temporary.open("w") as file:
+            for record in read_records(self.path):
+                if _get_rollout(record) < rollout_number:
+                    file.write(f"{json.dumps(record)}\n")
+
+
+def _get_rollout(record: JsonObject) -> int:
+    """The rollout of a line; -1: it names none."""
+    number = record.get("rollout")
+    return number if isinstance(number, int) else -1
+
+
+def read_sample_log(folder: str | Path) -> Iterator[JsonObject]:
+    """Yields the lines of a run's ``samples/rollouts.jsonl``, none if there is none."""
+    return read_records(Path(folder) / SAMPLES_FILE)
+
+
+def _make_record(step: int, rollout_number: int, scored: ScoredSample) -> JsonObject:
+    sample = scored.sample
+    versions = [version for version in sample.versions if version >= 0]
+    rewards = {name: _to_json_number(value) for name, value in scored.rewards.items()}
+    return {
+        "step": step,
+        "rollout": rollout_number,
+        "row": sample.prompt.row_number,
+        "sample": sample.number,
+        "prompt": scored.prompt_text,
+        "turns": [list(turn) for turn in sample.turns],
+        "rewards": rewards,
+        "reward": _to_json_number(scored.reward),
+        "advantage": _to_json_number(scored.advantage),
+        "length": sample.num_sampled,
+        "complete": sample.is_complete,
+        "versions": [min(versions, default=-1), max(versions, default=-1)],
+    }
+
+
+def _to_json_number(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity: null."""
+    return float(value) if value is not None and isfinite(value) else None

@@ -1,0 +1,361 @@
+"""Batches that are made of rollouts: the policy answers prompts, rewards score the
+answers, and what came of it is kept in the run's folder and trained on.
+
+Rollout r serves the steps r·U to r·U + U − 1, U being epochs · minibatches. It is drawn
+with the parameters that the first of them begins with.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from maxlm.config import MaxlmError
+from maxlm.data.batch_source import Batch
+from maxlm.data.loader.permutation import derive_key, permute
+from maxlm.models.params import Params, bind, fold_in_name
+from maxlm.optim.state import TrainState
+from maxlm.optim.step import bind_frozen
+from maxlm.rl.rewards.runner import RewardRunner
+from maxlm.rl.rollouts.generation import PolicyEngine
+from maxlm.rl.rollouts.groups import CollectedGroups, Group, GroupCollector
+from maxlm.rl.rollouts.packing import pack_samples
+from maxlm.rl.rollouts.prompts import PromptOrder
+from maxlm.rl.rollouts.records import RolloutFiles, SampleLog, ScoredSample
+from maxlm.rl.rollouts.task import RolloutTask
+from maxlm.run.rollout_source import RolloutContext
+from maxlm.run.setup import BatchPlacement, RunSetup
+from maxlm.sharding import bind_mesh
+from maxlm.tasks.task import DeviceBatch, SourceInputs, TaskModels
+
+# Settings that decide what rollouts hold. A rollout that was drawn under others is drawn
+# again, unless training stands in the middle of it.
+_DECIDING = ("seed", "model", "adapter", "task", "optimizer", "schedule")
+_NEXT_PROMPT = "next_prompt"
+_SETTINGS = "settings"
+
+
+class PolicyRolloutSource:
+    """The batches of a task that learns of what the policy generates.
+
+    Args:
+        task: what is learnt.
+        inputs: of the run.
+
+    Raises:
+        MaxlmError: a batch that does not divide into groups of samples.
+    """
+
+    num_steps: int | None = None
+
+    def __init__(self, task: RolloutTask, inputs: SourceInputs):
+        self.task = task
+        self.inputs = inputs
+        num_rows = inputs.loader.batch_size * task.minibatches
+        layout = task.make_layout(inputs.loader.seq_len)
+        num_samples = num_rows * layout.sequences_per_row
+        if num_samples % task.num_samples:
+            message = (
+                f"{num_samples} samples a rollout are no whole number of groups of "
+                f"task.num_samples={task.num_samples}"
+            )
+            fix = "make data.batch_size · task.minibatches a multiple of it"
+            raise MaxlmError(message, where="data.batch_size", fix=fix)
+        self.num_groups = num_samples // task.num_samples
+
+    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
+        raise ValueError("rollouts are made of a run's state: open them first")
+
+    @contextmanager
+    def open(self, context: RolloutContext) -> Generator["PolicyRollouts"]:
+        with ExitStack() as stack:
+            runner = None
+            if jax.process_index() == 0:
+                runner = stack.enter_context(RewardRunner(self.task.rewards))
+            yield PolicyRollouts(self, context, runner)
+
+
+class PolicyRollouts:
+    """The rollouts of a run, one after the other.
+
+    Args:
+        runner: what scores samples, on process 0; None on others.
+
+    Raises:
+        MaxlmError: prompts that cannot be read, are too long or lack what a reward
+            reads; a mesh that cannot generate.
+    """
+
+    num_steps: int | None = None
+
+    def __init__(
+        self,
+        source: PolicyRolloutSource,
+        context: RolloutContext,
+        runner: RewardRunner | None,
+    ):
+        setup = context.setup
+        self._task = source.task
+        self._num_groups = source.num_groups
+        self._context = context
+        self._layout = source.task.make_layout(setup.config.data.seq_len)
+        self._engine = PolicyEngine(
+            source.task, setup, context.tokenizer, self._layout.max_entries + 1
+        )
+        self._order = PromptOrder(
+            source.task.environment,
+            context.tokenizer,
+            seed=setup.config.seed,
+            max_prompt_length=self._engine.max_prompt_length,
+            long_prompts=source.task.rollouts.long_prompts,
+            shuffle=setup.config.data.shuffle,
+            workers=setup.config.data.build_workers,
+        )
+        if self._order.num_left_out:
+            context.say(
+                f"{self._order.num_left_out:,} prompts are left out: longer than "
+                f"{self._engine.max_prompt_length:,} tokens"
+            )
+        if runner is not None:
+            runner.check(self._order.take(0, self._num_groups))
+        self._runner = runner
+        self._files = RolloutFiles(context.folder)
+        is_lead = jax.process_index() == 0
+        self._log = SampleLog(context.folder, write=is_lead)
+        self._settings = _digest_settings(setup, context.skips)
+        self._updates = source.task.epochs * source.task.minibatches
+        self._prepare = _jit_preparation(setup, source.task)
+        self._number: int | None = None
+        """The rollout that the next arrays are of."""
+        self._batch: Batch = {}
+
+    def roll_out(self, step: int, state: TrainState) -> Mapping[str, float]:
+        """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
+        number, update = divmod(step, self._updates)
+        if number == self._number:
+            return {}
+        arrays = self._read(number, is_under_way=update > 0)
+        metrics: Mapping[str, float] = {}
+        if arrays is None:
+            if update:
+                message = f"the record of rollout {number} is not there, and training "
+                message += "stands in the middle of it"
+                fix = "resume from an older checkpoint"
+                where = str(self._files.get_path(number))
+                raise MaxlmError(message, where=where, fix=fix)
+            arrays, metrics = self._make(number, step, state)
+        self._number = number
+        self._batch = {
+            name.removeprefix("batch_"): array
+            for name, array in arrays.items()
+            if name.startswith("batch_")
+        }
+        return metrics
+
+    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
+        """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
+        number, update = divmod(step, self._updates)
+        assert number == self._number, "roll_out makes the batch first"
+        epoch, minibatch = divmod(update, self._task.minibatches)
+        batch_size = self._context.setup.config.data.batch_size
+        num_rows = batch_size * self._task.minibatches
+        places = np.arange(num_rows)
+        if self._task.minibatches > 1:
+            seed = self._context.setup.config.seed
+            key = derive_key(seed, "minibatches", number, epoch)
+            places = permute(places, num_rows, key)
+        chosen = places[minibatch * batch_size :][np.asarray(row_numbers)]
+        return {name: array[chosen] for name, array in self._batch.items()}
+
+    def _read(self, number: int, *, is_under_way: bool) -> dict[str, np.ndarray] | None:
+        """Returns a rollout's record; None where it is to be made."""
+        arrays = self._files.read(number)
+        if arrays is None or is_under_way:
+            return arrays
+        is_same = arrays[_SETTINGS].tobytes().decode() == self._settings
+        return arrays if is_same else None
+
+    def _make(
+        self, number: int, step: int, state: TrainState
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Draws and scores a rollout, and keeps it; returns its arrays, and what is
+        logged of it."""
+        first_prompt = self._find_first_prompt(number)
+        sampler = self._engine.open_sampler(state.params, step)
+        collector = GroupCollector(
+            sampler,
+            self._runner,
+            self._order,
+            self._task.rollouts,
+            self._task.num_samples,
+            self._context.on_work,
+        )
+        collected = collector.collect(number, first_prompt, self._num_groups)
+        # The step needs the memory of the engine's caches.
+        self._engine.release()
+
+        began = time.perf_counter()
+        batch = self._make_batch(collected.groups, number, state)
+        collected.seconds["preparation"] = time.perf_counter() - began
+        arrays = {f"batch_{name}": array for name, array in batch.items()}
+        arrays[_NEXT_PROMPT] = np.array(collected.next_prompt, np.int64)
+        arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
+        metrics = self._describe(collected)
+        if jax.process_index() == 0:
+            scored = self._list_scored(collected.groups, batch)
+            self._log.append(step, number, scored)
+            self._files.write(number, arrays)
+        return arrays, metrics
+
+    def _find_first_prompt(self, number: int) -> int:
+        """Returns the prompt that a rollout begins with: the one behind those of the
+        rollout before it."""
+        if not self._task.rollouts.resample_zero_variance:
+            return number * self._num_groups
+        if number == 0:
+            return 0
+        before = self._files.read(number - 1)
+        if before is None:
+            message = f"the record of rollout {number - 1} is not there, and it says "
+            message += "which prompt comes next"
+            fix = "resume from an older checkpoint"
+            where = str(self._files.get_path(number - 1))
+            raise MaxlmError(message, where=where, fix=fix)
+        return int(before[_NEXT_PROMPT])
+
+    def _make_batch(
+        self, groups: Sequence[Group], number: int, state: TrainState
+    ) -> Batch:
+        """Packs samples into rows, and adds what the task makes of them."""
+        samples = [sample for group in groups for sample in group.samples]
+        batch = pack_samples(samples, [0.0] * len(samples), self._layout)
+        if self._task.reads_models_of_rollouts:
+            batch |= self._compute_on_devices(batch, number, state)
+        scores = np.stack([group.scores for group in groups])
+        weights = [reward.weight for reward in self._task.rewards]
+        is_complete = np.array(
+            [[sample.is_complete for sample in group.samples] for group in groups]
+        )
+        return self._task.finish_rollouts(scores, weights, is_complete, batch)
+
+    def _compute_on_devices(
+        self, batch: Batch, number: int, state: TrainState
+    ) -> dict[str, np.ndarray]:
+        """Returns what models say of a rollout, arrays [rows, ...] on the host."""
+        setup = self._context.setup
+        placement = BatchPlacement.of_run(setup, self._task.minibatches)
+        local_batch = {
+            name: array[placement.local_rows] for name, array in batch.items()
+        }
+        added = self._prepare(state, placement.put(local_batch), np.uint32(number))
+        arrays: dict[str, np.ndarray] = {}
+        for name, array in added.items():
+            value = np.asarray(process_allgather(array, tiled=True))
+            value = value.reshape(-1, *value.shape[2:])
+            if placement.token_order is not None:
+                # In the sequence's own order, as rows are on the host.
+                value = value[:, np.argsort(placement.token_order)]
+            arrays[name] = value
+        return arrays
+
+    def _list_scored(self, groups: Sequence[Group], batch: Batch) -> list[ScoredSample]:
+        """Returns samples as people read them."""
+        names = [reward.name for reward in self._task.rewards]
+        weights = np.array([reward.weight for reward in self._task.rewards])
+        tokenizer = self._context.tokenizer
+        sequences_per_row = self._layout.sequences_per_row
+        scored: list[ScoredSample] = []
+        for group in groups:
+            prompt_text = tokenizer.decode(group.prompt.tokens)
+            for sample, scores in zip(group.samples, group.scores, strict=True):
+                row, place = divmod(len(scored), sequences_per_row)
+                is_own = batch["segment_ids"][row] == place + 1
+                advantages = batch["advantages"][row][is_own]
+                is_drawn = batch["weights"][row][is_own] > 0
+                advantage = (
+                    float(advantages[is_drawn].mean()) if is_drawn.any() else 0.0
+                )
+                record = ScoredSample(
+                    sample,
+                    prompt_text,
+                    dict(zip(names, scores.tolist(), strict=True)),
+                    float(np.nansum(scores * weights)),
+                    advantage,
+                )
+                scored.append(record)
+        return scored
+
+    def _describe(self, collected: CollectedGroups) -> dict[str, float]:
+        """Returns what is logged of a rollout."""
+        samples = [sample for group in collected.groups for sample in group.samples]
+        scores = np.concatenate([group.scores for group in collected.groups])
+        weights = np.array([reward.weight for reward in self._task.rewards])
+        totals = np.nansum(scores * weights, axis=1)
+        lengths = np.array([sample.num_sampled for sample in samples])
+        num_groups = len(collected.groups)
+        metrics = {
+            "reward": float(totals.mean()),
+            "reward_std": float(totals.std()),
+            "response_length": float(lengths.mean()),
+            "max_response_length": float(lengths.max()),
+            "complete": float(np.mean([sample.is_complete for sample in samples])),
+            "zero_variance_groups": collected.num_without_variance / num_groups,
+            "resampled_groups": float(collected.num_left_out),
+        }
+        for index, reward in enumerate(self._task.rewards):
+            own_scores = scores[:, index]
+            if not np.isnan(own_scores).all():
+                metrics[f"reward/{reward.name}"] = float(np.nanmean(own_scores))
+        for phase, seconds in collected.seconds.items():
+            metrics[f"{phase}_seconds"] = seconds
+        generation = max(collected.seconds["generation"], 1e-9)
+        metrics["generated_tokens_per_second"] = float(lengths.sum()) / generation
+        return metrics
+
+
+def _jit_preparation(
+    setup: RunSetup, task: RolloutTask
+) -> Callable[[TrainState, DeviceBatch, np.uint32], DeviceBatch]:
+    """Returns ``prepare(state, batch, rollout number)``: what models say of a rollout,
+    compiled at its first call."""
+    modules = setup.frozen_modules
+    seed = setup.config.seed
+
+    def prepare(
+        params: Params,
+        frozen: Mapping[str, Params],
+        task_state: Mapping[str, jax.Array],
+        batch: DeviceBatch,
+        number: jax.Array,
+    ) -> DeviceBatch:
+        key = fold_in_name(jax.random.key(seed), "rollouts")
+        models = TaskModels(
+            bind(setup.model, params), bind_frozen(modules, frozen, params), task_state
+        )
+        return task.prepare_rollouts(models, batch, jax.random.fold_in(key, number))
+
+    run = bind_mesh(setup.mesh, jax.jit(prepare))
+
+    def prepare_state(
+        state: TrainState, batch: DeviceBatch, number: np.uint32
+    ) -> DeviceBatch:
+        return run(state.params, state.frozen, state.task, batch, number)
+
+    return prepare_state
+
+
+def _digest_settings(setup: RunSetup, skips: Any) -> str:
+    """Returns a digest of the settings that decide what rollouts hold."""
+    config = setup.config.model_dump(mode="json")
+    deciding: dict[str, Any] = {name: config[name] for name in _DECIDING}
+    deciding["steps"] = config["train"]["steps"]
+    deciding["start_from"] = config["train"]["start_from"]
+    deciding["skips"] = skips
+    text = json.dumps(deciding, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""How well a policy answers prompts that it does not learn from."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from maxlm.config import Config
+from maxlm.rl.environments import EnvironmentConfig
+from maxlm.rl.rewards.reward import Reward
+from maxlm.rl.samples import Sample
+
+
+class ValidationConfig(Config):
+    """Prompts that are answered every ``train.eval_every`` steps, and at the end."""
+
+    environment: EnvironmentConfig
+    """Where they come from: other files than training's, or other numbers."""
+    num_prompts: int = Field(default=128, gt=0)
+    """The first so many, always the same."""
+    num_samples: int = Field(default=1, gt=0)
+    """Answers to each; more tell how often one of them is right."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: the likeliest tokens."""
+
+
+def describe_validation(
+    rewards: Sequence[Reward],
+    samples: Sequence[Sample],
+    scores: NDArray[np.float64],
+    num_samples: int,
+) -> dict[str, float]:
+    """Returns what is logged of an evaluation: ``eval_reward``, each reward's own mean,
+    and where there are several samples of a prompt the mean of its best.
+
+    Args:
+        scores: [prompts · num_samples, rewards], samples of a prompt side by side.
+    """
+    weights = np.array([reward.weight for reward in rewards])
+    totals = np.nansum(scores * weights, axis=1)
+    lengths = [sample.num_sampled for sample in samples]
+    metrics = {
+        "eval_reward": float(totals.mean()),
+        "eval_response_length": float(np.mean(lengths)),
+        "eval_complete": float(np.mean([sample.is_complete for sample in samples])),
+    }
+    if num_samples > 1:
+        best = totals.reshape(-1, num_samples).max(axis=1)
+        metrics[f"eval_best_of_{num_samples}"] = float(best.mean())
+    if len(rewards) > 1:
+        for index, reward in enumerate(rewards):
+            metrics[f"eval_reward/{reward.name}"] = float(np.nanmean(scores[:, index]))
+    return metrics

@@ -1,0 +1,442 @@
+"""The base of tasks of policies: what a step reads of a rollout, and what is logged."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from maxlm.config import LocalPath, MaxlmError
+from maxlm.data.batch_source import Batch, BatchArraySpec, BatchSource
+from maxlm.inference.engine_config import EngineConfig
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.aux import Aux
+from maxlm.parallel.entropy import compute_log_probs_and_entropies
+from maxlm.rl.corrections import Correction, CorrectionWeights, compute_correction
+from maxlm.rl.environments import EnvironmentConfig, SingleTurnEnvironment
+from maxlm.rl.losses import compute_overlong_penalty
+from maxlm.rl.rewards import RewardConfig
+from maxlm.rl.rollouts.config import RolloutConfig
+from maxlm.rl.rollouts.packing import RowLayout
+from maxlm.rl.sequences import PackedSequences
+from maxlm.sharding import MeshConfig
+from maxlm.sharding.supported import ReshapingAxis
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork
+from maxlm.tasks.preference import scale_layers_loss
+from maxlm.tasks.task import (
+    Average,
+    BoundModel,
+    DeviceBatch,
+    LossResult,
+    SourceInputs,
+    Task,
+    TaskModels,
+    WatchedMetric,
+    map_micro_batches,
+)
+
+SAMPLED = "sampled_log_probs"
+OLD = "old_log_probs"
+REFERENCE = "reference_log_probs"
+ADVANTAGES = "advantages"
+
+
+class TokenStatistics(NamedTuple):
+    """What a model says of the targets of rows [..., S], fp32 in nats."""
+
+    log_probs: jax.Array
+    entropies: jax.Array
+    hidden: jax.Array
+    """Final hidden states [..., S, D], compute dtype."""
+    aux: Aux
+
+
+class PolicyTask(Task):
+    """A task whose batches are rollouts: a policy's answers to prompts, with
+    advantages. See :mod:`maxlm.rl.rollouts.packing` for the rows.
+
+    Metrics: ``entropy`` of the policy and ``kl`` to its reference are nats a token;
+    ``clip_share`` is the share of tokens whose gradient a limit takes away, and
+    ``policy_ratio`` the mean ratio to the policy that a rollout's updates began with.
+    ``engine_difference`` is the mean absolute difference between the trainer's
+    log-probabilities of the sampled tokens and those they were drawn with,
+    ``engine_k3`` an estimate of KL(drawn ‖ trainer) in nats a token, ``engine_ratio``
+    the mean ratio of their probabilities, and ``corrected_share`` the share of tokens
+    whose ratio was out of bounds. ``trained_length`` is the mean number of tokens that
+    count of a sample.
+    """
+
+    reads_text: ClassVar[bool] = False
+    # Rollouts are prepared once; a step's loss reads no frozen model.
+    prepares_batch_alone: ClassVar[bool] = True
+    command: ClassVar[Literal["train", "tune", "rl"]] = "rl"
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
+    watched_metric: ClassVar[WatchedMetric | None] = None
+    compares_samples: ClassVar[bool] = False
+    """Whether advantages compare the samples of a prompt."""
+    needs_rewards: ClassVar[bool] = True
+
+    environment: EnvironmentConfig = SingleTurnEnvironment()
+    """Where prompts come from, and what answers the policy's turns."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """What scores samples; the sum of all, by their weights."""
+    rollouts: RolloutConfig = RolloutConfig()
+    """How the policy answers prompts."""
+    engine: EngineConfig = EngineConfig()
+    """The engine that generates."""
+    generation_mesh: MeshConfig | None = None
+    """The mesh that it generates on; null: that of training."""
+    num_samples: int = Field(default=8, ge=1)
+    """Samples of each prompt, a group."""
+    sequences_per_row: int = Field(default=1, ge=1)
+    """Samples that share a row of a batch, each with attention to itself alone."""
+    epochs: int = Field(default=1, ge=1)
+    """Times that a rollout is trained on."""
+    minibatches: int = Field(default=1, ge=1)
+    """Steps of an epoch, each on its share of the rollout."""
+    correction: Correction = "sequence_mask"
+    """What is done about samples that others drew than the trainer's parameters: the
+    loss is weighed by the ratio of probabilities, of each token or of the whole
+    sequence; ``truncate`` holds it within the limits, ``mask`` makes it 0 outside."""
+    correction_cap: float | None = Field(default=3.0, gt=0)
+    """Upper limit of that ratio; null: none."""
+    correction_floor: float | None = Field(default=None, ge=0)
+    """Lower limit of it; null: none."""
+    mask_truncated: bool = False
+    """Whether samples that ran out of room teach nothing (overlong filtering, DAPO,
+    arXiv 2503.14476, §3.4): the loss leaves their tokens out, and counts them as
+    sequences."""
+    overlong_buffer: int | None = Field(default=None, gt=0)
+    """The last so many tokens of ``rollouts.sampling.max_new_tokens`` cost more and
+    more of the score, up to ``overlong_penalty`` (DAPO, equation 13); null: none."""
+    overlong_penalty: float = Field(default=1.0, ge=0)
+    """What a sample of full length loses of its score, with ``overlong_buffer``."""
+    missing_end_penalty: float = Field(default=0.0, ge=0)
+    """What a sample that ran out of room loses of its score."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the policy's entropy, which the loss raises; averaged as the loss
+    is."""
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.compares_samples and self.num_samples == 1:
+            message = f"task.kind={self.kind} compares the samples of a prompt, and "
+            message += "one has no other"
+            fix = "set it to 2 or more: 8 to 64"
+            raise MaxlmError(message, where="task.num_samples", fix=fix)
+        return self
+
+    def check(self, seq_len: int, vocab_size: int) -> None:
+        super().check(seq_len, vocab_size)
+        if self.needs_rewards and not self.rewards:
+            message = f"task.kind={self.kind} learns of scores, and nothing scores"
+            fix = "name a reward: [{kind: exact_match}]"
+            raise MaxlmError(message, where="task.rewards", fix=fix)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Steps on each rollout."""
+        return self.epochs * self.minibatches
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that the policy draws for a sample at most."""
+        return self.rollouts.sampling.max_new_tokens
+
+    def make_layout(self, seq_len: int) -> RowLayout:
+        """Returns how samples lie in rows of ``data.seq_len``."""
+        return RowLayout(seq_len, self.sequences_per_row)
+
+    def batch_source(self, inputs: SourceInputs) -> BatchSource:
+        from maxlm.rl.rollouts.source import PolicyRolloutSource
+
+        return PolicyRolloutSource(self, inputs)
+
+    def generation(self, seq_len: int, batch_size: int) -> GenerationWork | None:
+        from maxlm.rl.rollouts.planned_work import describe_generation
+
+        return describe_generation(self, seq_len, batch_size)
+
+    def extra_passes(self) -> tuple[ExtraPass, ...]:
+        names = set(self.list_prepared_arrays())
+        models: list[str | None] = []
+        if names - {REFERENCE}:
+            models.append(None)
+        if REFERENCE in names:
+            models.append("reference")
+        return self.make_passes(models)
+
+    def make_passes(self, models: Sequence[str | None]) -> tuple[ExtraPass, ...]:
+        """Returns the passes of :meth:`prepare_rollouts` over a rollout, of the policy
+        (None) and of frozen models by name."""
+        return tuple(
+            ExtraPass(
+                f"log-probabilities of the {model or 'policy'}",
+                model,
+                passes_per_step=1 / self.epochs,
+                batches_at_once=self.minibatches,
+            )
+            for model in models
+        )
+
+    # Arrays of a rollout: on the host, then on devices, then on the host again.
+
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArraySpec]:
+        arrays = super().batch_arrays(seq_len)
+        arrays["versions"] = BatchArraySpec.of_tokens(seq_len)
+        for name in (SAMPLED, ADVANTAGES, *self.list_prepared_arrays()):
+            arrays[name] = BatchArraySpec.of_tokens(seq_len, np.float32)
+        return arrays
+
+    def list_prepared_arrays(self) -> list[str]:
+        """Returns the names of the arrays of a batch, fp32 [S], that come of what models
+        say of a rollout."""
+        return [OLD] if self.updates_per_rollout > 1 else []
+
+    @property
+    def reads_models_of_rollouts(self) -> bool:
+        """Whether :meth:`prepare_rollouts` has anything to compute."""
+        return bool(self.list_prepared_arrays())
+
+    def prepare_rollouts(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> DeviceBatch:
+        """Computes what arrays of :meth:`list_prepared_arrays` and
+        :meth:`compute_advantages` need of models, from a rollout [M, B, S] and the
+        parameters that it was drawn with."""
+
+        def prepare(model: BoundModel, batch: DeviceBatch) -> DeviceBatch:
+            return self.prepare_rows(model, models, batch)
+
+        return map_micro_batches(prepare, models.trained, batch)
+
+    def prepare_rows(
+        self, policy: BoundModel, models: TaskModels, batch: DeviceBatch
+    ) -> DeviceBatch:
+        """Computes arrays of :meth:`prepare_rollouts` of rows [..., S]."""
+        names = self.list_prepared_arrays()
+        if OLD not in names:
+            return {}
+        return {OLD: self.compute_statistics(policy, batch).log_probs}
+
+    def finish_rollouts(
+        self,
+        scores: NDArray[np.float64],
+        weights: Sequence[float],
+        is_complete: NDArray[np.bool_],
+        batch: Batch,
+    ) -> Batch:
+        """Returns a rollout's arrays [rows, S] to train on, on the host.
+
+        Args:
+            scores: of each reward, [prompts, samples, rewards]; NaN: it gave none.
+            weights: of the rewards.
+            is_complete: whether the policy ended a sample itself, [prompts, samples].
+            batch: the packed samples, with what :meth:`prepare_rollouts` added; their
+                advantages are 0.
+        """
+        sampled_weights = batch["weights"]
+        lengths = self._sum_samples(sampled_weights, batch)
+        lengths = lengths.reshape(is_complete.shape)
+        penalties = self.compute_penalties(lengths, is_complete)
+        advantages = self.compute_advantages(scores, weights, penalties, batch)
+        batch = batch | advantages
+        if self.mask_truncated:
+            is_counted = self._spread_samples(is_complete.ravel(), batch)
+            batch["weights"] = (sampled_weights * is_counted).astype(np.float32)
+        length = sampled_weights.shape[1]
+        return {
+            name: np.asarray(batch[name], spec.dtype)
+            for name, spec in self.batch_arrays(length).items()
+        }
+
+    def compute_penalties(
+        self, lengths: NDArray[np.float64], is_complete: NDArray[np.bool_]
+    ) -> NDArray[np.float64]:
+        """Returns what is taken from samples' scores for their length and for not
+        coming to an end, both [prompts, samples]; 0 or more."""
+        penalties = np.where(is_complete, 0.0, self.missing_end_penalty)
+        if self.overlong_buffer is not None:
+            buffer = self.overlong_buffer
+            overlong = [
+                compute_overlong_penalty(length, self.max_new_tokens, buffer)
+                for length in lengths.ravel()
+            ]
+            penalties = penalties - self.overlong_penalty * np.reshape(
+                overlong, lengths.shape
+            )
+        return penalties
+
+    @abstractmethod
+    def compute_advantages(
+        self,
+        scores: NDArray[np.float64],
+        weights: Sequence[float],
+        penalties: NDArray[np.float64],
+        batch: Batch,
+    ) -> Batch:
+        """Returns the advantages of a rollout's tokens [rows, S], and other arrays of
+        scores that the batch needs; arguments as of :meth:`finish_rollouts` and
+        :meth:`compute_penalties`."""
+
+    def _sum_samples(
+        self, values: NDArray[np.floating], batch: Batch
+    ) -> NDArray[np.float64]:
+        """Sums values [rows, S] over the entries of each sample: [samples], in the
+        order that they were packed in."""
+        segment_ids = batch["segment_ids"]
+        numbers = np.arange(1, self.sequences_per_row + 1)
+        is_member = segment_ids[..., None] == numbers
+        values = np.asarray(values, np.float64)[..., None]
+        sums = np.where(is_member, values, 0.0).sum(1)
+        # Sequences of a row stand in order, and rows after one another.
+        return sums[is_member.any(1)]
+
+    def _spread_samples(
+        self, values: NDArray[np.generic], batch: Batch
+    ) -> NDArray[np.float64]:
+        """Gives each entry that the policy drew its sample's value: [samples] → [rows,
+        S]; 0 elsewhere."""
+        segment_ids = batch["segment_ids"]
+        numbers = np.arange(1, self.sequences_per_row + 1)
+        is_present = (segment_ids[..., None] == numbers).any(1)
+        table = np.zeros((len(segment_ids), self.sequences_per_row + 1))
+        table[:, 1:][is_present] = values
+        spread = np.take_along_axis(table, segment_ids, axis=1)
+        return np.where(batch["weights"] > 0, spread, 0.0)
+
+    # A step's loss.
+
+    def compute_statistics(
+        self, model: BoundModel, batch: DeviceBatch
+    ) -> TokenStatistics:
+        """Runs a model once over rows [..., S]."""
+        hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        log_probs, entropies = compute_log_probs_and_entropies(
+            model.prepare_logits(hidden),
+            batch["targets"],
+            chunk_tokens=self.chunk_tokens,
+        )
+        return TokenStatistics(log_probs, entropies, hidden, aux)
+
+    def get_sequences(self, batch: DeviceBatch) -> PackedSequences:
+        """Returns the samples of rows [..., S]."""
+        return PackedSequences.of_rows(
+            batch["segment_ids"], batch["weights"], self.sequences_per_row
+        )
+
+    def loss(
+        self, models: TaskModels, batch: DeviceBatch, key: jax.Array
+    ) -> LossResult:
+        statistics = self.compute_statistics(models.trained, batch)
+        total, sums = self.compute_loss(statistics, models, batch)
+        tokens = sums["tokens"]
+        assert not isinstance(tokens, Average)
+        aux = statistics.aux
+        return total + scale_layers_loss(aux, batch, tokens), {**sums, **aux.sums}
+
+    @abstractmethod
+    def compute_loss(
+        self, statistics: TokenStatistics, models: TaskModels, batch: DeviceBatch
+    ) -> LossResult:
+        """Computes a step's loss from what the policy says of rows [..., S]."""
+
+    def get_old_log_probs(
+        self, statistics: TokenStatistics, batch: DeviceBatch
+    ) -> jax.Array:
+        """Returns log-probabilities by the policy that a rollout's updates began with;
+        in the only update these are the current ones."""
+        if OLD in batch:
+            return batch[OLD]
+        return lax.stop_gradient(statistics.log_probs)
+
+    def correct_samples(
+        self, old_log_probs: jax.Array, batch: DeviceBatch
+    ) -> CorrectionWeights:
+        """Returns the weights of samples that others drew."""
+        return compute_correction(
+            old_log_probs,
+            batch[SAMPLED],
+            self.get_sequences(batch),
+            self.correction,
+            cap=self.correction_cap,
+            floor=self.correction_floor,
+        )
+
+    def measure_policy(
+        self,
+        statistics: TokenStatistics,
+        old_log_probs: jax.Array,
+        correction: CorrectionWeights,
+        batch: DeviceBatch,
+    ) -> dict[str, Average]:
+        """Returns the metrics that all policies have."""
+        sequences = self.get_sequences(batch)
+        num_tokens = sequences.num_weighted
+        differences = old_log_probs - batch[SAMPLED]
+        differences = jnp.where(jnp.isnan(differences), 0.0, differences)
+        ratios = jnp.exp(statistics.log_probs - old_log_probs)
+        engine_ratios = jnp.exp(differences)
+        per_token = {
+            "entropy": statistics.entropies,
+            "policy_ratio": ratios,
+            "engine_difference": jnp.abs(differences),
+            # Tokens were drawn by the engine: its divergence from the trainer.
+            "engine_k3": engine_ratios - differences - 1,
+            "engine_ratio": engine_ratios,
+            "corrected_share": correction.masked.astype(jnp.float32),
+        }
+        metrics = {
+            name: Average(sequences.total(values), num_tokens)
+            for name, values in per_token.items()
+        }
+        metrics["trained_length"] = Average(num_tokens, sequences.num_present)
+        return metrics
+
+
+class ReferencePolicyTask(PolicyTask):
+    """A policy that is held near a frozen model."""
+
+    mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
+
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the reference; 0: no second model is held."""
+    reference: LocalPath | None = None
+    """Run whose model is the reference; null: the model that training starts from, and
+    under an adapter its base, which takes no memory of its own."""
+
+    @property
+    def has_reference(self) -> bool:
+        return self.kl_coef > 0
+
+    def frozen_models(self) -> Mapping[str, str | None]:
+        return {"reference": self.reference} if self.has_reference else {}
+
+    def check_frozen_models(
+        self, model: ModelConfig, frozen: Mapping[str, ModelConfig]
+    ) -> None:
+        for reference in frozen.values():
+            if reference.vocab_size != model.vocab_size:
+                message = f"the reference has {reference.vocab_size} ids, "
+                message += f"model.vocab_size={model.vocab_size}"
+                fix = "use a reference with the policy's vocabulary"
+                raise MaxlmError(message, where="task.reference", fix=fix)
+
+    def list_prepared_arrays(self) -> list[str]:
+        names = super().list_prepared_arrays()
+        return [*names, REFERENCE] if self.has_reference else names
+
+    def prepare_rows(
+        self, policy: BoundModel, models: TaskModels, batch: DeviceBatch
+    ) -> DeviceBatch:
+        arrays = super().prepare_rows(policy, models, batch)
+        if self.has_reference:
+            reference = models.frozen["reference"]
+            statistics = self.compute_statistics(reference, batch)
+            arrays = arrays | {REFERENCE: statistics.log_probs}
+        return arrays
