@@ -10,9 +10,9 @@ import numpy as np
 from tests.models.reference import hidden_unit, linear, mlp
 
 
-def route(logits, bias, config, given=None):
+def route(logits, bias, config, experts=None):
     """logits [E] of one token → (scores [E], chosen experts best first, their weights).
-    ``given``: experts in place of those chosen, unless the first is -1."""
+    ``experts``: in place of those chosen, unless the first is -1."""
     if config["score"] == "softmax":
         scores = np.exp(logits - logits.max())
         scores = scores / scores.sum()
@@ -33,8 +33,8 @@ def route(logits, bias, config, given=None):
     chosen = sorted(candidates, key=lambda e: (-ranked[e], e))[
         : config["experts_per_token"]
     ]
-    if given is not None and given[0] >= 0:
-        chosen = list(given)
+    if experts is not None and experts[0] >= 0:
+        chosen = list(experts)
     weights = scores[chosen]
     if config["renormalise"]:
         weights = weights / weights.sum()
@@ -75,9 +75,9 @@ def shared(x, params, config):
     return y
 
 
-def moe(params, x, counted, config, given=None):
+def moe(params, x, counted, config, replayed=None):
     """x [B, S, D], counted [B, S] → (y, loss, load [E], dropped); ``config`` a plain
-    dict; ``given`` int [B, S, k]: see :func:`route`."""
+    dict; ``replayed`` int [B, S, k]: see :func:`route`."""
     num_experts, k = config["num_experts"], config["experts_per_token"]
     bias = params.get("selection_bias", np.zeros(num_experts))
     y = np.zeros_like(x)
@@ -87,10 +87,10 @@ def moe(params, x, counted, config, given=None):
     squares, dropped = 0.0, 0
     for b, row in enumerate(x):
         logits = row @ params["router"] + router_bias
-        given_row = [None] * len(row) if given is None else given[b]
+        row_routes = [None] * len(row) if replayed is None else replayed[b]
         routes = [
-            route(token_logits, bias, config, token_given)
-            for token_logits, token_given in zip(logits, given_row, strict=True)
+            route(token_logits, bias, config, token_experts)
+            for token_logits, token_experts in zip(logits, row_routes, strict=True)
         ]
         served_pairs = served([chosen for _, chosen, _ in routes], counted[b], config)
         for t, token in enumerate(row):

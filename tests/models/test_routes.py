@@ -87,9 +87,9 @@ def test_a_layer_with_routes_equals_a_loop_over_tokens(name, one_device_mesh):
         one_device_mesh, config, routes
     )
     want = moe_reference.moe(params, x, counted, settings, routes)
-    own = moe_reference.moe(params, x, counted, settings)
+    without_routes = moe_reference.moe(params, x, counted, settings)
     np.testing.assert_allclose(y, want[0], atol=2e-5)
-    assert np.abs(want[0] - own[0]).max() > 0.1
+    assert np.abs(want[0] - without_routes[0]).max() > 0.1
     np.testing.assert_allclose(aux.loss, want[1], rtol=1e-5)
     np.testing.assert_array_equal(aux.load, want[2])
     assert aux.dropped == want[3]
@@ -99,10 +99,10 @@ def test_a_layer_with_routes_equals_a_loop_over_tokens(name, one_device_mesh):
 
     def total(step):
         changed = params | {"router": params["router"] + step * direction}
-        y, loss, _, _ = moe_reference.moe(changed, x, counted, settings, held)
+        y, loss, _, _ = moe_reference.moe(changed, x, counted, settings, chosen)
         return (y * d_y).sum() + loss
 
-    held = aux.expert_ids
+    chosen = aux.expert_ids
     slope = (total(1e-6) - total(-1e-6)) / 2e-6
     assert abs(slope) > 0.1
     assert np.isclose((d_params["router"] * direction).sum(), slope, 1e-4, 1e-3)
