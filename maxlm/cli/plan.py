@@ -545,7 +545,8 @@ def _search(
         winner = fitting[0]
     best_run = result.best[winner].apply(run)
     data["config"] = format_run_yaml(best_run, source)
-    console.print("\n# the quickest, as a config for maxlm train", markup=False)
+    command = run.task.command
+    console.print(f"\n# the quickest, as a config for maxlm {command}", markup=False)
     console.print(data["config"], markup=False)
     return best_run, data
 

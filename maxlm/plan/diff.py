@@ -44,6 +44,17 @@ class StoredCollective(BaseModel):
     sent_bytes: float
 
 
+class StoredPhase(BaseModel):
+    """One phase beside the training step, of a plan as ``RunPlan.to_json`` writes
+    it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    memory_total: float
+    seconds_total: float
+
+
 class StoredPlan(BaseModel):
     """The compared parts of a plan as ``RunPlan.to_json`` writes it."""
 
@@ -65,6 +76,7 @@ class StoredPlan(BaseModel):
     goodput: dict[str, float] | None
     collectives: tuple[StoredCollective, ...]
     rows: tuple[StoredParameter, ...]
+    phases: tuple[StoredPhase, ...] = ()
 
 
 Value = str | float | bool | None
@@ -122,11 +134,15 @@ def _list_parts(plan: StoredPlan) -> dict[str, Mapping[str, Value]]:
     memory = {
         part: size for part, size in plan.memory.items() if part != "working_sets"
     }
+    memory |= {phase.name: phase.memory_total for phase in plan.phases}
+    time: dict[str, Value] = dict(plan.time or {})
+    if plan.time is not None:
+        time |= {phase.name: phase.seconds_total for phase in plan.phases}
     return {
         "facts": facts,
         "mesh": plan.mesh,
         "memory": memory,
-        "time": plan.time or {},
+        "time": time,
         "communication": sent_bytes,
         "parameters": {row.path: row.layout for row in plan.rows},
     }

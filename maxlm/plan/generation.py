@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
-from maxlm.inference.engine import make_cache_layout
 from maxlm.inference.engine_config import EngineConfig
 from maxlm.models.caches.layout import list_paged_windows
 from maxlm.plan.forward import count_head_bytes, count_layer_weight_bytes
@@ -116,8 +115,8 @@ class GenerationPlanner:
         limit = config.model.max_seq_len
         # The last token of a sequence is never read.
         if work.max_length > limit + 1:
-            lengths = f"{work.max_prompt_tokens:,} + {work.max_new_tokens:,} tokens"
-            message = f"sequences of {lengths} exceed the model's {limit:,}"
+            sizes = f"{work.max_prompt_tokens:,} + {work.max_new_tokens:,} tokens"
+            message = f"sequences of {sizes} exceed the model's {limit:,}"
             fix = "make them shorter, or raise model.max_seq_len"
             raise MaxlmError(message, where=f"task.kind={config.task.kind}", fix=fix)
         platform = "tpu" if machine is None else machine.topology.platform
@@ -192,6 +191,9 @@ def _count_cache_bytes(
     served: ServedModel, work: GenerationWork, max_sequences: int
 ) -> float:
     """Counts the engine's caches, as it allocates them at once."""
+    # Plans of other runs need no engine, which takes a while to import.
+    from maxlm.inference.engine import make_cache_layout
+
     config = EngineConfig(
         max_sequences=max_sequences,
         max_length=work.room_tokens or work.max_length,

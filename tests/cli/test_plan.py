@@ -96,6 +96,11 @@ def test_exit_codes(run):
             "--weights fp8: maxlm serves no quantized weights yet",
         ),
         ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is for serving"),
+        (
+            [*FITS[1:], "--new", "3"],
+            "--new is for serving, and task.kind=clm generates",
+        ),
+        (["llama3_8b", "--prompt", "3"], "--prompt or --new needs a machine"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, check_refused, tmp_path):

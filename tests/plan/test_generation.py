@@ -4,8 +4,10 @@ their FLOPs; the verdict, the run's length and the search see all of them."""
 
 import heapq
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from io import StringIO
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
@@ -27,13 +30,14 @@ from maxlm.models.caches.config import (
 )
 from maxlm.models.caches.layout import list_paged_windows
 from maxlm.models.params import param_specs
-from maxlm.plan.generation import GenerationPlanner
+from maxlm.plan.diff import StoredPlan, compare_plans
+from maxlm.plan.generation import ExpectedLengths, GenerationPlanner
 from maxlm.plan.machine import Machine
 from maxlm.plan.phases import GENERATION
 from maxlm.plan.predict import RunPlan, plan_run
 from maxlm.plan.search import search_layouts
 from maxlm.plan.served_model import ServedModel, ServingOptions, make_served_workload
-from maxlm.plan.show import format_fit_verdict
+from maxlm.plan.show import format_fit_verdict, render_plan_tables
 from maxlm.plan.timing import EFFICIENCY, count_frozen_forward_flops
 from maxlm.run.config import RunConfig
 from maxlm.run.setup import set_up_run
@@ -293,6 +297,44 @@ def test_a_run_is_as_long_as_all_its_phases(policy):
     totals = [phase["memory_total"] for phase in out["phases"]]
     assert out["peak_bytes"] == max([*totals, out["memory"]["total"]])
     assert out["time"]["mean_step"] == planned.mean_step_seconds
+
+
+def test_tables_and_comparisons_show_the_phases(policy):
+    config = run("llama3_8b", "data.batch_size=128")
+    planned = plan(config, "h100x16")
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(render_plan_tables(planned))
+    text = console.export_text()
+    times = text.partition("Time of a rollout and its steps")[2]
+    shares = [float(share) for share in re.findall(r"(?m)^\S.* ([\d.]+)%", times)]
+    # Generation, the pass, four steps, and all together.
+    assert len(shares) == 4
+    assert sum(shares[:3]) == pytest.approx(100, abs=0.2)
+    assert "4 training steps" in times
+    assert f"in phase '{planned.peak_phase}'" in text
+
+    first = StoredPlan.model_validate(planned.to_json())
+    fewer = plan(run("llama3_8b", "data.batch_size=64"), "h100x16")
+    second = StoredPlan.model_validate(fewer.to_json())
+    diff = compare_plans(first, second)
+    pass_name = planned.extra.phases[1].name
+    before, after = diff["time"][pass_name]
+    assert before == pytest.approx(2 * after, rel=0.1)
+    assert GENERATION not in diff["memory"]
+
+
+def test_expected_lengths_shorten_a_rollout(policy):
+    config = run("llama3_8b", "data.batch_size=128")
+    machine = Machine.from_name("h100x16")
+    seconds = {}
+    for new in (100, 400, 700):
+        lengths = ExpectedLengths(prompt=200, new=new)
+        generation = plan_run(config, machine, lengths=lengths).extra.phases[0]
+        seconds[new] = generation.total_seconds
+        assert generation.tokens == 512 * new / 4
+    assert seconds[100] < seconds[400] < seconds[700]
+    with pytest.raises(MaxlmError, match=r"701 tokens on average.* 700 at most"):
+        plan_run(config, machine, lengths=ExpectedLengths(new=701))
 
 
 def test_a_run_whose_caches_do_not_fit_does_not_fit(monkeypatch, policy):
