@@ -191,12 +191,15 @@ def test_replay_brings_a_training_pass_to_an_engine_of_lower_precision(
                 prompt = prompts[int(request_id)]
                 ids = np.asarray([[*prompt, *output.token_ids]], np.int32)
                 routes = np.full((1, ids.shape[1], *output.routes.shape[1:]), -1)
-                own, _ = compute_logprobs(full.model, full.params, ids, routes)
+                own_logprobs, _ = compute_logprobs(full.model, full.params, ids, routes)
                 routes[0, :-1] = output.routes
                 replayed, sums = compute_logprobs(full.model, full.params, ids, routes)
                 sampled = [token.logprob for token in output.logprobs]
                 first = len(prompt) - 1
-                for kind, logprobs in {"own": own, "replayed": replayed}.items():
+                for kind, logprobs in {
+                    "own": own_logprobs,
+                    "replayed": replayed,
+                }.items():
                     difference = np.abs(np.asarray(logprobs)[first:] - sampled)
                     differences.setdefault((name, kind), []).append(difference)
                 if name == "some":

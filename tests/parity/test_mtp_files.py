@@ -73,7 +73,7 @@ MIMO = ModuleLayout(
 
 
 @dataclass(frozen=True)
-class Case:
+class ModuleCase:
     """A tiny model of a family and the layers of its modules, which are all alike."""
 
     name: str
@@ -93,27 +93,31 @@ LINEAR, FULL, LOCAL = "linear_attention", "full_attention", "sliding_attention"
 CASES = {
     case.name: case
     for case in (
-        Case("deepseek_v3", DEEPSEEK, module_settings=ALL_SPARSE),
-        Case("glm4_moe", DEEPSEEK, num_modules=1, module_settings=ALL_SPARSE),
-        Case("glm4_moe_lite", DEEPSEEK, mlp_types=("dense", "sparse", "sparse")),
-        Case("deepseek_v32", DEEPSEEK, module_settings=ALL_SPARSE),
-        Case("glm_moe_dsa", WITHOUT_COPIES, mlp_types=("dense", "sparse", "sparse")),
-        Case("hy_v3", LING, mlp_types=("dense", "sparse", "sparse")),
-        Case(
+        ModuleCase("deepseek_v3", DEEPSEEK, module_settings=ALL_SPARSE),
+        ModuleCase("glm4_moe", DEEPSEEK, num_modules=1, module_settings=ALL_SPARSE),
+        ModuleCase("glm4_moe_lite", DEEPSEEK, mlp_types=("dense", "sparse", "sparse")),
+        ModuleCase("deepseek_v32", DEEPSEEK, module_settings=ALL_SPARSE),
+        ModuleCase(
+            "glm_moe_dsa", WITHOUT_COPIES, mlp_types=("dense", "sparse", "sparse")
+        ),
+        ModuleCase("hy_v3", LING, mlp_types=("dense", "sparse", "sparse")),
+        ModuleCase(
             "bailing_hybrid",
             LING,
             num_layers=4,
             layer_types=(LINEAR, FULL, LINEAR, LINEAR, FULL),
             module_settings=ALL_SPARSE,
         ),
-        Case(
+        ModuleCase(
             "qwen3_next", QWEN, num_modules=1, layer_types=(LINEAR, LINEAR, FULL, FULL)
         ),
-        Case(
+        ModuleCase(
             "qwen3_5_moe", QWEN, num_modules=1, layer_types=(FULL, LINEAR, LINEAR, FULL)
         ),
-        Case("qwen3_5", QWEN, num_modules=1, layer_types=(LINEAR, FULL, LINEAR, FULL)),
-        Case(
+        ModuleCase(
+            "qwen3_5", QWEN, num_modules=1, layer_types=(LINEAR, FULL, LINEAR, FULL)
+        ),
+        ModuleCase(
             "mimo_v2_flash",
             MIMO,
             layer_types=(FULL, LOCAL, FULL, LOCAL),
@@ -133,7 +137,7 @@ def build(name: str, **changes: Any) -> Any:
     return tiny.randomize(cls(config).eval())
 
 
-def list_kinds(case: Case, start: int, stop: int) -> dict[str, list[str]]:
+def list_kinds(case: ModuleCase, start: int, stop: int) -> dict[str, list[str]]:
     """Settings that name the kinds of layers from ``start`` on."""
     lists = {"layer_types": case.layer_types, "mlp_layer_types": case.mlp_types}
     settings: dict[str, list[str]] = {}
@@ -147,7 +151,7 @@ def list_kinds(case: Case, start: int, stop: int) -> dict[str, list[str]]:
 class Reference:
     """A model of transformers, and modules composed of its layers, in float64."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: ModuleCase):
         torch.manual_seed(0)
         self.case = case
         first = case.num_layers
