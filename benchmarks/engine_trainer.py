@@ -86,20 +86,20 @@ class DrawnSequence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
+class ComparedCase:
     """A model as a trainer has it."""
 
     model: Decoder
     params: Params
     mesh: Mesh
 
-    def with_other_params(self) -> "Case":
+    def with_other_params(self) -> "ComparedCase":
         """Returns the same model with parameters of another step."""
         params = jax.tree.map(
             lambda x: jax.device_put(np.asarray(x)[..., ::-1].copy(), x.sharding),
             self.params,
         )
-        return Case(self.model, params, self.mesh)
+        return ComparedCase(self.model, params, self.mesh)
 
 
 def build_case(
@@ -108,7 +108,7 @@ def build_case(
     adapter: Adapter | None = None,
     *,
     batch_invariant: bool = False,
-) -> Case:
+) -> ComparedCase:
     """Builds a small model with random parameters, stored and used on a mesh as a
     trainer's are."""
     settings = {
@@ -148,7 +148,7 @@ def build_case(
             return jax.device_put(value.astype(np.float32), sharding)
 
         params = jax.tree_util.tree_map_with_path(draw, specs, shardings)
-        return Case(model, params, mesh)
+        return ComparedCase(model, params, mesh)
 
 
 def draw_prompts(count: int, seed: int = 1) -> list[tuple[int, ...]]:
@@ -210,7 +210,10 @@ def _compute_logits(model: Decoder, params: Params, tokens: jax.Array) -> jax.Ar
 
 
 def compute_kept_mass(
-    case: Case, sequence: DrawnSequence, sampling: SamplingConfig, row_length: int = 48
+    case: ComparedCase,
+    sequence: DrawnSequence,
+    sampling: SamplingConfig,
+    row_length: int = 48,
 ) -> np.ndarray:
     """Computes, on one device, the probability of the tokens that may be drawn in place
     of each of a sequence's: those that top-k, then top-p and then min-p keep."""
@@ -233,7 +236,7 @@ def compute_kept_mass(
 
 
 def compute_trainer_logprobs(
-    case: Case, sequences: Sequence[DrawnSequence], *, row_length: int = 96
+    case: ComparedCase, sequences: Sequence[DrawnSequence], *, row_length: int = 96
 ) -> list[np.ndarray]:
     """Computes log-probabilities of drawn tokens by a training forward pass over rows in
     which sequences stand one behind the other; those of each sequence."""
@@ -275,14 +278,16 @@ def compute_trainer_logprobs(
     return results
 
 
-def compute_differences(case: Case, sequences: Sequence[DrawnSequence]) -> np.ndarray:
+def compute_differences(
+    case: ComparedCase, sequences: Sequence[DrawnSequence]
+) -> np.ndarray:
     """Returns trainer − engine of each drawn token's log-probability, in float64."""
     trainer = np.concatenate(compute_trainer_logprobs(case, sequences))
     engine = np.concatenate([sequence.logprobs for sequence in sequences])
     return trainer.astype(np.float64) - engine
 
 
-def make_engine(case: Case, **settings: Any) -> Engine:
+def make_engine(case: ComparedCase, **settings: Any) -> Engine:
     """Makes an engine on the trainer's parameters."""
     config = EngineConfig(**{**_DEFAULTS, **settings})
     return Engine(case.model, case.params, config)

@@ -49,9 +49,13 @@ def choose_routes(model, params, ids):
     return aux.routes
 
 
-def generate(engine: Engine, prompts=PROMPTS, sampling=SAMPLED, **options) -> Sequences:
+def generate(
+    engine: Engine, prompts=PROMPTS, sampling=SAMPLED, num_sequences=1
+) -> Sequences:
     requests = [
-        GenerationRequest(str(i), tuple(prompt), sampling, routes=True, **options)
+        GenerationRequest(
+            str(i), tuple(prompt), sampling, num_sequences=num_sequences, routes=True
+        )
         for i, prompt in enumerate(prompts)
     ]
     sequences: Sequences = {}
