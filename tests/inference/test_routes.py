@@ -50,11 +50,20 @@ def choose_routes(model, params, ids):
 
 
 def generate(
-    engine: Engine, prompts=PROMPTS, sampling=SAMPLED, num_sequences=1
+    engine: Engine,
+    prompts=PROMPTS,
+    sampling=SAMPLED,
+    num_sequences: int = 1,
+    top_logprobs: int | None = None,
 ) -> Sequences:
     requests = [
         GenerationRequest(
-            str(i), tuple(prompt), sampling, num_sequences=num_sequences, routes=True
+            str(i),
+            tuple(prompt),
+            sampling,
+            num_sequences=num_sequences,
+            top_logprobs=top_logprobs,
+            routes=True,
         )
         for i, prompt in enumerate(prompts)
     ]
