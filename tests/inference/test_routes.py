@@ -18,6 +18,7 @@ from maxlm.models.params import bind
 from tests.inference.conftest import CONFIGS, VOCAB, Tiny, build
 
 EXPERTS = CONFIGS["llama"] | {
+    "mlp": None,
     "moe": {"num_experts": 7, "experts_per_token": 3, "d_ff": 10},
 }
 PREFIX = list(range(20, 43))
