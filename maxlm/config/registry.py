@@ -61,8 +61,14 @@ class Registry(Generic[T]):
         return decorate
 
     def builtin_kinds(self) -> list[str]:
-        """Returns the names of the kinds that maxlm has."""
-        return list(self._builtin)
+        """Returns the names of the kinds that maxlm has: those that it names here, and
+        those that a room further up declares as an entry point, as packages do."""
+        own = [
+            entry.name
+            for entry in entry_points(group=self.group)
+            if entry.dist is not None and entry.dist.name == "maxlm"
+        ]
+        return list(dict.fromkeys([*self._builtin, *own]))
 
     def kinds(self) -> list[str]:
         """Returns the names of all kinds, built-in ones first; imports none."""
