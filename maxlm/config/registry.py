@@ -63,12 +63,12 @@ class Registry(Generic[T]):
     def builtin_kinds(self) -> list[str]:
         """Returns the names of the kinds that maxlm has: those that it names here, and
         those that a room further up declares as an entry point, as packages do."""
-        own = [
+        declared = [
             entry.name
             for entry in entry_points(group=self.group)
             if entry.dist is not None and entry.dist.name == "maxlm"
         ]
-        return list(dict.fromkeys([*self._builtin, *own]))
+        return list(dict.fromkeys([*self._builtin, *declared]))
 
     def kinds(self) -> list[str]:
         """Returns the names of all kinds, built-in ones first; imports none."""
