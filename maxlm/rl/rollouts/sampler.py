@@ -277,6 +277,8 @@ class RolloutSampler:
             first_stream=sample.number,
             stop_strings=self.environment.stop_strings,
             top_logprobs=0,
+            # The policy is softmax(logits / temperature), as the trainer has it.
+            scales_logprobs=True,
         )
 
     def _count_room(self, sample: Sample) -> int:

@@ -138,6 +138,13 @@ class PolicyTask(Task):
             fix = "name a reward: [{kind: exact_match}]"
             raise MaxlmError(message, where="task.rewards", fix=fix)
 
+        if not self.rollouts.sampling.temperature:
+            message = "rollouts at temperature 0 are all alike, and the likeliest token "
+            message += "is no distribution to learn"
+            fix = "set it above 0: 1; task.validation.temperature may be 0"
+            where = "task.rollouts.sampling.temperature"
+            raise MaxlmError(message, where=where, fix=fix)
+
     @property
     def updates_per_rollout(self) -> int:
         """Steps on each rollout."""
@@ -315,11 +322,14 @@ class PolicyTask(Task):
     def compute_statistics(
         self, model: BoundModel, batch: DeviceBatch
     ) -> TokenStatistics:
-        """Runs a model once over rows [..., S]."""
+        """Runs a model once over rows [..., S]. The policy, old, current and of
+        reference, is softmax(logits / temperature) of what samples are drawn at, as in
+        TRL 1.16."""
         hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
         log_probs, entropies = compute_log_probs_and_entropies(
             model.prepare_logits(hidden),
             batch["targets"],
+            temperature=self.rollouts.sampling.temperature,
             chunk_tokens=self.chunk_tokens,
         )
         return TokenStatistics(log_probs, entropies, hidden, aux)
