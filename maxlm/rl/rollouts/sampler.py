@@ -117,10 +117,15 @@ class RolloutSampler:
             return
         self.version = step
         if self.config.update_in_flight == "recompute":
-            for (request_id, _), episode in self._drawing.items():
-                self.engine.abort(request_id)
-                insort(self._waiting, episode, key=get_episode_order)
-            self._drawing = {}
+            self.pause()
+
+    def pause(self) -> None:
+        """Takes the samples that are under way out of the engine, so that others may
+        use it. :meth:`advance` goes on with them, and reads what is there anew."""
+        for (request_id, _), episode in self._drawing.items():
+            self.engine.abort(request_id)
+            insort(self._waiting, episode, key=get_episode_order)
+        self._drawing = {}
 
     def add(
         self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int

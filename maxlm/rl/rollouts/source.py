@@ -29,6 +29,7 @@ from maxlm.rl.rollouts.packing import pack_samples
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.records import RolloutFiles, SampleLog, ScoredSample
 from maxlm.rl.rollouts.task import RolloutTask
+from maxlm.rl.rollouts.validator import PolicyValidator
 from maxlm.run.rollout_source import RolloutContext
 from maxlm.run.setup import BatchPlacement, RunSetup
 from maxlm.sharding import bind_mesh
@@ -125,6 +126,11 @@ class PolicyRollouts:
         if runner is not None:
             runner.check(self._order.take(0, self._num_groups))
         self._runner = runner
+        self._validator: PolicyValidator | None = None
+        if source.task.validation is not None:
+            self._validator = PolicyValidator(
+                source.task, source.task.validation, context, self._engine, runner
+            )
         self._files = RolloutFiles(context.folder)
         is_lead = jax.process_index() == 0
         self._log = SampleLog(context.folder, write=is_lead)
@@ -173,6 +179,16 @@ class PolicyRollouts:
         chosen = places[minibatch * batch_size :][np.asarray(row_numbers)]
         return {name: array[chosen] for name, array in self._batch.items()}
 
+    @property
+    def has_validation(self) -> bool:
+        """See :class:`~maxlm.run.rollout_source.ValidatedRollouts`."""
+        return self._validator is not None
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """See :class:`~maxlm.run.rollout_source.ValidatedRollouts`."""
+        assert self._validator is not None
+        return self._validator.validate(state)
+
     def _read(self, number: int, *, is_under_way: bool) -> dict[str, np.ndarray] | None:
         """Returns a rollout's record; None where it is to be made."""
         arrays = self._files.read(number)
@@ -216,7 +232,7 @@ class PolicyRollouts:
     def _find_first_prompt(self, number: int) -> int:
         """Returns the prompt that a rollout begins with: the one behind those of the
         rollout before it."""
-        if not self._task.rollouts.resample_zero_variance:
+        if self._task.rollouts.zero_variance != "resample":
             return number * self._num_groups
         if number == 0:
             return 0
@@ -354,6 +370,8 @@ def _digest_settings(setup: RunSetup, skips: Any) -> str:
     """Returns a digest of the settings that decide what rollouts hold."""
     config = setup.config.model_dump(mode="json")
     deciding: dict[str, Any] = {name: config[name] for name in _DECIDING}
+    # What is validated on draws nothing that is learnt from.
+    deciding["task"] = {**config["task"], "validation": None}
     deciding["steps"] = config["train"]["steps"]
     deciding["start_from"] = config["train"]["start_from"]
     deciding["skips"] = skips
