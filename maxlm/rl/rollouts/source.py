@@ -55,6 +55,7 @@ _DECIDING = ("seed", "model", "adapter", "task", "optimizer", "schedule")
 _NEXT_PROMPT = "next_prompt"
 _NUM_BEGUN = "num_begun"
 _SETTINGS = "settings"
+_METRICS = "metrics"
 
 
 class PolicyRolloutSource:
@@ -161,7 +162,7 @@ class PolicyRollouts:
         if number == self._number:
             return {}
         arrays = self._read(number, is_under_way=update > 0)
-        metrics: Mapping[str, float] = {}
+        timings: Mapping[str, float] = {}
         if arrays is None:
             if update:
                 message = f"the record of rollout {number} is not there, and training "
@@ -169,14 +170,17 @@ class PolicyRollouts:
                 fix = "resume from an older checkpoint"
                 where = str(self._files.get_path(number))
                 raise MaxlmError(message, where=where, fix=fix)
-            arrays, metrics = self._make(number, step, state)
+            arrays, timings = self._make(number, step, state)
         self._number = number
         self._batch = {
             name.removeprefix("batch_"): array
             for name, array in arrays.items()
             if name.startswith("batch_")
         }
-        return metrics
+        if update:
+            return {}
+        # A rollout that was kept is logged as it was, but for the time it took.
+        return json.loads(arrays[_METRICS].tobytes()) | timings
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
@@ -205,7 +209,7 @@ class PolicyRollouts:
         self, number: int, step: int, state: TrainState
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Draws and scores a rollout, and keeps it; returns its arrays, and what is
-        logged of it."""
+        logged of the time that it took."""
         sampler = self._engine.open_sampler(state.params, step)
         collector = self._get_collector(sampler, number)
         collected = collector.collect(self._num_groups)
@@ -224,6 +228,7 @@ class PolicyRollouts:
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
         metrics = self._describe(collected)
         metrics |= self._describe_staleness(batch, step, collector)
+        arrays[_METRICS] = np.frombuffer(json.dumps(metrics).encode(), np.uint8)
         if jax.process_index() == 0:
             scored = self._list_scored(collected.groups, batch)
             self._log.append(step, number, scored)
@@ -231,7 +236,7 @@ class PolicyRollouts:
             self._files.delete_after(number)
             self._files.write(number, arrays)
             self._delete_old_records()
-        return arrays, metrics
+        return arrays, _describe_timings(collected)
 
     def _delete_old_records(self) -> None:
         """Deletes the records that nobody wants, and no checkpoint needs."""
@@ -374,10 +379,6 @@ class PolicyRollouts:
             own_scores = scores[:, index]
             if not np.isnan(own_scores).all():
                 metrics[f"reward/{reward.name}"] = float(np.nanmean(own_scores))
-        for phase, seconds in collected.seconds.items():
-            metrics[f"{phase}_seconds"] = seconds
-        generation = max(collected.seconds["generation"], 1e-9)
-        metrics["generated_tokens_per_second"] = float(lengths.sum()) / generation
         return metrics
 
     def _describe_staleness(
@@ -394,6 +395,16 @@ class PolicyRollouts:
             "max_staleness": float(ages.max()) if ages.size else 0.0,
             "samples_under_way": float(collector.num_under_way),
         }
+
+
+def _describe_timings(collected: CollectedGroups) -> dict[str, float]:
+    """Returns what is logged of the time that a rollout took."""
+    samples = [sample for group in collected.groups for sample in group.samples]
+    num_sampled = sum(sample.num_sampled for sample in samples)
+    seconds = collected.seconds
+    timings = {f"{phase}_seconds": value for phase, value in seconds.items()}
+    generation = max(seconds["generation"], 1e-9)
+    return timings | {"generated_tokens_per_second": num_sampled / generation}
 
 
 def _jit_preparation(
