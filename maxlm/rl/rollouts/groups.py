@@ -39,6 +39,8 @@ class CollectedGroups:
     """Groups among ``groups`` whose samples all score the same."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of ``generation``, and of ``scoring`` behind it: what scores took longer."""
+    engine_steps: int = 0
+    """Steps of the engine meanwhile, also those of groups that were begun ahead."""
 
 
 @dataclass
@@ -104,6 +106,13 @@ class GroupCollector:
         Raises:
             MaxlmError: a reward or the environment failed.
         """
+        steps_before = self.sampler.engine.stats().steps_total
+        collected = self._collect(num_groups)
+        steps = self.sampler.engine.stats().steps_total
+        collected.engine_steps = steps - steps_before
+        return collected
+
+    def _collect(self, num_groups: int) -> CollectedGroups:
         collected = CollectedGroups([])
         collected.seconds = {"generation": 0.0, "scoring": 0.0}
         chosen: list[Group] = []

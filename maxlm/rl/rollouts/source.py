@@ -236,7 +236,7 @@ class PolicyRollouts:
             self._files.delete_after(number)
             self._files.write(number, arrays)
             self._delete_old_records()
-        return arrays, _describe_timings(collected)
+        return arrays, _describe_work(collected)
 
     def _delete_old_records(self) -> None:
         """Deletes the records that nobody wants, and no checkpoint needs."""
@@ -397,14 +397,17 @@ class PolicyRollouts:
         }
 
 
-def _describe_timings(collected: CollectedGroups) -> dict[str, float]:
-    """Returns what is logged of the time that a rollout took."""
-    samples = [sample for group in collected.groups for sample in group.samples]
-    num_sampled = sum(sample.num_sampled for sample in samples)
+def _describe_work(collected: CollectedGroups) -> dict[str, float]:
+    """Returns what is logged of the work and the time that a rollout took."""
     seconds = collected.seconds
     timings = {f"{phase}_seconds": value for phase, value in seconds.items()}
-    generation = max(seconds["generation"], 1e-9)
-    return timings | {"generated_tokens_per_second": num_sampled / generation}
+    samples = [sample for group in collected.groups for sample in group.samples]
+    num_tokens = sum(sample.num_sampled for sample in samples)
+    return timings | {
+        "generated_tokens_per_second": num_tokens / max(seconds["generation"], 1e-9),
+        "generated_tokens_per_step": num_tokens / max(collected.engine_steps, 1),
+        "engine_steps": float(collected.engine_steps),
+    }
 
 
 def _jit_preparation(
