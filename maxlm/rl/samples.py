@@ -50,10 +50,10 @@ class Sample:
     policy, ("tool" or "user", text) of the environment."""
     environment_reward: float | None = None
     """Score of the environment; None: it gives none."""
-    routes: np.ndarray | None = field(default=None, compare=False)
-    """Of a model with experts whose routes are replayed: int8 or int16 [tokens read, E,
-    k], the experts that the first tokens met in the engine; see
-    :mod:`maxlm.rl.routes`."""
+    routes: list[np.ndarray] = field(default_factory=list, compare=False)
+    """Where the engine records them, int8 or int16 [E, k] of each of the first tokens:
+    the experts that it met there; see :mod:`maxlm.rl.routes`. The engine has not read
+    those behind them."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -121,7 +121,9 @@ class RunConfig(Config):
     @property
     def batch_arrays(self) -> dict[str, BatchArraySpec]:
         """The arrays of a batch's rows by name."""
-        return list_batch_arrays(self.task, self.model.frontend, self.data.seq_len)
+        seq_len = self.data.seq_len
+        arrays = list_batch_arrays(self.task, self.model.frontend, seq_len)
+        return arrays | self.task.list_model_arrays(self.model, seq_len)
 
     @property
     def num_virtual_tokens(self) -> int:

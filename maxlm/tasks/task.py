@@ -220,6 +220,10 @@ class Task(Config):
         """Widths of the ``model.heads`` that the loss reads, by name."""
         return {}
 
+    def check_model(self, model: ModelConfig) -> None:
+        """Checks by its config that the loss can read the trained model; raises
+        MaxlmError naming the setting."""
+
     def check_frozen_models(
         self, model: ModelConfig, frozen: Mapping[str, ModelConfig]
     ) -> None:
@@ -244,6 +248,13 @@ class Task(Config):
             "positions": integers,
             "weights": BatchArraySpec.of_tokens(length, np.float32),
         }
+
+    def list_model_arrays(
+        self, model: ModelConfig, seq_len: int
+    ) -> dict[str, BatchArraySpec]:
+        """Returns the arrays that a batch has beside those of :meth:`batch_arrays`,
+        whose shapes follow from the trained model."""
+        return {}
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:

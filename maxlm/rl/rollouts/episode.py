@@ -19,6 +19,8 @@ class Episode:
     """Whether nothing follows but the environment's score."""
     num_drawn_before: int = 0
     """Tokens of its turn that earlier requests drew."""
+    num_reported_routes: int = 0
+    """Tokens of its request to the engine that have come back with their routes."""
     num_requests: int = 0
     """Requests to the engine so far."""
     order: int = 0

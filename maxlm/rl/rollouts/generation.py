@@ -11,6 +11,7 @@ from maxlm.rl.rollouts.sampler import (
     find_max_prompt_length,
 )
 from maxlm.rl.rollouts.task import RolloutTask
+from maxlm.rl.routes import ROUTES
 from maxlm.run.placement import place_run
 from maxlm.run.setup import RunSetup
 from maxlm.sharding import MeshConfig, make_mesh
@@ -44,6 +45,8 @@ class PolicyEngine:
         self._config = task.engine
         if "max_length" not in task.engine.model_fields_set:
             self._config = task.engine.model_copy(update={"max_length": max_tokens})
+        if ROUTES in setup.config.batch_arrays:
+            self._config = self._config.model_copy(update={"record_routes": True})
         position_limit = setup.config.model.position_limit or max_tokens
         self.max_prompt_length = find_max_prompt_length(
             task.rollouts,

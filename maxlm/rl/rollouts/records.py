@@ -21,6 +21,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.rl.rollouts.episode import Episode
+from maxlm.rl.routes import routes_from_arrays, routes_to_arrays
 from maxlm.rl.samples import Prompt, Sample
 from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
 from maxlm.runtime.json_files import parse_json
@@ -151,6 +152,7 @@ def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
         }
         for episode in episodes
     ]
+    arrays |= routes_to_arrays(samples)
     arrays["states"] = np.frombuffer(json.dumps(states).encode(), np.uint8)
     return {f"unfinished_{name}": array for name, array in arrays.items()}
 
@@ -167,10 +169,13 @@ def episodes_from_arrays(arrays: Arrays, prompts: PromptReader) -> list[Episode]
     states_json = arrays["unfinished_states"].tobytes()
     states = parse_json(states_json, FOLDER, "delete the record, and resume")
     episodes = []
+    routes = routes_from_arrays(arrays, "unfinished_", len(states))
     # Samples of a group have the same prompt.
     known: dict[int, Prompt] = {}
     stop = 0
-    for state, length in zip(states, arrays["unfinished_lengths"], strict=True):
+    for state, length, sample_routes in zip(
+        states, arrays["unfinished_lengths"], routes, strict=True
+    ):
         start = stop
         stop = start + int(length)
         values = {
@@ -191,6 +196,7 @@ def episodes_from_arrays(arrays: Arrays, prompts: PromptReader) -> list[Episode]
             state["number"],
             is_complete=state["is_complete"],
             turns=[(role, text) for role, text in state["turns"]],
+            routes=sample_routes,
             **values,
         )
         episode = Episode(

@@ -26,6 +26,7 @@ from maxlm.rl.rollouts.environment_calls import (
 )
 from maxlm.rl.rollouts.episode import Episode, begin_episode, get_episode_order
 from maxlm.rl.rollouts.replies import check_template_keeps_turns, encode_reply
+from maxlm.rl.routes import extend_routes
 from maxlm.rl.samples import Prompt, Sample
 from maxlm.runtime.pool import count_usable_cores
 
@@ -247,6 +248,7 @@ class RolloutSampler:
         num_in_turn = len(sample.tokens) - episode.turn_start
         for member in group:
             member.num_drawn_before = num_in_turn
+            member.num_reported_routes = 0
             member.num_requests += 1
         updates = {
             "seed": key % 2**32,
@@ -261,6 +263,7 @@ class RolloutSampler:
             first_stream=sample.number,
             stop_strings=self.environment.stop_strings,
             top_logprobs=0,
+            routes=self.engine.config.record_routes,
         )
 
     def _count_room(self, sample: Sample) -> int:
@@ -286,6 +289,9 @@ class RolloutSampler:
         sample.is_sampled += [True] * num_tokens
         sample.log_probs += [token.logprob for token in output.logprobs[:num_tokens]]
         sample.versions += [self.version] * num_tokens
+        if output.routes is not None:
+            extend_routes(sample, output.routes, episode.num_reported_routes)
+            episode.num_reported_routes += len(output.routes)
         if finish_reason is None:
             return
         del self._drawing[name]

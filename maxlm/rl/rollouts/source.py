@@ -44,6 +44,7 @@ from maxlm.rl.rollouts.records import (
 )
 from maxlm.rl.rollouts.sampler import RolloutSampler
 from maxlm.rl.rollouts.task import RolloutTask
+from maxlm.rl.routes import ROUTES
 from maxlm.run.rollout_source import RolloutContext
 from maxlm.run.setup import BatchPlacement, RunSetup
 from maxlm.sharding import bind_mesh
@@ -122,6 +123,7 @@ class PolicyRollouts:
         self._num_groups = source.num_groups
         self._context = context
         self._layout = source.task.make_layout(setup.config.data.seq_len)
+        self._routes = setup.config.batch_arrays.get(ROUTES)
         self._engine = PolicyEngine(
             source.task, setup, context.tokenizer, self._layout.max_entries + 1
         )
@@ -301,7 +303,9 @@ class PolicyRollouts:
     ) -> Batch:
         """Packs samples into rows, and adds what the task makes of them."""
         samples = [sample for group in groups for sample in group.samples]
-        batch = pack_samples(samples, [0.0] * len(samples), self._layout)
+        batch = pack_samples(
+            samples, [0.0] * len(samples), self._layout, routes=self._routes
+        )
         if self._task.reads_models_of_rollouts:
             batch |= self._compute_on_devices(batch, number, state)
         scores = np.stack([group.scores for group in groups])

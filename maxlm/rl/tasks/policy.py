@@ -23,6 +23,7 @@ from maxlm.rl.losses import compute_overlong_penalty
 from maxlm.rl.rewards import RewardConfig
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.packing import RowLayout
+from maxlm.rl.routes import ROUTES, declare_routes, get_routes
 from maxlm.rl.sequences import PackedSequences
 from maxlm.sharding import MeshConfig
 from maxlm.sharding.supported import ReshapingAxis
@@ -118,6 +119,10 @@ class PolicyTask(Task):
     """What a sample of full length loses of its score, with ``overlong_buffer``."""
     missing_end_penalty: float = Field(default=0.0, ge=0)
     """What a sample that ran out of room loses of its score."""
+    replay_routes: bool = False
+    """Whether the policy's passes over a rollout use the experts that its tokens met in
+    the engine (:mod:`maxlm.rl.routes`); false: its routers choose anew, which differs
+    wherever the engine rounds otherwise. The record of a rollout has them then."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the policy's entropy, which the loss raises; averaged as the loss
     is."""
@@ -137,6 +142,10 @@ class PolicyTask(Task):
             message = f"task.kind={self.kind} learns of scores, and nothing scores"
             fix = "name a reward: [{kind: exact_match}]"
             raise MaxlmError(message, where="task.rewards", fix=fix)
+
+    def check_model(self, model: ModelConfig) -> None:
+        super().check_model(model)
+        self.list_model_arrays(model, seq_len=1)
 
     @property
     def updates_per_rollout(self) -> int:
@@ -193,6 +202,14 @@ class PolicyTask(Task):
             arrays[name] = BatchArraySpec.of_tokens(seq_len, np.float32)
         return arrays
 
+    def list_model_arrays(
+        self, model: ModelConfig, seq_len: int
+    ) -> dict[str, BatchArraySpec]:
+        arrays = super().list_model_arrays(model, seq_len)
+        if self.replay_routes:
+            arrays[ROUTES] = declare_routes(model, seq_len)
+        return arrays
+
     def list_prepared_arrays(self) -> list[str]:
         """Returns the names of the arrays of a batch, fp32 [S], that come of what models
         say of a rollout."""
@@ -222,7 +239,7 @@ class PolicyTask(Task):
         names = self.list_prepared_arrays()
         if OLD not in names:
             return {}
-        return {OLD: self.compute_statistics(policy, batch).log_probs}
+        return {OLD: self.compute_policy_statistics(policy, batch).log_probs}
 
     def finish_rollouts(
         self,
@@ -250,10 +267,13 @@ class PolicyTask(Task):
             is_counted = self._spread_samples(is_complete.ravel(), batch)
             batch["weights"] = (sampled_weights * is_counted).astype(np.float32)
         length = sampled_weights.shape[1]
-        return {
+        rollout = {
             name: np.asarray(batch[name], spec.dtype)
             for name, spec in self.batch_arrays(length).items()
         }
+        if self.replay_routes:
+            rollout[ROUTES] = batch[ROUTES]
+        return rollout
 
     def compute_penalties(
         self, lengths: NDArray[np.float64], is_complete: NDArray[np.bool_]
@@ -312,11 +332,27 @@ class PolicyTask(Task):
 
     # A step's loss.
 
-    def compute_statistics(
-        self, model: BoundModel, batch: DeviceBatch
+    def compute_policy_statistics(
+        self, policy: BoundModel, batch: DeviceBatch
     ) -> TokenStatistics:
-        """Runs a model once over rows [..., S]."""
-        hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        """Runs the policy once over rows [..., S], with the experts of the engine where
+        rows have them."""
+        return self.compute_statistics(policy, batch, get_routes(batch))
+
+    def compute_statistics(
+        self,
+        model: BoundModel,
+        batch: DeviceBatch,
+        routes: jax.Array | None = None,
+    ) -> TokenStatistics:
+        """Runs a model once over rows [..., S]; ``routes``: experts of its tokens, [...,
+        S, E, k]."""
+        hidden, aux = model(
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            routes=routes,
+        )
         log_probs, entropies = compute_log_probs_and_entropies(
             model.prepare_logits(hidden),
             batch["targets"],
@@ -333,7 +369,7 @@ class PolicyTask(Task):
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        statistics = self.compute_statistics(models.trained, batch)
+        statistics = self.compute_policy_statistics(models.trained, batch)
         total, sums = self.compute_loss(statistics, models, batch)
         tokens = sums["tokens"]
         assert not isinstance(tokens, Average)

@@ -132,7 +132,7 @@ class PpoTask(ReferencePolicyTask):
     def prepare_rows(
         self, policy: BoundModel, models: TaskModels, batch: DeviceBatch
     ) -> DeviceBatch:
-        statistics = self.compute_statistics(policy, batch)
+        statistics = self.compute_policy_statistics(policy, batch)
         arrays = {
             OLD: statistics.log_probs,
             VALUES: self.compute_values(policy, statistics, batch),
