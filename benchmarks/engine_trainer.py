@@ -30,6 +30,7 @@ from maxlm.models.params import Params, bind, param_specs
 from maxlm.optim.state import param_shardings
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import compute_fused_log_probs
+from maxlm.parallel.entropy import compute_log_probs_and_entropies
 from maxlm.run.model_placement import place_model
 from maxlm.sharding import MeshConfig, ShardingConfig, make_mesh
 
@@ -170,15 +171,24 @@ def run_engine(
     sampling: SamplingConfig,
     *,
     num_sequences: int = 1,
+    scales_logprobs: bool = False,
 ) -> list[DrawnSequence]:
-    """Draws continuations; returns them prompt by prompt."""
+    """Draws continuations; returns them prompt by prompt. ``scales_logprobs``: see
+    :class:`GenerationRequest`."""
     rows = {
         (number, index): DrawnSequence(prompt, [], [])
         for number, prompt in enumerate(prompts)
         for index in range(num_sequences)
     }
     requests = [
-        GenerationRequest(str(number), prompt, sampling, num_sequences, top_logprobs=0)
+        GenerationRequest(
+            str(number),
+            prompt,
+            sampling,
+            num_sequences,
+            top_logprobs=0,
+            scales_logprobs=scales_logprobs,
+        )
         for number, prompt in enumerate(prompts)
     ]
     for output in engine.run(requests):
@@ -189,16 +199,25 @@ def run_engine(
 
 
 def compute_log_probs(
-    model: Decoder, params: Params, batch: Mapping[str, jax.Array]
+    model: Decoder,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    temperature: float = 1.0,
 ) -> jax.Array:
-    """Computes log-probabilities of targets [B, S] as a training step does."""
+    """Computes log-probabilities of targets [B, S] as a training step does; at another
+    temperature than 1 as one of a policy does."""
     bound = bind(model, params)
     hidden, _ = bound(batch["tokens"], batch["positions"], batch["segment_ids"])
     head = bound.prepare_logits(hidden)
-    return compute_fused_log_probs(head, batch["targets"], chunk_tokens=64)
+    if temperature == 1:
+        return compute_fused_log_probs(head, batch["targets"], chunk_tokens=64)
+    log_probs, _ = compute_log_probs_and_entropies(
+        head, batch["targets"], temperature=temperature, chunk_tokens=64
+    )
+    return log_probs
 
 
-_forward = jax.jit(compute_log_probs, static_argnums=0)
+_forward = jax.jit(compute_log_probs, static_argnums=(0, 3))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -209,6 +228,20 @@ def _compute_logits(model: Decoder, params: Params, tokens: jax.Array) -> jax.Ar
     return bound.logits(hidden)
 
 
+def compute_logits(
+    case: ComparedCase, sequence: DrawnSequence, row_length: int = 48
+) -> np.ndarray:
+    """Computes, on one device, the logits that each of a sequence's tokens was drawn
+    by: float64 [tokens, V]."""
+    text = [*sequence.prompt, *sequence.tokens]
+    tokens = np.zeros((1, row_length), np.int32)
+    tokens[0, : len(text)] = text
+    with jax.set_mesh(case.mesh):
+        logits = _compute_logits(case.model, case.params, tokens)
+    rows = np.asarray(logits[0], np.float64)
+    return rows[len(sequence.prompt) - 1 : len(text) - 1]
+
+
 def compute_kept_mass(
     case: ComparedCase,
     sequence: DrawnSequence,
@@ -217,14 +250,8 @@ def compute_kept_mass(
 ) -> np.ndarray:
     """Computes, on one device, the probability of the tokens that may be drawn in place
     of each of a sequence's: those that top-k, then top-p and then min-p keep."""
-    text = [*sequence.prompt, *sequence.tokens]
-    tokens = np.zeros((1, row_length), np.int32)
-    tokens[0, : len(text)] = text
-    with jax.set_mesh(case.mesh):
-        logits = _compute_logits(case.model, case.params, tokens)
     masses = []
-    for place in range(len(sequence.prompt), len(text)):
-        row = np.asarray(logits[0, place - 1], np.float64)
+    for row in compute_logits(case, sequence, row_length):
         probabilities = np.exp(row - row.max())
         probabilities /= probabilities.sum()
         likeliest = np.sort(probabilities)[::-1][: sampling.top_k]
@@ -236,7 +263,11 @@ def compute_kept_mass(
 
 
 def compute_trainer_logprobs(
-    case: ComparedCase, sequences: Sequence[DrawnSequence], *, row_length: int = 96
+    case: ComparedCase,
+    sequences: Sequence[DrawnSequence],
+    *,
+    row_length: int = 96,
+    temperature: float = 1.0,
 ) -> list[np.ndarray]:
     """Computes log-probabilities of drawn tokens by a training forward pass over rows in
     which sequences stand one behind the other; those of each sequence."""
@@ -269,7 +300,8 @@ def compute_trainer_logprobs(
                 name: jax.device_put(array[first : first + num_rows], by_row)
                 for name, array in arrays.items()
             }
-            logprobs.append(np.asarray(_forward(case.model, case.params, batch)))
+            by_row_logprobs = _forward(case.model, case.params, batch, temperature)
+            logprobs.append(np.asarray(by_row_logprobs))
     by_place = np.concatenate(logprobs)
     results = []
     for sequence, (row, start, length) in zip(sequences, places, strict=True):
@@ -279,18 +311,26 @@ def compute_trainer_logprobs(
 
 
 def compute_differences(
-    case: ComparedCase, sequences: Sequence[DrawnSequence]
+    case: ComparedCase,
+    sequences: Sequence[DrawnSequence],
+    *,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Returns trainer − engine of each drawn token's log-probability, in float64."""
-    trainer = np.concatenate(compute_trainer_logprobs(case, sequences))
+    trainer = np.concatenate(
+        compute_trainer_logprobs(case, sequences, temperature=temperature)
+    )
     engine = np.concatenate([sequence.logprobs for sequence in sequences])
     return trainer.astype(np.float64) - engine
 
 
-def make_engine(case: ComparedCase, **settings: Any) -> Engine:
-    """Makes an engine on the trainer's parameters."""
+def make_engine(
+    case: ComparedCase, vocab_size: int | None = None, **settings: Any
+) -> Engine:
+    """Makes an engine on the trainer's parameters. ``vocab_size``: ids that may be
+    drawn; None: all."""
     config = EngineConfig(**{**_DEFAULTS, **settings})
-    return Engine(case.model, case.params, config)
+    return Engine(case.model, case.params, config, vocab_size=vocab_size)
 
 
 def main() -> None:

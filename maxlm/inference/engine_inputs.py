@@ -361,6 +361,7 @@ class InputBuilder:
         configs: list[SamplingConfig | None] = [None] * num_rows
         stop_ids: list[tuple[int, ...]] = [()] * num_rows
         streams = [0] * num_rows
+        logprobs_temperatures = [1.0] * num_rows
         adapters: list[str | None] = [None] * num_rows
         prompt_lengths = np.zeros(num_rows, np.int32)
         for row, place in enumerate(np.ndindex(D, R)):
@@ -370,13 +371,18 @@ class InputBuilder:
             configs[row] = sequence.request.sampling
             stop_ids[row] = sequence.stop_ids
             streams[row] = sequence.request.first_stream + sequence.index
+            logprobs_temperatures[row] = sequence.request.logprobs_temperature
             adapters[row] = sequence.request.adapter
             prompt_lengths[row] = sequence.num_prompt_tokens
         self._prompt_lengths = prompt_lengths.reshape(D, R)
         masks = self.adapters.make_masks(adapters)
         self._adapter_masks = None if masks is None else masks.reshape(D, R, -1)
         flat_settings = stack_settings(
-            configs, num_rows, stop_ids=stop_ids, streams=streams
+            configs,
+            num_rows,
+            stop_ids=stop_ids,
+            streams=streams,
+            logprobs_temperatures=logprobs_temperatures,
         )
         # [D · R, ...] -> [D, R, ...]
         by_shard = [x.reshape(D, R, *x.shape[1:]) for x in flat_settings]

@@ -56,6 +56,10 @@ class GenerationRequest:
     """Log-probabilities of each output token, and of so many likeliest ones, 20 at
     most; None: none. They are the model's own: before penalties, temperature and
     filters."""
+    scales_logprobs: bool = False
+    """Whether these are of the logits divided by ``sampling.temperature``, over the
+    whole vocabulary: what a policy drew from that learns at that temperature. Those of
+    the prompt's tokens stay the model's own."""
     routes: bool = False
     """Whether outputs have the experts of the tokens that were read; the engine's
     config must have ``record_routes``."""
@@ -73,6 +77,14 @@ class GenerationRequest:
     embedding_places: tuple[int, ...] | None = None
     """Indices of these tokens in the prompt, ascending; None: those of the frontend's
     placeholders."""
+
+    @property
+    def logprobs_temperature(self) -> float:
+        """What logits are divided by before log-probabilities of output tokens are
+        taken."""
+        temperature = self.sampling.temperature
+        # The likeliest token alone is drawn at 0, and its probability says nothing.
+        return temperature if self.scales_logprobs and temperature > 0 else 1.0
 
 
 class TokenLogprob(NamedTuple):

@@ -67,6 +67,9 @@ class RowSettings(NamedTuple):
     """uint32 [R]."""
     stream: Array
     """uint32 [R]: tells rows of one seed apart."""
+    logprobs_temperature: Array
+    """fp32 [R]: what logits are divided by before log-probabilities are taken; 1: the
+    model's own."""
 
 
 def stack_settings(
@@ -75,6 +78,7 @@ def stack_settings(
     *,
     stop_ids: Sequence[Sequence[int]] = (),
     streams: Sequence[int] = (),
+    logprobs_temperatures: Sequence[float] = (),
 ) -> RowSettings:
     """Stack the settings of rows, on the host.
 
@@ -83,6 +87,8 @@ def stack_settings(
             cheapest.
         stop_ids: of each row, the tokens that end its output, at most 16.
         streams: of each row, its random stream in [0, 2**32); default: 0.
+        logprobs_temperatures: of each row, what its logits are divided by before
+            log-probabilities are taken; default: 1.
     """
     default = SamplingConfig()
     rows = [config or default for config in configs]
@@ -98,6 +104,8 @@ def stack_settings(
         all_stop_ids[row, : len(ids)] = ids
     all_streams = np.zeros(num_rows, np.uint32)
     all_streams[: len(streams)] = streams
+    all_logprobs_temperatures = np.ones(num_rows, np.float32)
+    all_logprobs_temperatures[: len(logprobs_temperatures)] = logprobs_temperatures
 
     def stack(name: str, dtype: type[np.generic]) -> np.ndarray:
         # Sizes and temperatures above int32's range mean the same as its largest.
@@ -120,6 +128,7 @@ def stack_settings(
         typical_p=stack("typical_p", np.float32),
         seed=np.array([config.seed for config in rows], np.uint32),
         stream=all_streams,
+        logprobs_temperature=all_logprobs_temperatures,
     )
 
 
@@ -329,6 +338,7 @@ def compute_logprobs(
     needs_top: jax.Array | bool = True,
     *,
     vocab_size: int,
+    temperatures: jax.Array | None = None,
     in_tiles: bool = False,
 ) -> TokenLogprobs:
     """Compute the model's own log-probabilities of tokens, and of the likeliest ones.
@@ -339,7 +349,9 @@ def compute_logprobs(
         is_needed: whether any row needs them, bool []; if not, all are 0.
         needs_top: whether any row needs those of the likeliest tokens, bool []; if not,
             these are 0, and nothing is sorted.
-        vocab_size: ids that the tokenizer has; no other is among the likeliest.
+        vocab_size: ids that the tokenizer has; no other is among the likeliest, but all
+            of the V have a part in what probabilities are divided by.
+        temperatures: what logits are divided by before, fp32 [...]; None: 1.
         in_tiles: whether those of ``tokens`` are computed as
             :mod:`maxlm.parallel.batch_invariance` says; then on one device's shard.
     """
@@ -355,6 +367,8 @@ def compute_logprobs(
 
     def compute(logits):
         logits = logits.astype(jnp.float32)
+        if temperatures is not None:
+            logits = logits / temperatures[..., None]
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - total
         top_ids, top = lax.cond(needs_top, find_top, skip_top, logits, total)

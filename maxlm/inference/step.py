@@ -360,6 +360,7 @@ def _sample_shard(
         needs_logprobs,
         needs_top_logprobs,
         vocab_size=spec.vocab_size,
+        temperatures=settings.logprobs_temperature[rows],
         in_tiles=spec.batch_invariant,
     )
     return tokens, logprobs

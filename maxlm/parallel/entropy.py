@@ -27,21 +27,25 @@ from pallas_kernels.linear_cross_entropy import compute_logits, sum_over_chunks
 
 
 def compute_log_probs_and_entropies(
-    model: LogitsInputs, targets: jax.Array, *, chunk_tokens: int = 1024
+    model: LogitsInputs,
+    targets: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes log p(target) and the entropy −Σ p·log p of p = softmax(logits), both
-    fp32 [...], in nats; see
+    """Computes log p(target) and the entropy −Σ p·log p of p = softmax(logits /
+    temperature), both fp32 [...], in nats; see
     :func:`maxlm.parallel.cross_entropy.fused_cross_entropy_loss`.
 
     Both are differentiable in ``hidden``, ``head`` and ``bias``.
     """
     arrays, options = model.split(0.0, chunk_tokens)
-    return _run(arrays, targets, options)
+    return _run(arrays, targets, options, temperature)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _run(
-    arrays: HeadArrays, targets: jax.Array, options: HeadOptions
+    arrays: HeadArrays, targets: jax.Array, options: HeadOptions, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     layout = HeadLayout(arrays, options.head_layout)
     vocab_axes = layout.vocab_axes
@@ -53,7 +57,7 @@ def _run(
 
         def compute_token(token):
             row, target = token
-            logits = compute_logits(row, head, bias, options.soft_cap)
+            logits = compute_logits(row, head, bias, options.soft_cap) / temperature
             # Only one of the devices that share the vocabulary has the target.
             index = target - vocab_start
             target_logit = logits[jnp.clip(index, 0, len(logits) - 1)]
@@ -91,15 +95,15 @@ def _run(
     return run(arrays, targets, axis_indices(vocab_axes))
 
 
-def _forward(arrays, targets, options):
-    return _run(arrays, targets, options), (arrays, targets)
+def _forward(arrays, targets, options, temperature):
+    return _run(arrays, targets, options, temperature), (arrays, targets)
 
 
-def _backward(options, saved, cotangents):
+def _backward(options, temperature, saved, cotangents):
     arrays, targets = saved
     d_log_probs, d_entropies = cotangents
     rows = (targets, d_log_probs, d_entropies)
-    loss = _make_gradient_loss(options)
+    loss = _make_gradient_loss(options, temperature)
     _, gradients = run_loss_and_gradients(arrays, None, rows, loss, gradient=True)
     assert gradients is not None
     return HeadArrays(*gradients, gathered_head=None), None
@@ -108,7 +112,7 @@ def _backward(options, saved, cotangents):
 _run.defvjp(_forward, _backward)
 
 
-def _make_gradient_loss(options: HeadOptions) -> HeadLoss:
+def _make_gradient_loss(options: HeadOptions, temperature: float) -> HeadLoss:
     """Makes what computes gradients alone; its sum is 0."""
     vocab_axes = options.vocab_axes
 
@@ -122,10 +126,10 @@ def _make_gradient_loss(options: HeadOptions) -> HeadLoss:
         targets, d_log_probs, d_entropies = rows
 
         def logits_loss(logits, targets, d_log_probs, d_entropies):
-            d_logits = _differentiate(
-                logits, targets, d_log_probs, d_entropies, vocab_axes
+            d_scaled = _differentiate(
+                logits / temperature, targets, d_log_probs, d_entropies, vocab_axes
             )
-            return (jnp.zeros((), jnp.float32),), d_logits
+            return (jnp.zeros((), jnp.float32),), d_scaled / temperature
 
         return sum_over_chunks(
             model.hidden,

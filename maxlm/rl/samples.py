@@ -39,8 +39,8 @@ class Sample:
     is_sampled: list[bool]
     """Whether the policy drew the token."""
     log_probs: list[float]
-    """Natural log-probability of a drawn token over the whole vocabulary, at
-    temperature 1, before filters; 0 for others."""
+    """Natural log-probability of a drawn token over the model's whole vocabulary, at
+    the temperature that it was drawn at, before filters; 0 for others."""
     versions: list[int]
     """Step whose parameters drew the token; -1 for others."""
     is_complete: bool

@@ -55,6 +55,22 @@ class OpenRollouts(Protocol):
 
 
 @runtime_checkable
+class ValidatedRollouts(OpenRollouts, Protocol):
+    """Batches of a state that is also tried on what it does not learn from, every
+    ``train.eval_every`` steps and after the last."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the run asks for that."""
+        ...
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Returns a metrics record, whose names begin with ``eval_``. Batches are the
+        same with and without it."""
+        ...
+
+
+@runtime_checkable
 class RolloutSource(BatchSource, Protocol):
     """A batch source whose batches the trainer asks for between steps, with the state;
     none is made ahead, but for what the source itself says."""

@@ -22,19 +22,19 @@ from maxlm.train.trainer import Callback, Trainer
 
 @dataclass
 class EvaluationCallback(Callback):
-    """Evaluates every so many steps but the last: the program ends with a longer
-    evaluation."""
+    """Evaluates every so many steps."""
 
     evaluate: Callable[[TrainState], dict[str, float]]
     every_steps: int
-    """0: never."""
+    """0: never between."""
+    at_end: bool = False
+    """Whether after the last step; false: the program ends with an evaluation of its
+    own."""
 
     def needs_state(self, trainer: Trainer, step: int) -> bool:
-        return (
-            bool(self.every_steps)
-            and step % self.every_steps == 0
-            and step < trainer.num_steps
-        )
+        if step == trainer.num_steps:
+            return self.at_end
+        return bool(self.every_steps) and step % self.every_steps == 0
 
     def on_state(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not self.needs_state(trainer, step):

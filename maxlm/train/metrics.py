@@ -32,6 +32,19 @@ def format_downstream(metrics: Mapping[str, float]) -> str:
     return " · ".join(parts)
 
 
+def format_validation(metrics: Mapping[str, float]) -> str:
+    """Returns the metrics of a policy's validation in a line."""
+    parts = [f"validation: reward {metrics['eval_reward']:.4f}"]
+    for name, value in metrics.items():
+        if name.startswith("eval_reward/"):
+            parts.append(f"{name.removeprefix('eval_reward/')} {value:.4f}")
+        elif name.startswith("eval_best_of_"):
+            parts.append(f"best of {name.removeprefix('eval_best_of_')} {value:.4f}")
+    parts.append(f"length {metrics['eval_response_length']:.1f}")
+    parts.append(f"complete {metrics['eval_complete']:.1%}")
+    return " · ".join(parts)
+
+
 class MetricsCallback(Callback):
     """Adds rates to a step's scalars, writes them and shows them.
 
@@ -109,6 +122,8 @@ class MetricsCallback(Callback):
                     parts.append(f"{source} {value:.3f} bits per byte")
             if "eval_accuracy" in metrics:
                 parts.append(f"accuracy {metrics['eval_accuracy']:.1%}")
+        elif "eval_reward" in metrics:
+            parts.append(format_validation(metrics))
         else:
             parts.append(format_downstream(metrics))
         self._display.message(" · ".join(parts))

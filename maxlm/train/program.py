@@ -22,7 +22,11 @@ from maxlm.run.prepare import (
     prepare_data_on_all_hosts,
     read_vocab_size,
 )
-from maxlm.run.rollout_source import RolloutContext, open_step_batches
+from maxlm.run.rollout_source import (
+    RolloutContext,
+    ValidatedRollouts,
+    open_step_batches,
+)
 from maxlm.run.setup import RunSetup, set_up_run, use_compilation_cache
 from maxlm.run.warm_start import (
     check_init_checkpoint,
@@ -244,6 +248,13 @@ def _train_from(
         rolling_out = []
         if batches.rollouts is not None:
             rolling_out.append(RolloutCallback(batches))
+        validating = []
+        rollouts = batches.rollouts
+        if isinstance(rollouts, ValidatedRollouts) and rollouts.has_validation:
+            validation = EvaluationCallback(
+                rollouts.validate, config.train.eval_every, at_end=True
+            )
+            validating.append(validation)
         callbacks = [
             run.watchdog,
             *profilers,
@@ -251,6 +262,7 @@ def _train_from(
             MetricsCallback(setup, run.data, run.plan, run.log, display),
             detector,
             EvaluationCallback(parts.evaluator.evaluate_metrics, eval_every),
+            *validating,
             EvaluationCallback(
                 parts.evaluate_downstream, config.train.downstream.every
             ),

@@ -8,10 +8,12 @@ import pytest
 from benchmarks.engine_trainer import (
     KINDS,
     SETTINGS,
+    VOCAB,
     build_case,
     compute_differences,
     compute_kept_mass,
     compute_log_probs,
+    compute_logits,
     draw_prompts,
     make_engine,
     run_engine,
@@ -126,6 +128,30 @@ def test_ratios_have_mean_one_where_filters_cut_the_distribution(cases):
         [compute_kept_mass(case, s, sampling) for s in sequences[::6]]
     )
     assert masses.mean() < 0.9
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_a_policy_at_a_temperature_is_one_distribution(cases, temperature):
+    """softmax(logits / temperature), on both sides, whatever filters cut and although
+    there are ids that the tokenizer does not have."""
+    case = cases["dense"]
+    sampling = SamplingConfig(temperature=temperature, top_p=0.8, max_new_tokens=12)
+    engine = make_engine(case, vocab_size=VOCAB - 13)
+    sequences = run_engine(engine, PROMPTS, sampling, scales_logprobs=True)
+    assert max(token for s in sequences for token in s.tokens) < VOCAB - 13
+    differences = compute_differences(case, sequences, temperature=temperature)
+    assert np.abs(differences).max() <= BOUND
+    assert np.exp(differences).mean() == pytest.approx(1, abs=1e-6)
+    # The model's own probabilities are others, and so is the mean ratio.
+    own = run_engine(engine, PROMPTS, sampling)
+    assert [s.tokens for s in own] == [s.tokens for s in sequences]
+    ratios = np.exp(compute_differences(case, own, temperature=temperature))
+    assert abs(ratios.mean() - 1) > 0.05
+    # And over the ids of the tokenizer alone they would be larger.
+    logits = compute_logits(case, sequences[0])
+    shares = np.exp(logits / temperature)
+    assert shares[:, : VOCAB - 13].sum() / shares.sum() < 0.9
 
 
 @pytest.mark.more

@@ -20,7 +20,7 @@ MORE = [name for name in CASES if name not in LAYOUTS]
 
 
 @cache
-def exact(cap):
+def exact(cap, temperature):
     """Of :func:`operands` in float64: both, and the gradients in hidden, head and bias
     of Σ ``COTANGENTS`` · both."""
     hidden, head, bias, targets, _ = operands()
@@ -28,7 +28,7 @@ def exact(cap):
     def total(hidden, head, bias):
         logits = hidden @ head + bias
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
-        log_p = jax.nn.log_softmax(logits)
+        log_p = jax.nn.log_softmax(logits / temperature)
         chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         entropies = -(jnp.exp(log_p) * log_p).sum(-1)
         both = jnp.stack([chosen, entropies])
@@ -39,13 +39,15 @@ def exact(cap):
         return jax.tree.map(np.asarray, step(hidden, head, bias))
 
 
-def check(name, cap, mesh):
+def check(name, cap, temperature, mesh):
     case = CASES[name]
 
     def run(hidden, head, bias, targets):
         def total(hidden, head, bias):
             model = LogitsInputs(hidden, head, case.used, None, bias, cap)
-            both = compute_log_probs_and_entropies(model, targets, chunk_tokens=5)
+            both = compute_log_probs_and_entropies(
+                model, targets, temperature=temperature, chunk_tokens=5
+            )
             spec = jax.typeof(both[0]).sharding.spec
             cotangents = [
                 jax.sharding.reshard(jnp.float32(x), spec) for x in COTANGENTS
@@ -64,7 +66,7 @@ def check(name, cap, mesh):
         gradients, both = jax.jit(run, compiler_options=QUICK)(
             hidden, head, bias, targets
         )
-    true_gradients, true_both = exact(cap)
+    true_gradients, true_both = exact(cap, temperature)
     for ours, true in zip(both, true_both, strict=True):
         np.testing.assert_allclose(ours, true, rtol=2e-6, atol=2e-5)
     for ours, true in zip(gradients, true_gradients, strict=True):
@@ -73,10 +75,10 @@ def check(name, cap, mesh):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_both_equal_the_formula(name, mesh):
-    check(name, 3.0, mesh)
+    check(name, 3.0, 0.7, mesh)
 
 
 @pytest.mark.more
 @pytest.mark.parametrize("name", MORE)
 def test_any_layout_will_do(name, mesh):
-    check(name, None, mesh)
+    check(name, None, 1.0, mesh)

@@ -21,12 +21,14 @@ class RolloutConfig(Config):
     long_prompts: LongPrompts = "refuse"
     """Longer prompts: ``refuse``: the run does not start; ``leave_out``: they are left
     out, and counted."""
-    resample_zero_variance: bool = False
-    """Whether a prompt whose samples all score the same, which teaches nothing, makes
-    room for the next prompt (dynamic sampling, DAPO, Yu et al. 2025, arXiv 2503.14476,
-    §3.2)."""
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"
+    """Prompts whose samples all score the same, so that comparing them teaches nothing:
+    ``keep``: their tokens and samples count in what the loss is divided by, and in its
+    divergence and entropy; ``drop``: the loss is as though they had not been drawn;
+    ``resample``: the next prompts take their place (dynamic sampling, DAPO, Yu et al.
+    2025, arXiv 2503.14476, §3.2), and what is left at the end is kept."""
     max_resamples: int = Field(default=3, ge=0)
-    """Rounds of such prompts in a rollout at most; what is left then is kept."""
+    """Rounds of such prompts in a rollout at most, with zero_variance=resample."""
     max_turns: int | None = Field(default=None, gt=0)
     """Turns of the policy in an episode at most; null: as many as the environment
     has."""

@@ -32,14 +32,6 @@ class Episode:
         return len(self.sample.tokens) > self.sample.num_prompt_tokens
 
     @property
-    def request_id(self) -> str:
-        sample = self.sample
-        return (
-            f"prompt {sample.prompt.number}, sample {sample.number}, "
-            f"part {self.num_requests}"
-        )
-
-    @property
     def num_policy_turns(self) -> int:
         """Turns that the policy has ended."""
         return sum(role == "assistant" for role, _ in self.sample.turns)

@@ -5,6 +5,8 @@ from jax.sharding import Mesh
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
 from maxlm.models.params import Params
+from maxlm.rl.environments.environment import Environment
+from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.sampler import (
     RolloutSampler,
     find_max_length,
@@ -66,7 +68,34 @@ class PolicyEngine:
     def open_sampler(self, params: Params, step: int) -> RolloutSampler:
         """Returns the sampler, which from now on draws with ``params``: those that
         ``step`` begins with."""
-        if self._engine is None or self._sampler is None:
+        engine = self._open_engine(params)
+        if self._sampler is None:
+            self._sampler = self._make_sampler(
+                engine, self._task.environment, self._task.rollouts, "rollout"
+            )
+        self._sampler.set_version(step)
+        return self._sampler
+
+    def open_other_sampler(
+        self,
+        params: Params,
+        step: int,
+        environment: Environment,
+        config: RolloutConfig,
+        stream: str,
+    ) -> RolloutSampler:
+        """Returns a sampler of another environment's prompts, which draws with
+        ``params``: those that ``step`` begins with. Samples of the run that are under
+        way wait meanwhile. ``stream``: tells its samples from those of the run."""
+        engine = self._open_engine(params)
+        if self._sampler is not None:
+            self._sampler.pause()
+        sampler = self._make_sampler(engine, environment, config, stream)
+        sampler.set_version(step)
+        return sampler
+
+    def _open_engine(self, params: Params) -> Engine:
+        if self._engine is None:
             self._engine = Engine(
                 self._model,
                 params,
@@ -74,18 +103,26 @@ class PolicyEngine:
                 self._tokenizer,
                 mesh=self._mesh,
             )
-            self._sampler = RolloutSampler(
-                self._engine,
-                self._tokenizer,
-                self._task.environment,
-                self._task.rollouts,
-                seed=self._setup.config.seed,
-                max_length=self._max_tokens,
-            )
         else:
             self._engine.set_params(params)
-        self._sampler.set_version(step)
-        return self._sampler
+        return self._engine
+
+    def _make_sampler(
+        self,
+        engine: Engine,
+        environment: Environment,
+        config: RolloutConfig,
+        stream: str,
+    ) -> RolloutSampler:
+        return RolloutSampler(
+            engine,
+            self._tokenizer,
+            environment,
+            config,
+            seed=self._setup.config.seed,
+            stream=stream,
+            max_length=self._max_tokens,
+        )
 
     def release(self) -> None:
         """Frees what generation alone needs; parameters that are shared are let go, so

@@ -123,7 +123,7 @@ class GroupCollector:
             is_constant = find_zero_variance_groups(
                 np.stack([group.scores for group in groups])
             )
-            if not self._config.resample_zero_variance:
+            if self._config.zero_variance != "resample":
                 collected.groups = groups
                 collected.num_without_variance = int(is_constant.sum())
                 return collected

@@ -30,6 +30,8 @@ from maxlm.train.records import read_records
 
 FOLDER = "rollouts"
 SAMPLES_FILE = Path("samples") / "rollouts.jsonl"
+VALIDATION_FILE = Path("samples") / "validation.jsonl"
+"""Has lines of the same form; their ``rollout`` is the step."""
 Arrays = Mapping[str, np.ndarray]
 _DIGITS = 8
 _DIGEST = "sha256"
@@ -235,11 +237,14 @@ class SampleLog:
 
     Args:
         folder: the run's.
+        file: of the lines, in the folder.
         write: False on all processes but the first: nothing is written then.
     """
 
-    def __init__(self, folder: str | Path, *, write: bool = True):
-        self.path = Path(folder) / SAMPLES_FILE
+    def __init__(
+        self, folder: str | Path, file: Path = SAMPLES_FILE, *, write: bool = True
+    ):
+        self.path = Path(folder) / file
         self._write = write
         self._next_rollout = 0
         if not write:

@@ -47,6 +47,7 @@ class RolloutSampler:
     Args:
         engine: with no other requests.
         seed: of the run.
+        stream: tells samplers of one run apart, whose samples are to differ.
         max_length: tokens of a sample at most, such as a row to train on has room for;
             None: as many as the engine has.
 
@@ -67,6 +68,7 @@ class RolloutSampler:
         config: RolloutConfig,
         *,
         seed: int,
+        stream: str = "rollout",
         max_length: int | None = None,
     ):
         self.engine = engine
@@ -74,6 +76,7 @@ class RolloutSampler:
         self.environment = environment
         self.config = config
         self.seed = seed
+        self.stream = stream
         self.version = 0
         self.environment_errors: list[MaxlmError] = []
         self.max_length = find_max_length(engine.config)
@@ -243,7 +246,7 @@ class RolloutSampler:
         sample = episode.sample
         # All samples of a group have one seed, and each a stream of its own; a token's
         # place in the stream is its position, in whatever turn.
-        key = derive_key(self.seed, "rollout", sample.prompt.number)
+        key = derive_key(self.seed, self.stream, sample.prompt.number)
         sampling = self.config.sampling
         num_in_turn = len(sample.tokens) - episode.turn_start
         for member in group:
@@ -256,7 +259,7 @@ class RolloutSampler:
             "min_new_tokens": max(0, sampling.min_new_tokens - num_in_turn),
         }
         return GenerationRequest(
-            episode.request_id,
+            self._make_request_id(episode),
             tuple(sample.tokens),
             sampling.model_copy(update=updates),
             num_sequences=len(group),
@@ -264,6 +267,15 @@ class RolloutSampler:
             stop_strings=self.environment.stop_strings,
             top_logprobs=0,
             routes=self.engine.config.record_routes,
+            # The policy is softmax(logits / temperature), as the trainer has it.
+            scales_logprobs=True,
+        )
+
+    def _make_request_id(self, episode: Episode) -> str:
+        sample = episode.sample
+        return (
+            f"{self.stream}: prompt {sample.prompt.number}, sample {sample.number}, "
+            f"part {episode.num_requests}"
         )
 
     def _count_room(self, sample: Sample) -> int:

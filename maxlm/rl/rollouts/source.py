@@ -44,6 +44,7 @@ from maxlm.rl.rollouts.records import (
 )
 from maxlm.rl.rollouts.sampler import RolloutSampler
 from maxlm.rl.rollouts.task import RolloutTask
+from maxlm.rl.rollouts.validator import PolicyValidator
 from maxlm.rl.routes import ROUTES
 from maxlm.run.rollout_source import RolloutContext
 from maxlm.run.setup import BatchPlacement, RunSetup
@@ -148,6 +149,11 @@ class PolicyRollouts:
         self._collected: int | None = None
         """The rollout that the collector collected last; None: it has yet to find out
         where the run's groups stand."""
+        self._validator: PolicyValidator | None = None
+        if source.task.validation is not None:
+            self._validator = PolicyValidator(
+                source.task, source.task.validation, context, self._engine, runner
+            )
         self._files = RolloutFiles(context.folder)
         is_lead = jax.process_index() == 0
         self._log = SampleLog(context.folder, write=is_lead)
@@ -198,6 +204,16 @@ class PolicyRollouts:
             places = permute(places, num_rows, key)
         chosen = places[minibatch * batch_size :][np.asarray(row_numbers)]
         return {name: array[chosen] for name, array in self._batch.items()}
+
+    @property
+    def has_validation(self) -> bool:
+        """See :class:`~maxlm.run.rollout_source.ValidatedRollouts`."""
+        return self._validator is not None
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """See :class:`~maxlm.run.rollout_source.ValidatedRollouts`."""
+        assert self._validator is not None
+        return self._validator.validate(state)
 
     def _read(self, number: int, *, is_under_way: bool) -> dict[str, np.ndarray] | None:
         """Returns a rollout's record; None where it is to be made."""
@@ -269,7 +285,8 @@ class PolicyRollouts:
         before = self._find_rollout_before(number)
         if before == self._collected and before is not None:
             return collector
-        if before is None or not (config.resample_zero_variance or config.staleness):
+        resamples = config.zero_variance == "resample"
+        if before is None or not (resamples or config.staleness):
             collector.skip_to(number * self._num_groups)
             return collector
         collector.restore(self._read_queue(before))
@@ -449,6 +466,8 @@ def _digest_settings(setup: RunSetup, skips: Any) -> str:
     """Returns a digest of the settings that decide what rollouts hold."""
     config = setup.config.model_dump(mode="json")
     deciding: dict[str, Any] = {name: config[name] for name in _DECIDING}
+    # What is validated on draws nothing that is learnt from.
+    deciding["task"] = {**config["task"], "validation": None}
     deciding["steps"] = config["train"]["steps"]
     deciding["start_from"] = config["train"]["start_from"]
     deciding["skips"] = skips

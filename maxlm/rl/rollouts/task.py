@@ -13,6 +13,7 @@ from maxlm.rl.environments.environment import Environment
 from maxlm.rl.rewards.reward import Reward
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.packing import RowLayout
+from maxlm.rl.rollouts.validation import ValidationConfig
 from maxlm.sharding import MeshConfig
 from maxlm.tasks.task import DeviceBatch, TaskModels
 
@@ -28,6 +29,9 @@ class RolloutTask(Protocol):
 
     @property
     def rollouts(self) -> RolloutConfig: ...
+
+    @property
+    def validation(self) -> ValidationConfig | None: ...
 
     @property
     def engine(self) -> EngineConfig: ...

@@ -1,12 +1,13 @@
 """How well a policy answers prompts that it does not learn from."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.rl.environments import EnvironmentConfig
 from maxlm.rl.rewards.reward import Reward
 from maxlm.rl.samples import Sample
@@ -16,13 +17,24 @@ class ValidationConfig(Config):
     """Prompts that are answered every ``train.eval_every`` steps, and at the end."""
 
     environment: EnvironmentConfig
-    """Where they come from: other files than training's, or other numbers."""
+    """Where they come from: other files than training's; an environment that draws
+    prompts draws others by a seed of its own."""
     num_prompts: int = Field(default=128, gt=0)
-    """The first so many, always the same."""
+    """The first so many, always the same; all if there are fewer."""
     num_samples: int = Field(default=1, gt=0)
     """Answers to each; more tell how often one of them is right."""
     temperature: float = Field(default=0.0, ge=0)
-    """0: the likeliest tokens."""
+    """0: the likeliest tokens; above: answers are drawn by the same random numbers
+    every time. Other settings of sampling are those of ``task.rollouts``."""
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.num_samples > 1 and self.temperature == 0:
+            message = f"{self.num_samples} answers to a prompt at temperature 0, which "
+            message += "are all alike"
+            fix = "set validation.temperature=1, or validation.num_samples=1"
+            raise MaxlmError(message, where="task.validation.num_samples", fix=fix)
+        return self
 
 
 def describe_validation(

@@ -17,12 +17,14 @@ from maxlm.inference.engine_config import EngineConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.aux import Aux
 from maxlm.parallel.entropy import compute_log_probs_and_entropies
+from maxlm.rl.advantages import find_zero_variance_groups
 from maxlm.rl.corrections import Correction, CorrectionWeights, compute_correction
 from maxlm.rl.environments import EnvironmentConfig, SingleTurnEnvironment
 from maxlm.rl.losses import compute_overlong_penalty
 from maxlm.rl.rewards import RewardConfig
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.packing import RowLayout
+from maxlm.rl.rollouts.validation import ValidationConfig
 from maxlm.rl.routes import ROUTES, declare_routes, get_routes
 from maxlm.rl.sequences import PackedSequences
 from maxlm.sharding import MeshConfig
@@ -88,6 +90,9 @@ class PolicyTask(Task):
     """What scores samples; the sum of all, by their weights."""
     rollouts: RolloutConfig = RolloutConfig()
     """How the policy answers prompts."""
+    validation: ValidationConfig | None = None
+    """Prompts that are answered every ``train.eval_every`` steps, and at the end, and
+    not learnt from; null: none."""
     engine: EngineConfig = EngineConfig()
     """The engine that generates."""
     generation_mesh: MeshConfig | None = None
@@ -134,6 +139,11 @@ class PolicyTask(Task):
             message += "one has no other"
             fix = "set it to 2 or more: 8 to 64"
             raise MaxlmError(message, where="task.num_samples", fix=fix)
+        if not self.compares_samples and self.rollouts.zero_variance != "keep":
+            message = f"task.kind={self.kind} compares no samples of a prompt, and "
+            message += "learns of equal ones too"
+            fix = "set it to keep"
+            raise MaxlmError(message, where="task.rollouts.zero_variance", fix=fix)
         return self
 
     def check(self, seq_len: int, vocab_size: int) -> None:
@@ -142,6 +152,12 @@ class PolicyTask(Task):
             message = f"task.kind={self.kind} learns of scores, and nothing scores"
             fix = "name a reward: [{kind: exact_match}]"
             raise MaxlmError(message, where="task.rewards", fix=fix)
+        if not self.rollouts.sampling.temperature:
+            message = "rollouts at temperature 0 are all alike, and the likeliest "
+            message += "token is no distribution to learn"
+            fix = "set it above 0: 1; task.validation.temperature may be 0"
+            where = "task.rollouts.sampling.temperature"
+            raise MaxlmError(message, where=where, fix=fix)
 
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
@@ -261,11 +277,27 @@ class PolicyTask(Task):
         lengths = self._sum_samples(sampled_weights, batch)
         lengths = lengths.reshape(is_complete.shape)
         penalties = self.compute_penalties(lengths, is_complete)
+        drops_groups = self.rollouts.zero_variance == "drop"
+        is_dropped = np.zeros(len(scores), np.bool_)
+        if drops_groups:
+            counted = scores[..., np.asarray(weights) != 0]
+            with_penalties = np.concatenate([counted, -penalties[..., None]], axis=-1)
+            is_dropped = find_zero_variance_groups(with_penalties)
+            # Without a score they have no part in means over a batch either.
+            scores = np.where(is_dropped[:, None, None], np.nan, scores)
         advantages = self.compute_advantages(scores, weights, penalties, batch)
         batch = batch | advantages
         if self.mask_truncated:
             is_counted = self._spread_samples(is_complete.ravel(), batch)
             batch["weights"] = (sampled_weights * is_counted).astype(np.float32)
+        if drops_groups:
+            # As though their entries were padding.
+            is_left_out = self._spread_to_entries(
+                np.repeat(is_dropped, scores.shape[1]), batch
+            )
+            kept = is_left_out == 0
+            batch["weights"] = batch["weights"] * kept
+            batch["segment_ids"] = batch["segment_ids"] * kept
         length = sampled_weights.shape[1]
         rollout = {
             name: np.asarray(batch[name], spec.dtype)
@@ -322,13 +354,19 @@ class PolicyTask(Task):
     ) -> NDArray[np.float64]:
         """Gives each entry that the policy drew its sample's value: [samples] → [rows,
         S]; 0 elsewhere."""
+        spread = self._spread_to_entries(values, batch)
+        return np.where(batch["weights"] > 0, spread, 0.0)
+
+    def _spread_to_entries(
+        self, values: NDArray[np.generic], batch: Batch
+    ) -> NDArray[np.float64]:
+        """Gives each entry its sample's value: [samples] → [rows, S]; 0 in padding."""
         segment_ids = batch["segment_ids"]
         numbers = np.arange(1, self.sequences_per_row + 1)
         is_present = (segment_ids[..., None] == numbers).any(1)
         table = np.zeros((len(segment_ids), self.sequences_per_row + 1))
         table[:, 1:][is_present] = values
-        spread = np.take_along_axis(table, segment_ids, axis=1)
-        return np.where(batch["weights"] > 0, spread, 0.0)
+        return np.take_along_axis(table, segment_ids, axis=1)
 
     # A step's loss.
 
@@ -345,8 +383,9 @@ class PolicyTask(Task):
         batch: DeviceBatch,
         routes: jax.Array | None = None,
     ) -> TokenStatistics:
-        """Runs a model once over rows [..., S]; ``routes``: experts of its tokens, [...,
-        S, E, k]."""
+        """Runs a model once over rows [..., S]. The policy, old, current and of
+        reference, is softmax(logits / temperature) of what samples are drawn at, as in
+        TRL 1.16. ``routes``: experts of its tokens, [..., S, E, k]."""
         hidden, aux = model(
             batch["tokens"],
             batch["positions"],
@@ -356,6 +395,7 @@ class PolicyTask(Task):
         log_probs, entropies = compute_log_probs_and_entropies(
             model.prepare_logits(hidden),
             batch["targets"],
+            temperature=self.rollouts.sampling.temperature,
             chunk_tokens=self.chunk_tokens,
         )
         return TokenStatistics(log_probs, entropies, hidden, aux)

@@ -25,6 +25,7 @@ NUM_TURNS = 3
 QUESTIONS = ("a", "the sun rises", "the sun sets over a sea", "grey?", "12 + 7 =")
 # Ends of turns are likely, and come at unlike places.
 STOP_BIAS = 3.0
+TEMPERATURE = 1.3
 
 
 class EchoEnvironment(Environment):
@@ -119,7 +120,7 @@ def engine(shared_engine, policy, one_device_mesh) -> Iterator[Engine]:
 
 def make_config(tokenizer: Tokenizer, settings: dict[str, Any]) -> RolloutConfig:
     sampling = SamplingConfig(
-        temperature=1.3,
+        temperature=TEMPERATURE,
         top_p=0.9,
         max_new_tokens=40,
         logit_bias=dict.fromkeys(tokenizer.stop_ids, STOP_BIAS),

@@ -22,6 +22,7 @@ from tests.errors import message
 from tests.inference.conftest import Tiny, _forward
 from tests.rl.rollouts.conftest import (
     NUM_TURNS,
+    TEMPERATURE,
     EchoEnvironment,
     SlowEchoEnvironment,
     assert_same,
@@ -74,7 +75,7 @@ def test_samples_do_not_depend_on_what_else_runs(
 def test_tokens_are_never_encoded_again(expected, policy, chat_tokenizer):
     """The tokens of a sample are the conversation's text; those that were drawn stand
     as they were drawn, with the log-probabilities of a plain forward pass over all of
-    them, at temperature 1 and without filters."""
+    them, at the temperature of the rollouts and without filters."""
     num_turns = []
     num_rewritten = 0
     for sample in expected:
@@ -99,7 +100,7 @@ def test_tokens_are_never_encoded_again(expected, policy, chat_tokenizer):
         if chat_tokenizer.encode(chat_tokenizer.decode(drawn)) != drawn:
             num_rewritten += 1
         logits = compute_logits(policy, sample.tokens)
-        log_probs = log_softmax(logits.astype(np.float64), axis=-1)
+        log_probs = log_softmax(logits.astype(np.float64) / TEMPERATURE, axis=-1)
         for place, is_drawn in enumerate(sample.is_sampled):
             token = sample.tokens[place]
             exact = log_probs[place - 1, token] if is_drawn else 0
