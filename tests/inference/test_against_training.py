@@ -246,7 +246,9 @@ def test_a_batch_invariant_pass_is_the_same_function(one_device_mesh):
         with jax.set_mesh(case.mesh):
             values[batch_invariant] = differentiate(case.params)
     (plain_gradients, plain), (gradients, log_probs) = values.values()
-    np.testing.assert_allclose(log_probs, plain, atol=2e-6)
+    # What stands in padding, no one reads.
+    is_text = segments > 0
+    np.testing.assert_allclose(log_probs[is_text], plain[is_text], atol=2e-6)
     for expected, gradient in zip(
         jax.tree.leaves(plain_gradients), jax.tree.leaves(gradients), strict=True
     ):

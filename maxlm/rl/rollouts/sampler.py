@@ -22,7 +22,7 @@ from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.environment_calls import (
     Answer,
     EnvironmentCalls,
-    make_environment_error,
+    score_episodes,
 )
 from maxlm.rl.rollouts.episode import Episode, begin_episode, get_episode_order
 from maxlm.rl.rollouts.replies import check_template_keeps_turns, encode_reply
@@ -386,20 +386,13 @@ class RolloutSampler:
     def _score(self) -> None:
         """Lets the environment score the episodes that are over. Raises MaxlmError: it
         failed, and ``config.environment_errors`` is ``stop``."""
-        while self._over:
-            episode = self._over[0]
-            sample = episode.sample
-            try:
-                sample.environment_reward = self.environment.score(sample)
-            # It is a program of someone else's: it may raise anything.
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                line = make_environment_error(self.environment, episode, reason)
+        for error in score_episodes(self.environment, self._over):
+            if error is not None:
                 if self.config.environment_errors == "stop":
-                    raise line from error
-                self.environment_errors.append(line)
-            del self._over[0]
-            self._finished.append(sample)
+                    raise error
+                self.environment_errors.append(error)
+            episode = self._over.pop(0)
+            self._finished.append(episode.sample)
 
 
 def find_max_length(config: EngineConfig) -> int:
