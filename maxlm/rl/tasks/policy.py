@@ -148,6 +148,10 @@ class PolicyTask(Task):
         self.list_model_arrays(model, seq_len=1)
 
     @property
+    def files_setting(self) -> str | None:
+        return "environment.files" if self.environment.needs_files else None
+
+    @property
     def updates_per_rollout(self) -> int:
         """Steps on each rollout."""
         return self.epochs * self.minibatches
