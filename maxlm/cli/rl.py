@@ -79,6 +79,15 @@ def prompts(
         Option("-n", "--count", min=1, help="Rows; default: all that there are."),
     ] = None,
     seed: Annotated[int, Option(help="Of rows that are drawn.")] = 0,
+    examples: Annotated[
+        float | None,
+        Option(
+            min=0,
+            max=1,
+            help="Add a column `completion` to tune on: an episode with its calls in "
+            "this share of the rows, the bare answer in others.",
+        ),
+    ] = None,
 ) -> None:
     """Write an environment's prompts, with their answers, as rows of a file: to look at
     them, or for `maxlm tune`. Settings are the environment's, as kind=addition
@@ -91,7 +100,9 @@ def prompts(
 
     environment_settings = [f"environment.{setting}" for setting in settings or ()]
     config = load_config(EnvironmentSettings, None, environment_settings).value
-    num_rows = write_prompts(config.environment, out, count, seed=seed)
+    num_rows = write_prompts(
+        config.environment, out, count, seed=seed, examples=examples
+    )
     print(f"{num_rows:,} prompts in {out}")
 
 

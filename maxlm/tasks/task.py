@@ -176,6 +176,8 @@ class Task(Config):
     )
     """Metrics that are drawn at a run's end, where its records have them, and what each
     is called."""
+    plot_name: ClassVar[str] = "loss"
+    """Name of the image in the run's ``plots``, without its suffix."""
     watched_metric: ClassVar[WatchedMetric | None] = WatchedMetric("loss", "falls")
     """The metric by which `maxlm smoke` tells that a small model learns; None: no
     metric of a few steps tells."""

@@ -145,6 +145,7 @@ def _list_files(run: TrainingResult) -> str:
         "metrics.jsonl": "every step's numbers",
         "tensorboard": f"the same: tensorboard --logdir {folder}",
         "plots/loss.png": "the loss",
+        "plots/rollouts.png": "rewards, lengths and entropy",
         "samples": "what is printed above",
     }
     names = [name for name in descriptions if (folder / name).exists()]

@@ -113,6 +113,18 @@ class Environment(Config):
         none. A pure function of the sample."""
         return None
 
+    def write_example(self, row: JsonMapping) -> str:
+        """Returns what a policy that knows how writes behind a row's prompt of text,
+        with the environment's replies where they stand: to tune a model on. Raises
+        MaxlmError: there is no example of such a row."""
+        answer = row.get("answer")
+        if not isinstance(answer, str):
+            message = f"environment.kind={self.kind} has no example: a row has no text "
+            message += "'answer'"
+            fix = "use kind=addition or kind=calculator, or write the column yourself"
+            raise MaxlmError(message, where="examples", fix=fix)
+        return answer
+
     @property
     def max_turns(self) -> int:
         """Turns of the policy at most in an episode; 1: :meth:`respond` is never

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
@@ -78,6 +79,27 @@ class PolicyTask(Task):
     command: ClassVar[Literal["train", "tune", "rl"]] = "rl"
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
     watched_metric: ClassVar[WatchedMetric | None] = None
+    shown_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "reward": "reward {:.3f}",
+            "response_length": "length {:.1f}",
+            "kl": "KL {:.4f}",
+            "entropy": "entropy {:.3f}",
+            "clip_share": "clipped {:.1%}",
+            "engine_difference": "engine difference {:.0e}",
+            "generated_tokens_per_second": "{:,.0f} generated tokens/s",
+        }
+    )
+    plotted_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "reward": "reward",
+            "response_length": "tokens of an answer",
+            "entropy": "entropy (nats per token)",
+            "kl": "KL to the reference (nats per token)",
+            "clip_share": "share of tokens clipped",
+        }
+    )
+    plot_name: ClassVar[str] = "rollouts"
     compares_samples: ClassVar[bool] = False
     """Whether advantages compare the samples of a prompt."""
     needs_rewards: ClassVar[bool] = True
