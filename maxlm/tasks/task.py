@@ -325,6 +325,12 @@ class Task(Config):
         """
         return self
 
+    @property
+    def files_setting(self) -> str | None:
+        """The setting, below ``task``, that must name the files of its rows; None: it
+        needs none."""
+        return "files" if "files" in type(self).model_fields else None
+
     def for_small_model(self) -> Self:
         """Returns the task for a small model, without settings that fit the model's own
         size."""

@@ -27,6 +27,7 @@ class CalculatorEnvironment(SingleTurnEnvironment):
     answer ``84``.
     """
 
+    needs_files = False
     replies_at_once = True
 
     kind: str = "calculator"

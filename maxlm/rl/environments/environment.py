@@ -71,6 +71,9 @@ class Environment(Config):
     """Whether :meth:`respond` takes no time and always says the same: then it is called
     between two steps of the engine, else in a thread beside them."""
 
+    needs_files: ClassVar[bool] = False
+    """Whether prompts come of ``files`` alone."""
+
     kind: str = "single_turn"
     chat: bool = False
     """true: a prompt of text is a user's message, which the tokenizer's chat template

@@ -81,15 +81,19 @@ class PolicyTask(Task):
     command: ClassVar[Literal["train", "tune", "rl"]] = "rl"
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
     watched_metric: ClassVar[WatchedMetric | None] = None
+    # In the order of their use: two lines of a terminal of 100 columns end after them.
     shown_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "reward": "reward {:.3f}",
-            "response_length": "length {:.1f}",
-            "kl": "KL {:.4f}",
-            "entropy": "entropy {:.3f}",
-            "clip_share": "clipped {:.1%}",
-            "engine_difference": "engine difference {:.0e}",
-            "generated_tokens_per_second": "{:,.0f} generated tokens/s",
+            "response_length": "length {:.0f}",
+            "kl": "KL {:.3f}",
+            "teacher_kl": "KL {:.3f}",
+            "divergence": "divergence {:.3f}",
+            "entropy": "entropy {:.2f}",
+            "clip_share": "clip {:.1%}",
+            "engine_difference": "engine ±{:.0e}",
+            "generated_tokens_per_second": "draws {:,.0f}/s",
+            "tokens_per_second": "trains {:,.0f} tokens/s",
         }
     )
     plotted_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -98,6 +102,8 @@ class PolicyTask(Task):
             "response_length": "tokens of an answer",
             "entropy": "entropy (nats per token)",
             "kl": "KL to the reference (nats per token)",
+            "teacher_kl": "KL to the teacher (nats per token)",
+            "divergence": "divergence from the teacher (nats per token)",
             "clip_share": "share of tokens clipped",
         }
     )
@@ -184,6 +190,10 @@ class PolicyTask(Task):
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
         self.list_model_arrays(model, seq_len=1)
+
+    @property
+    def files_setting(self) -> str | None:
+        return "environment.files" if self.environment.needs_files else None
 
     @property
     def updates_per_rollout(self) -> int:
