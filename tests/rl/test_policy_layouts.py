@@ -9,12 +9,12 @@ import pytest
 
 from maxlm.models.params import bind
 from maxlm.optim.step import bind_frozen
+from maxlm.rl.tasks.grpo import GrpoTask
 from maxlm.run.global_batch import (
     batch_sharding,
     get_local_row_indices,
     make_global_batch,
 )
-from maxlm.rl.tasks.grpo import GrpoTask
 from maxlm.run.setup import set_up_run
 from maxlm.sharding import bind_mesh
 from maxlm.tasks.task import TaskModels
