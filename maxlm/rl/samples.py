@@ -18,6 +18,9 @@ class Prompt:
     """What the policy reads first."""
     row: JsonMapping
     """All columns of the row: an environment and rewards read them."""
+    number: int = 0
+    """Its place in the run's order, in which a row may come again; the random streams
+    of its samples follow from it."""
 
 
 @dataclass

@@ -89,10 +89,16 @@ class PolicyEngine:
 
     def release(self) -> None:
         """Frees what generation alone needs; parameters that are shared are let go, so
-        that a training step may take them."""
-        if self._engine is not None:
-            self._engine.release_params()
-            self._engine.release_caches()
+        that a training step may take them. Samples that are under way keep their caches
+        where ``rollouts.update_in_flight`` says so."""
+        if self._engine is None or self._sampler is None:
+            return
+        self._engine.release_params()
+        keeps_caches = self._task.rollouts.update_in_flight == "keep_caches"
+        if keeps_caches and self._sampler.num_unfinished:
+            return
+        self._sampler.pause()
+        self._engine.release_caches()
 
 
 def _make_generation_mesh(setup: RunSetup, config: MeshConfig | None) -> Mesh:

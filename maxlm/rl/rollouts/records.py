@@ -45,10 +45,11 @@ _DTYPES = {
 }
 
 
-class RowReader(Protocol):
-    """Reads the prompt of a row, such as :class:`PromptOrder`."""
+class PromptReader(Protocol):
+    """Reads the prompts of a run, such as
+    :class:`~maxlm.rl.rollouts.prompts.PromptOrder`."""
 
-    def read_row(self, row_number: int, /) -> Prompt: ...
+    def take(self, start: int, count: int, /) -> Sequence[Prompt]: ...
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,8 @@ def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
     arrays["lengths"] = np.array(lengths, np.int64)
     states = [
         {
-            "row_number": episode.sample.prompt.row_number,
+            "prompt_number": episode.sample.prompt.number,
             "number": episode.sample.number,
-            "rollout_number": episode.rollout_number,
-            "occurrence": episode.occurrence,
             "num_prompt_tokens": episode.sample.num_prompt_tokens,
             "turn_start": episode.turn_start,
             "has_ended_turn": episode.has_ended_turn,
@@ -158,11 +157,11 @@ def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
     return {f"unfinished_{name}": array for name, array in arrays.items()}
 
 
-def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
+def episodes_from_arrays(arrays: Arrays, prompts: PromptReader) -> list[Episode]:
     """Makes samples under way of what :func:`episodes_to_arrays` returned.
 
     Args:
-        rows: what the rows of their prompts are read from.
+        prompts: what their prompts are read from.
 
     Raises:
         MaxlmError: a prompt is other than it was.
@@ -172,7 +171,7 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
     episodes = []
     routes = routes_from_arrays(arrays, "unfinished_", len(states))
     # Samples of a group have the same prompt.
-    prompts: dict[tuple[int, int, int], Prompt] = {}
+    known: dict[int, Prompt] = {}
     stop = 0
     for state, length, sample_routes in zip(
         states, arrays["unfinished_lengths"], routes, strict=True
@@ -183,11 +182,10 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
             name: arrays[f"unfinished_{name}"][start:stop].tolist()
             for name in _TOKEN_ARRAYS
         }
-        row_number = state["row_number"]
-        group = (state["rollout_number"], row_number, state["occurrence"])
-        if group not in prompts:
-            prompts[group] = rows.read_row(row_number)
-        prompt = prompts[group]
+        prompt_number = state["prompt_number"]
+        if prompt_number not in known:
+            (known[prompt_number],) = prompts.take(prompt_number, 1)
+        prompt = known[prompt_number]
         if list(prompt.tokens) != values["tokens"][: state["num_prompt_tokens"]]:
             message = f"the prompt of row {prompt.row_number} has changed since it was "
             message += "sampled from"
@@ -203,8 +201,6 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
         )
         episode = Episode(
             sample,
-            state["rollout_number"],
-            state["occurrence"],
             state["turn_start"],
             has_ended_turn=state["has_ended_turn"],
             is_over=state["is_over"],

@@ -1,8 +1,8 @@
 """Draws samples with the engine: many episodes together, each as if it were alone.
 
-A sample's random stream follows from the run's seed, the number of its rollout, its
-prompt's row and its own number, and a token's from its position besides. So its tokens
-depend neither on what else runs, nor on when it was preempted, nor on how often its
+A sample's random stream follows from the run's seed, its prompt's place in the run's
+order and its own number, and a token's from its position besides. So its tokens depend
+neither on what else runs, nor on when it was preempted, nor on how often its
 episode was cut into requests: a turn that goes on, or a sample that goes on after a
 restart, draws what it would have drawn.
 """
@@ -29,8 +29,6 @@ from maxlm.rl.rollouts.replies import check_template_keeps_turns, encode_reply
 from maxlm.rl.routes import extend_routes
 from maxlm.rl.samples import Prompt, Sample
 from maxlm.runtime.pool import count_usable_cores
-
-_MAX_OPEN_ROLLOUTS = 100
 
 
 class RolloutSampler:
@@ -102,8 +100,6 @@ class RolloutSampler:
         self._over: list[Episode] = []
         """Episodes that are over, to be scored."""
         self._finished: list[Sample] = []
-        self._occurrences: dict[tuple[int, int], int] = {}
-        """Prompts of a row in a rollout, by the numbers of both."""
         self._counter = count()
 
     @property
@@ -118,14 +114,18 @@ class RolloutSampler:
             return
         self.version = step
         if self.config.update_in_flight == "recompute":
-            for (request_id, _), episode in self._drawing.items():
-                self.engine.abort(request_id)
-                insort(self._waiting, episode, key=get_episode_order)
-            self._drawing = {}
+            self.pause()
 
-    def add(
-        self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int
-    ) -> None:
+    def pause(self) -> None:
+        """Takes the samples that are under way out of the engine, which then may let go
+        of its caches; they go on with the next :meth:`advance`, which computes anew
+        what is there of them."""
+        for (request_id, _), episode in self._drawing.items():
+            self.engine.abort(request_id)
+            insort(self._waiting, episode, key=get_episode_order)
+        self._drawing = {}
+
+    def add(self, prompts: Sequence[Prompt], num_samples: int) -> None:
         """Begins samples 0, 1, ... of each prompt. Raises MaxlmError: a prompt that
         leaves no room for an answer; then none is begun."""
         for prompt in prompts:
@@ -138,26 +138,13 @@ class RolloutSampler:
                 where = f"row {prompt.row_number} of prompts"
                 fix = "shorten it, or raise the engine's max_length"
                 raise MaxlmError(message, where=where, fix=fix)
-        # No prompts are added to rollouts that are this old.
-        first_number = rollout_number - _MAX_OPEN_ROLLOUTS
-        self._occurrences = {
-            key: occurrence
-            for key, occurrence in self._occurrences.items()
-            if key[0] > first_number
-        }
         for prompt in prompts:
-            key = (rollout_number, prompt.row_number)
-            occurrence = self._occurrences.get(key, 0)
-            self._occurrences[key] = occurrence + 1
             for number in range(num_samples):
-                episode = begin_episode(prompt, number, rollout_number, occurrence)
-                self._enqueue(episode)
+                self._enqueue(begin_episode(prompt, number))
 
-    def sample(
-        self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int
-    ) -> Iterator[Sample]:
+    def sample(self, prompts: Sequence[Prompt], num_samples: int) -> Iterator[Sample]:
         """Yields samples of each prompt as they finish, until all have."""
-        self.add(prompts, rollout_number, num_samples)
+        self.add(prompts, num_samples)
         while self.num_unfinished or self._finished:
             yield from self.advance(1)
 
@@ -211,9 +198,6 @@ class RolloutSampler:
         """Goes on with samples that were under way in another process, in this
         order."""
         for episode in episodes:
-            key = (episode.rollout_number, episode.sample.prompt.row_number)
-            num_before = self._occurrences.get(key, 0)
-            self._occurrences[key] = max(num_before, episode.occurrence + 1)
             episode.order = next(self._counter)
             if episode.is_over:
                 self._over.append(episode)
@@ -245,7 +229,7 @@ class RolloutSampler:
             is_next = (
                 not first.has_begun
                 and not episode.has_begun
-                and episode.group == first.group
+                and episode.sample.prompt.number == first.sample.prompt.number
                 and episode.sample.number == first.sample.number + len(group)
             )
             if not is_next:
@@ -259,7 +243,7 @@ class RolloutSampler:
         sample = episode.sample
         # All samples of a group have one seed, and each a stream of its own; a token's
         # place in the stream is its position, in whatever turn.
-        key = derive_key(self.seed, "rollout", *episode.group)
+        key = derive_key(self.seed, "rollout", sample.prompt.number)
         sampling = self.config.sampling
         num_in_turn = len(sample.tokens) - episode.turn_start
         for member in group:

@@ -2,7 +2,8 @@
 answers, and what came of it is kept in the run's folder and trained on.
 
 Rollout r serves the steps r·U to r·U + U − 1, U being epochs · minibatches. It is drawn
-with the parameters that the first of them begins with.
+with the parameters that the first of them begins with; with ``rollouts.staleness`` the
+first tokens of its samples may be of up to so many rollouts before.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from maxlm.checkpoint.folder import list_checkpoint_steps
+from maxlm.checkpoint.skips import get_batch_index
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import Batch
 from maxlm.data.loader.permutation import derive_key, permute
@@ -24,10 +27,22 @@ from maxlm.optim.state import TrainState
 from maxlm.optim.step import bind_frozen
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.generation import PolicyEngine
-from maxlm.rl.rollouts.groups import CollectedGroups, Group, GroupCollector
+from maxlm.rl.rollouts.groups import (
+    CollectedGroups,
+    Group,
+    GroupCollector,
+    GroupQueue,
+)
 from maxlm.rl.rollouts.packing import pack_samples
 from maxlm.rl.rollouts.prompts import PromptOrder
-from maxlm.rl.rollouts.records import RolloutFiles, SampleLog, ScoredSample
+from maxlm.rl.rollouts.records import (
+    RolloutFiles,
+    SampleLog,
+    ScoredSample,
+    episodes_from_arrays,
+    episodes_to_arrays,
+)
+from maxlm.rl.rollouts.sampler import RolloutSampler
 from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.rl.routes import ROUTES
 from maxlm.run.rollout_source import RolloutContext
@@ -39,7 +54,9 @@ from maxlm.tasks.task import DeviceBatch, SourceInputs, TaskModels
 # again, unless training stands in the middle of it.
 _DECIDING = ("seed", "model", "adapter", "task", "optimizer", "schedule")
 _NEXT_PROMPT = "next_prompt"
+_NUM_BEGUN = "num_begun"
 _SETTINGS = "settings"
+_METRICS = "metrics"
 
 
 class PolicyRolloutSource:
@@ -127,6 +144,10 @@ class PolicyRollouts:
         if runner is not None:
             runner.check(self._order.take(0, self._num_groups))
         self._runner = runner
+        self._collector: GroupCollector | None = None
+        self._collected: int | None = None
+        """The rollout that the collector collected last; None: it has yet to find out
+        where the run's groups stand."""
         self._files = RolloutFiles(context.folder)
         is_lead = jax.process_index() == 0
         self._log = SampleLog(context.folder, write=is_lead)
@@ -143,7 +164,7 @@ class PolicyRollouts:
         if number == self._number:
             return {}
         arrays = self._read(number, is_under_way=update > 0)
-        metrics: Mapping[str, float] = {}
+        timings: Mapping[str, float] = {}
         if arrays is None:
             if update:
                 message = f"the record of rollout {number} is not there, and training "
@@ -151,14 +172,17 @@ class PolicyRollouts:
                 fix = "resume from an older checkpoint"
                 where = str(self._files.get_path(number))
                 raise MaxlmError(message, where=where, fix=fix)
-            arrays, metrics = self._make(number, step, state)
+            arrays, timings = self._make(number, step, state)
         self._number = number
         self._batch = {
             name.removeprefix("batch_"): array
             for name, array in arrays.items()
             if name.startswith("batch_")
         }
-        return metrics
+        if update:
+            return {}
+        # A rollout that was kept is logged as it was, but for the time it took.
+        return json.loads(arrays[_METRICS].tobytes()) | timings
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
@@ -187,18 +211,11 @@ class PolicyRollouts:
         self, number: int, step: int, state: TrainState
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Draws and scores a rollout, and keeps it; returns its arrays, and what is
-        logged of it."""
-        first_prompt = self._find_first_prompt(number)
+        logged of the time that it took."""
         sampler = self._engine.open_sampler(state.params, step)
-        collector = GroupCollector(
-            sampler,
-            self._runner,
-            self._order,
-            self._task.rollouts,
-            self._task.num_samples,
-            self._context.on_work,
-        )
-        collected = collector.collect(number, first_prompt, self._num_groups)
+        collector = self._get_collector(sampler, number)
+        collected = collector.collect(self._num_groups)
+        self._collected = number
         # The step needs the memory of the engine's caches.
         self._engine.release()
 
@@ -206,30 +223,80 @@ class PolicyRollouts:
         batch = self._make_batch(collected.groups, number, state)
         collected.seconds["preparation"] = time.perf_counter() - began
         arrays = {f"batch_{name}": array for name, array in batch.items()}
-        arrays[_NEXT_PROMPT] = np.array(collected.next_prompt, np.int64)
+        queue = collector.get_queue()
+        arrays[_NEXT_PROMPT] = np.array(queue.next_prompt, np.int64)
+        arrays[_NUM_BEGUN] = np.array(queue.num_begun, np.int64)
+        arrays |= episodes_to_arrays(queue.episodes)
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
         metrics = self._describe(collected)
+        metrics |= self._describe_staleness(batch, step, collector)
+        arrays[_METRICS] = np.frombuffer(json.dumps(metrics).encode(), np.uint8)
         if jax.process_index() == 0:
             scored = self._list_scored(collected.groups, batch)
             self._log.append(step, number, scored)
+            # What was drawn behind it followed from another.
+            self._files.delete_after(number)
             self._files.write(number, arrays)
-        return arrays, metrics
+            self._delete_old_records()
+        return arrays, _describe_work(collected)
 
-    def _find_first_prompt(self, number: int) -> int:
-        """Returns the prompt that a rollout begins with: the one behind those of the
-        rollout before it."""
-        if not self._task.rollouts.resample_zero_variance:
-            return number * self._num_groups
-        if number == 0:
-            return 0
-        before = self._files.read(number - 1)
-        if before is None:
-            message = f"the record of rollout {number - 1} is not there, and it says "
-            message += "which prompt comes next"
+    def _delete_old_records(self) -> None:
+        """Deletes the records that nobody wants, and no checkpoint needs."""
+        num_kept = self._task.rollouts.keep_records
+        if num_kept is None:
+            return
+        steps = list_checkpoint_steps(self._context.folder / "checkpoints")
+        first_batch = get_batch_index(min(steps, default=0), self._context.skips)
+        # The one before says which samples come next.
+        first_needed = first_batch // self._updates - 1
+        self._files.delete_old(num_kept, first_needed)
+
+    def _get_collector(self, sampler: RolloutSampler, number: int) -> GroupCollector:
+        """Returns what collects a rollout, standing where the rollout before left it,
+        in this process or another."""
+        config = self._task.rollouts
+        if self._collector is None:
+            self._collector = GroupCollector(
+                sampler,
+                self._runner,
+                self._order,
+                config,
+                self._task.num_samples,
+                config.staleness * self._num_groups,
+                self._context.on_work,
+            )
+        collector = self._collector
+        before = self._find_rollout_before(number)
+        if before == self._collected and before is not None:
+            return collector
+        if before is None or not (config.resample_zero_variance or config.staleness):
+            collector.skip_to(number * self._num_groups)
+            return collector
+        collector.restore(self._read_queue(before))
+        return collector
+
+    def _find_rollout_before(self, number: int) -> int | None:
+        """Returns the rollout that the run trained on before this one; None: it is the
+        first."""
+        batch = number * self._updates - 1
+        for first, last in sorted(self._context.skips, reverse=True):
+            if first <= batch <= last:
+                batch = first - 1
+        return batch // self._updates if batch >= 0 else None
+
+    def _read_queue(self, number: int) -> GroupQueue:
+        """Returns where groups stand behind a rollout. Raises MaxlmError: its record is
+        not there."""
+        arrays = self._files.read(number)
+        if arrays is None:
+            message = f"the record of rollout {number} is not there, and it says "
+            message += "which samples come next"
             fix = "resume from an older checkpoint"
-            where = str(self._files.get_path(number - 1))
+            where = str(self._files.get_path(number))
             raise MaxlmError(message, where=where, fix=fix)
-        return int(before[_NEXT_PROMPT])
+        episodes = episodes_from_arrays(arrays, self._order)
+        next_prompt = int(arrays[_NEXT_PROMPT])
+        return GroupQueue(next_prompt, int(arrays[_NUM_BEGUN]), episodes)
 
     def _make_batch(
         self, groups: Sequence[Group], number: int, state: TrainState
@@ -316,11 +383,35 @@ class PolicyRollouts:
             own_scores = scores[:, index]
             if not np.isnan(own_scores).all():
                 metrics[f"reward/{reward.name}"] = float(np.nanmean(own_scores))
-        for phase, seconds in collected.seconds.items():
-            metrics[f"{phase}_seconds"] = seconds
-        generation = max(collected.seconds["generation"], 1e-9)
-        metrics["generated_tokens_per_second"] = float(lengths.sum()) / generation
         return metrics
+
+    def _describe_staleness(
+        self, batch: Batch, step: int, collector: GroupCollector
+    ) -> dict[str, float]:
+        """Returns what is logged of tokens that older parameters drew."""
+        if not self._task.rollouts.staleness:
+            return {}
+        versions = batch["versions"]
+        is_drawn = (batch["weights"] > 0) & (versions >= 0)
+        ages = (step - versions[is_drawn]) / self._updates
+        return {
+            "staleness": float(ages.mean()) if ages.size else 0.0,
+            "max_staleness": float(ages.max()) if ages.size else 0.0,
+            "samples_under_way": float(collector.num_under_way),
+        }
+
+
+def _describe_work(collected: CollectedGroups) -> dict[str, float]:
+    """Returns what is logged of the work and the time that a rollout took."""
+    seconds = collected.seconds
+    timings = {f"{phase}_seconds": value for phase, value in seconds.items()}
+    samples = [sample for group in collected.groups for sample in group.samples]
+    num_tokens = sum(sample.num_sampled for sample in samples)
+    return timings | {
+        "generated_tokens_per_second": num_tokens / max(seconds["generation"], 1e-9),
+        "generated_tokens_per_step": num_tokens / max(collected.engine_steps, 1),
+        "engine_steps": float(collected.engine_steps),
+    }
 
 
 def _jit_preparation(

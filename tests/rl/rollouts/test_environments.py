@@ -40,7 +40,7 @@ OPERATORS = {
 
 
 def make_sample(*turns: tuple[str, str]) -> Sample:
-    episode = begin_episode(Prompt(0, (1,), {"prompt": "?"}), 0, 0, 0)
+    episode = begin_episode(Prompt(0, (1,), {"prompt": "?"}), 0)
     episode.sample.turns += turns
     return episode.sample
 
@@ -220,7 +220,7 @@ class RandomlySlow(Environment):
 def ask_about_five(calls: EnvironmentCalls) -> None:
     prompt = Prompt(7, (1,), {})
     for number in range(5):
-        calls.ask(begin_episode(prompt, number, 0, 0))
+        calls.ask(begin_episode(prompt, number))
 
 
 def test_on_several_hosts_all_answers_come_together(monkeypatch):

@@ -78,14 +78,14 @@ def rollout(experts, one_device_mesh, chat_tokenizer, prompts) -> SimpleNamespac
                 seed=3,
             )
 
-        straight = [*open_sampler().sample(prompts, 1, SAMPLES)]
+        straight = [*open_sampler().sample(prompts, SAMPLES)]
         first = open_sampler()
-        first.add(prompts, 1, SAMPLES)
+        first.add(prompts, SAMPLES)
         samples = first.advance(14)
         arrays = episodes_to_arrays(first.list_unfinished())
         first.set_version(1)
         engine.set_params(with_other_routers(experts.params))
-        rows = SimpleNamespace(read_row=lambda number: prompts[number])
+        rows = SimpleNamespace(take=lambda start, count: prompts[start : start + count])
         second = open_sampler()
         second.restore(episodes_from_arrays(arrays, rows))
         begun = {
