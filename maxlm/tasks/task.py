@@ -30,7 +30,7 @@ from maxlm.models.frontends import (
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
-from maxlm.tasks.extra_work import ExtraPass, GenerationWork
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork, ScoringModel
 
 ModelT = TypeVar("ModelT")
 ResultT = TypeVar("ResultT")
@@ -216,6 +216,11 @@ class Task(Config):
         """Returns what the trained model generates for steps of ``batch_size`` rows of
         ``seq_len`` tokens, for the run's plan; None: nothing."""
         return None
+
+    def scoring_models(self) -> Mapping[str, ScoringModel]:
+        """Returns the models that score what is generated, by name, for the run's
+        plan."""
+        return {}
 
     @property
     def required_heads(self) -> Mapping[str, int]:

@@ -30,7 +30,7 @@ from maxlm.rl.routes import ROUTES, declare_routes, get_routes
 from maxlm.rl.sequences import PackedSequences
 from maxlm.sharding import MeshConfig
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.extra_work import ExtraPass, GenerationWork
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork, ScoringModel
 from maxlm.tasks.preference import scale_layers_loss
 from maxlm.tasks.task import (
     Average,
@@ -218,6 +218,10 @@ class PolicyTask(Task):
         from maxlm.rl.rollouts.planned_work import describe_generation
 
         return describe_generation(self, seq_len, batch_size)
+
+    def scoring_models(self) -> Mapping[str, ScoringModel]:
+        models = {reward.name: reward.scoring_model for reward in self.rewards}
+        return {name: model for name, model in models.items() if model is not None}
 
     def extra_passes(self) -> tuple[ExtraPass, ...]:
         names = set(self.list_prepared_arrays())

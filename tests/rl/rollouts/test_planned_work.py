@@ -15,6 +15,8 @@ from maxlm.rl.tasks.on_policy_distillation import OnPolicyDistillationTask
 from maxlm.rl.tasks.policy import PolicyTask
 from maxlm.rl.tasks.ppo import PpoTask
 from maxlm.rl.tasks.rloo import RlooTask
+from maxlm.sharding import MeshConfig
+from maxlm.tasks.extra_work import ScoringModel
 
 POLICY = "log-probabilities of the policy"
 REFERENCE = "log-probabilities of the reference"
@@ -52,6 +54,19 @@ def test_sequences_are_those_that_the_source_draws():
     roomy = task.engine.model_copy(update={"max_length": 29})
     shorter = task.model_copy(update={"engine": roomy})
     assert shorter.generation(60, 6).room_tokens == 29
+
+
+def test_a_model_that_scores_is_told_to_the_plan():
+    rewards = [
+        {"kind": "length", "max_length": 9, "buffer": 2},
+        {"kind": "reward_model", "name": "helpful", "run": "runs/a"},
+        {"kind": "reward_model", "run": "runs/b", "mesh": {"tensor": 2}},
+    ]
+    models = make(GrpoTask, rewards=rewards).scoring_models()
+    assert models == {
+        "helpful": ScoringModel("runs/a"),
+        "reward_model": ScoringModel("runs/b", MeshConfig(tensor=2)),
+    }
 
 
 @pytest.mark.parametrize(
