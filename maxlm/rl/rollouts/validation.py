@@ -62,5 +62,7 @@ def describe_validation(
         metrics[f"eval_best_of_{num_samples}"] = float(best.mean())
     if len(rewards) > 1:
         for index, reward in enumerate(rewards):
-            metrics[f"eval_reward/{reward.name}"] = float(np.nanmean(scores[:, index]))
+            reward_scores = scores[:, index]
+            if not np.isnan(reward_scores).all():
+                metrics[f"eval_reward/{reward.name}"] = float(np.nanmean(reward_scores))
     return metrics

@@ -180,6 +180,10 @@ class PolicyTask(Task):
             message = f"task.kind={self.kind} learns of scores, and nothing scores"
             fix = "name a reward: [{kind: exact_match}]"
             raise MaxlmError(message, where="task.rewards", fix=fix)
+        if self.validation is not None and not self.rewards:
+            message = "answers to validation prompts are scored, and nothing scores"
+            fix = "name a reward: [{kind: exact_match}], or set task.validation to null"
+            raise MaxlmError(message, where="task.rewards", fix=fix)
         if not self.rollouts.sampling.temperature:
             message = "rollouts at temperature 0 are all alike, and the likeliest "
             message += "token is no distribution to learn"
