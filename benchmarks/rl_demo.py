@@ -130,7 +130,7 @@ def measure_accuracy(
         engine, loaded.tokenizer, task.environment, rollouts, seed=SEED
     )
     order = open_prompts(task, loaded.tokenizer, rollouts, sampler.max_prompt_length)
-    samples = list(sampler.sample(order.take(0, num_prompts), 0, 1))
+    samples = list(sampler.sample(order.take(0, num_prompts), 1))
     with RewardRunner(task.rewards) as runner:
         for sample in samples:
             runner.submit(sample)
