@@ -92,7 +92,9 @@ def train_and_kill(
 
 def find_last_step(folder: Path) -> int:
     """Returns the last step that a run has a record of; 0: none."""
-    return max((record["step"] for record in read_records(folder / "metrics.jsonl")), default=0)
+    return max(
+        (record["step"] for record in read_records(folder / "metrics.jsonl")), default=0
+    )
 
 
 def report_rewards(folder: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.rl.tasks.grpo import GrpoTask
 from maxlm.run.reporting_config import ReportingConfig
 from maxlm.tasks import ClmTask
 from maxlm.train import display
@@ -185,6 +186,15 @@ def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatc
         f"step 101/107 · ETA 0:28 · {SHOWN} · 0.21 steps/s",  # 3 steps in 14 s
         "step 107/107 · ETA 0:00 · loss 2.5000 · 0.56 steps/s",
     ]
+
+
+def test_the_line_of_a_policy_begins_with_its_reward(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ConsoleDisplay(9, shown=GrpoTask.shown_metrics) as console:
+        console.update(1, {"reward": 0.125, "entropy": 0.5, "clip_share": 0.011})
+    line = "step 1/9 · ETA - · reward 0.125 · entropy 0.500 · clipped 1.1%\n"
+    assert stream.getvalue() == line
 
 
 @pytest.mark.parametrize("columns", [60, 80, 118])
