@@ -188,6 +188,15 @@ def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatc
     ]
 
 
+def test_the_line_of_a_policy_begins_with_its_reward(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ConsoleDisplay(9, shown=GrpoTask.shown_metrics) as console:
+        console.update(1, {"reward": 0.125, "entropy": 0.5, "clip_share": 0.011})
+    line = "step 1/9 · ETA - · reward 0.125 · entropy 0.500 · clipped 1.1%\n"
+    assert stream.getvalue() == line
+
+
 @pytest.mark.parametrize("columns", [60, 80, 118])
 def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
