@@ -1,6 +1,7 @@
 """Check that GRPO teaches SmolLM2-135M-Instruct a task of reasoning-gym.
 
-    python -m benchmarks.rl_smollm2 BASE [--folder DIR] [--prompts 256] [SETTING ...]
+    python -m benchmarks.rl_smollm2 BASE [--folder DIR] [--prompts 256]
+        [--temperature 1] [SETTING ...]
 
 BASE is a run or a Hugging Face checkpoint (benchmarks/smollm2.py makes one). Trains by
 the recipe rl/smollm2_135m_reasoning_gym, with settings of one's own, and prints how
@@ -13,7 +14,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,23 +29,17 @@ from maxlm.rl.tasks.policy import PolicyTask
 from maxlm.run.config import RunConfig
 from maxlm.run.load import load_model
 from maxlm.run.load_config import load_run_config
+from maxlm.run.setup import use_compilation_cache
 
 RECIPE = "rl/smollm2_135m_reasoning_gym"
 HELD_OUT_SEED = 1_000_000_007
 """Entry i of reasoning-gym follows from seed + i: near seeds have the same entries."""
 
 
-class Accuracy(NamedTuple):
-    """How often answers are right."""
-
-    scores: np.ndarray
-    """Float64 [questions]."""
-
-    def describe(self) -> str:
-        """Returns the mean and its 95% interval, in percent."""
-        mean = self.scores.mean()
-        error = 1.96 * self.scores.std() / len(self.scores) ** 0.5
-        return f"{mean:.1%} ± {error:.1%}"
+def describe_mean(values: np.ndarray) -> str:
+    """Returns a mean and its 95% interval, in percent."""
+    error = 1.96 * values.std() / len(values) ** 0.5
+    return f"{100 * values.mean():.1f} ± {100 * error:.1f}%"
 
 
 def draw_held_out_prompts(
@@ -76,24 +70,24 @@ def draw_held_out_prompts(
     return list(prompts.values())[:count]
 
 
-def measure_accuracy(
-    folder: Path, config: RunConfig, task: PolicyTask, count: int
-) -> dict[float, Accuracy]:
-    """Returns the scores of a model's answers to held-out prompts, by temperature."""
+def score_model(
+    folder: Path, config: RunConfig, task: PolicyTask, count: int, temperature: float
+) -> np.ndarray:
+    """Returns the rewards of a model's answers to held-out prompts, float64
+    [prompts]."""
     loaded = load_model(folder)
     tokenizer = loaded.tokenizer
-    engine_config = EngineConfig(
-        max_sequences=64, max_length=config.data.seq_len + 1, prefill_tokens=256
-    )
+    # As training's engine, so that it is compiled once.
+    max_length = task.make_layout(config.data.seq_len).max_entries + 1
+    engine_config = task.engine.model_copy(update={"max_length": max_length})
     engine = Engine(loaded.model, loaded.params, engine_config, tokenizer)
     prompts = draw_held_out_prompts(config, task, tokenizer, count)
-    accuracies: dict[float, Accuracy] = {}
-    for temperature in (0.0, 1.0):
-        texts = answer(engine, prompts, temperature, task.max_new_tokens)
-        accuracies[temperature] = Accuracy(score_texts(task, prompts, texts))
+    texts = answer(engine, prompts, temperature, task.max_new_tokens)
+    scores = score_texts(task, prompts, texts)
+    print(f"{folder}: {describe_mean(scores)} right, such as", flush=True)
     for prompt, text in zip(prompts[:3], texts, strict=False):
-        print("  such as", repr(tokenizer.decode(prompt.tokens) + text), flush=True)
-    return accuracies
+        print("  ", repr(tokenizer.decode(prompt.tokens) + text), flush=True)
+    return scores
 
 
 def answer(
@@ -149,26 +143,25 @@ def main() -> None:
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--folder", type=Path, default=Path("runs/rl-smollm2"))
     parser.add_argument("--prompts", type=int, default=256, help="held out")
+    parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_args()
     shutil.rmtree(options.folder / "tuned", ignore_errors=True)
     config = load_recipe(options.base, options.folder, options.settings)
     task = config.task
     assert isinstance(task, PolicyTask)
-    before = measure_accuracy(options.base, config, task, options.prompts)
+    use_compilation_cache(config)
+    count = options.prompts
+    temperature = options.temperature
+    before = score_model(options.base, config, task, count, temperature)
     began = time.perf_counter()
     run = train_policy(config).folder
     seconds = time.perf_counter() - began
-    after = measure_accuracy(run, config, task, options.prompts)
-    for temperature, accuracy in before.items():
-        gains = after[temperature].scores - accuracy.scores
-        gain = 100 * gains.mean()
-        error = 196 * gains.std() / len(gains) ** 0.5
-        print(
-            f"temperature {temperature:g}: {accuracy.describe()} before, "
-            f"{after[temperature].describe()} after, +{gain:.1f} ± {error:.1f} points "
-            f"of {len(gains)} held-out questions"
-        )
-    print(f"training: {seconds:.0f} s")
+    after = score_model(run, config, task, count, temperature)
+    print(
+        f"{count} held-out questions at temperature {temperature:g}: "
+        f"{describe_mean(before)} before, {describe_mean(after)} after, the gain "
+        f"{describe_mean(after - before)}; training took {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":
