@@ -52,10 +52,11 @@ class PpoTask(ReferencePolicyTask):
     one's has the sample's score besides, and a head of the policy, ``model.heads``,
     says what is to be expected.
 
-    Metrics besides: ``sequence_kl`` is nats a sample, ``value_loss`` half the squared
-    error of values, ``value_clip_share`` the share of values whose gradient a limit
-    takes away, ``value_mean`` and ``return_mean`` what is expected and what came, and ``old_kl`` half
-    the mean square of the policy's log-ratios since the rollout.
+    Metrics besides: ``sequence_kl`` is nats a sample, ``kl_coef`` the weight where it
+    adapts to that, ``value_loss`` half the squared error of values,
+    ``value_clip_share`` the share of values whose gradient a limit takes away,
+    ``value_mean`` and ``return_mean`` what is expected and what came, and ``old_kl``
+    half the mean square of the policy's log-ratios since the rollout.
     """
 
     kind: Literal["ppo"] = "ppo"
@@ -200,7 +201,17 @@ class PpoTask(ReferencePolicyTask):
         self, statistics: TokenStatistics, models: TaskModels, batch: DeviceBatch
     ) -> LossResult:
         values = self.compute_values(models.trained, statistics, batch)
-        return self.compute_loss_with_values(statistics, values, batch)
+        total, sums = self.compute_loss_with_values(statistics, values, batch)
+        return total, {**sums, **self._measure_kl_coef(models, batch)}
+
+    def _measure_kl_coef(
+        self, models: TaskModels, batch: DeviceBatch
+    ) -> dict[str, Average]:
+        """Returns the weight of the divergence as a metric, where it adapts."""
+        if _KL_COEF not in models.state or not self.has_reference:
+            return {}
+        num_samples = self.get_sequences(batch).num_present
+        return {_KL_COEF: Average(models.state[_KL_COEF] * num_samples, num_samples)}
 
     def compute_loss_with_values(
         self, statistics: TokenStatistics, values: jax.Array, batch: DeviceBatch
