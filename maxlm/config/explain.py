@@ -118,7 +118,7 @@ def _describe(
     if kind in ("value_error", "assertion_error", "maxlm_error"):
         return _describe_raised_error(details.get("ctx", {})["error"], fault.key, tree)
     if kind in ("missing", "union_tag_not_found"):
-        choices = _list_choices(fault.allowed_types)
+        choices = _list_fault_choices(fault)
         fix = f"add it, or pass {name}=..."
         if choices:
             fix = f"set it to {_join_choices(choices)}"
@@ -151,7 +151,7 @@ def _describe_wrong_value(fault: ConfigFault, where: str) -> MaxlmError:
     value = details.get("input")
     if details["type"] == "union_tag_invalid":
         value = details.get("ctx", {})["tag"]
-    choices = _list_choices(fault.allowed_types)
+    choices = _list_fault_choices(fault)
 
     # What the key allows: choices, then what each member of a union expects.
     expectations = [_join_choices(choices)] if choices else []
@@ -315,6 +315,15 @@ def _list_child_types(
 def _list_field_names(kinds: list[TypeForm]) -> list[str]:
     names = [name for model in _select_models(kinds) for name in model.model_fields]
     return list(dict.fromkeys(names))
+
+
+def _list_fault_choices(fault: ConfigFault) -> list[Any]:
+    """Returns the values that the key allows; where its type does not say them, the
+    kinds that a registry has."""
+    choices = _list_choices(fault.allowed_types)
+    if not choices:
+        choices = list(fault.errors[0].get("ctx", {}).get("kinds", ()))
+    return choices
 
 
 def _list_choices(kinds: list[TypeForm]) -> list[Any]:

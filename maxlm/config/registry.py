@@ -223,12 +223,12 @@ class RegisteredConfig:
         tag = f"'{self.tag}'"
         if kind is None:
             message = "Unable to extract tag using discriminator {discriminator}"
-            raise PydanticCustomError(
-                "union_tag_not_found", message, {"discriminator": tag}
-            )
+            details = {"discriminator": tag, "kinds": self.registry.kinds()}
+            raise PydanticCustomError("union_tag_not_found", message, details)
         config = self._find_config(kind)
         if config is None:
             message = "Input tag {tag} found using {discriminator} does not match any"
-            details = {"discriminator": tag, "tag": kind}
+            kinds = self.registry.kinds()
+            details = {"discriminator": tag, "tag": kind, "kinds": kinds}
             raise PydanticCustomError("union_tag_invalid", message, details)
         return config.model_validate(settings, context=info.context)

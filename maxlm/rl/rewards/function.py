@@ -32,9 +32,20 @@ class FunctionReward(Reward):
         return function
 
     def check_setup(self) -> None:
-        module, _, _ = self.function.rpartition(":")
+        module, _, name = self.function.rpartition(":")
         if module.endswith(".py") and not Path(module).is_file():
             message = "no such file"
+            raise MaxlmError(message, where=module, fix="correct rewards.function")
+        if not module.endswith(".py"):
+            if not _is_module(module):
+                message = f"no module named {module}"
+                fix = "correct rewards.function, or set PYTHONPATH"
+                raise MaxlmError(message, where=self.function, fix=fix)
+            return
+        # It is not run here; a name that stands nowhere in it is no function of it.
+        text = Path(module).read_text(errors="replace")
+        if name not in text and "import *" not in text:
+            message = f"no function {name} there"
             raise MaxlmError(message, where=module, fix="correct rewards.function")
 
     def open(self) -> Scorer:
@@ -42,6 +53,14 @@ class FunctionReward(Reward):
 
     def score(self, sample: Sample) -> object:
         return self.open()(sample)
+
+
+def _is_module(name: str) -> bool:
+    """Whether a module can be imported, by its packages."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def load_function(source: str) -> Callable[[Sample], object]:
