@@ -106,4 +106,28 @@ def prompts(
     print(f"{num_rows:,} prompts in {out}")
 
 
-subcommands = {"prompts": prompts}
+def report(
+    run: Annotated[Path, Argument(exists=True, help="The run's folder.")],
+    out: Annotated[
+        Path | None, Option(help="HTML file to write; default: RUN/report.html.")
+    ] = None,
+    samples: Annotated[
+        int,
+        Option(
+            min=0, help="Samples of the highest reward, of the lowest, and the newest."
+        ),
+    ] = 20,
+) -> None:
+    """Write an HTML page of a run: rewards, lengths, KL, entropy, time by phase, and
+    samples with their rewards. It may be running still.
+
+    maxlm rl report runs/solver
+    """
+    from maxlm.rl.report import write_run_report
+
+    page = out or run / "report.html"
+    write_run_report(run, page, samples)
+    print(f"written: {page}")
+
+
+subcommands = {"prompts": prompts, "report": report}

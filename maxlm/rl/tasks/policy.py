@@ -21,8 +21,10 @@ from maxlm.parallel.entropy import compute_log_probs_and_entropies
 from maxlm.rl.advantages import find_zero_variance_groups
 from maxlm.rl.corrections import Correction, CorrectionWeights, compute_correction
 from maxlm.rl.environments import EnvironmentConfig, SingleTurnEnvironment
+from maxlm.rl.environments.addition import AdditionEnvironment
 from maxlm.rl.losses import compute_overlong_penalty
 from maxlm.rl.rewards import RewardConfig
+from maxlm.rl.rewards.forms import FormatReward
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.packing import RowLayout
 from maxlm.rl.rollouts.validation import ValidationConfig
@@ -198,6 +200,32 @@ class PolicyTask(Task):
     @property
     def files_setting(self) -> str | None:
         return "environment.files" if self.environment.needs_files else None
+
+    def for_small_model(self) -> Self:
+        """Returns the task in small, with sums of two digits in place of its prompts,
+        and in place of its rewards whether an answer begins with a letter, digit or
+        sign of ASCII, which a model that knows nothing does now and then."""
+        small = super().for_small_model()
+        rollouts = self.rollouts
+        sampling = rollouts.sampling.model_copy(update={"max_new_tokens": 8})
+        sizes = {"max_sequences", "max_length", "num_pages", "prefill_tokens"}
+        engine_settings = self.engine.model_dump(exclude_unset=True, exclude=sizes)
+        settings = {
+            "environment": AdditionEnvironment(num_digits=1),
+            "rewards": (FormatReward(pattern="[!-~].*"),) if self.rewards else (),
+            "rollouts": rollouts.model_copy(
+                update={"sampling": sampling, "max_prompt_length": None}
+            ),
+            "engine": EngineConfig.model_validate(
+                {**engine_settings, "max_sequences": 4, "prefill_tokens": 32}
+            ),
+            "generation_mesh": None,
+            "num_samples": min(self.num_samples, 2),
+            "epochs": min(self.epochs, 2),
+            "minibatches": min(self.minibatches, 2),
+            "overlong_buffer": self.overlong_buffer and 4,
+        }
+        return small.model_copy(update=settings)
 
     @property
     def updates_per_rollout(self) -> int:
