@@ -1,10 +1,9 @@
 """Groups of samples of one prompt, drawn and scored."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,8 +13,8 @@ from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.episode import Episode, end_episode
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.sampler import RolloutSampler
+from maxlm.rl.rollouts.scoring import collect_scores
 from maxlm.rl.samples import Prompt, Sample
-from maxlm.runtime.collectives import run_on_process_0
 
 
 @dataclass
@@ -41,6 +40,10 @@ class CollectedGroups:
     """Time of ``generation``, and of ``scoring`` behind it: what scores took longer."""
     engine_steps: int = 0
     """Steps of the engine meanwhile, also those of groups that were begun ahead."""
+
+    def list_samples(self) -> list[Sample]:
+        """Returns the samples of all groups, in their order."""
+        return [sample for group in self.groups for sample in group.samples]
 
 
 @dataclass
@@ -205,7 +208,9 @@ class GroupCollector:
             [sample for sample in self._open.pop(number) if sample is not None]
             for number in numbers
         ]
-        scores = self._score([sample for group in groups for sample in group])
+        scores = collect_scores(
+            self._runner, [sample for group in groups for sample in group]
+        )
         scores = scores.reshape(count, self._num_samples, -1)
         seconds["generation"] += generated - began
         seconds["scoring"] += time.perf_counter() - generated
@@ -214,14 +219,3 @@ class GroupCollector:
             Group(prompt, group, group_scores)
             for prompt, group, group_scores in zip(prompts, groups, scores, strict=True)
         ]
-
-    def _score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Returns the scores [samples, rewards] of samples that were submitted."""
-
-        def collect() -> list[list[float]]:
-            assert self._runner is not None
-            return self._runner.collect(samples).tolist()
-
-        if jax.process_count() == 1:
-            return np.array(collect(), np.float64)
-        return np.array(run_on_process_0(collect), np.float64)

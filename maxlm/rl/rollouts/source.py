@@ -26,23 +26,23 @@ from maxlm.models.params import Params, bind, fold_in_name
 from maxlm.optim.state import TrainState
 from maxlm.optim.step import bind_frozen
 from maxlm.rl.rewards.runner import RewardRunner
-from maxlm.rl.rollouts.generation import PolicyEngine
-from maxlm.rl.rollouts.groups import (
-    CollectedGroups,
-    Group,
-    GroupCollector,
-    GroupQueue,
+from maxlm.rl.rollouts.description import (
+    describe_groups,
+    describe_staleness,
+    describe_work,
 )
+from maxlm.rl.rollouts.generation import PolicyEngine
+from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
 from maxlm.rl.rollouts.packing import pack_samples
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.records import (
     RolloutFiles,
     SampleLog,
-    ScoredSample,
     episodes_from_arrays,
     episodes_to_arrays,
 )
 from maxlm.rl.rollouts.sampler import RolloutSampler
+from maxlm.rl.rollouts.scoring import list_scored
 from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.rl.rollouts.validator import PolicyValidator
 from maxlm.rl.routes import ROUTES
@@ -244,17 +244,27 @@ class PolicyRollouts:
         arrays[_NUM_BEGUN] = np.array(queue.num_begun, np.int64)
         arrays |= episodes_to_arrays(queue.episodes)
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
-        metrics = self._describe(collected)
-        metrics |= self._describe_staleness(batch, step, collector)
+        metrics = describe_groups(collected, self._task.rewards)
+        if self._task.rollouts.staleness:
+            metrics |= describe_staleness(
+                batch, step, self._updates, collector.num_under_way
+            )
         arrays[_METRICS] = np.frombuffer(json.dumps(metrics).encode(), np.uint8)
         if jax.process_index() == 0:
-            scored = self._list_scored(collected.groups, batch)
+            samples = collected.list_samples()
+            scored = list_scored(
+                samples,
+                np.concatenate([group.scores for group in collected.groups]),
+                self._task.rewards,
+                self._context.tokenizer,
+                self._average_advantages(batch)[: len(samples)],
+            )
             self._log.append(step, number, scored)
             # What was drawn behind it followed from another.
             self._files.delete_after(number)
             self._files.write(number, arrays)
             self._delete_old_records()
-        return arrays, _describe_work(collected)
+        return arrays, describe_work(collected)
 
     def _delete_old_records(self) -> None:
         """Deletes the records that nobody wants, and no checkpoint needs."""
@@ -352,83 +362,17 @@ class PolicyRollouts:
             arrays[name] = value
         return arrays
 
-    def _list_scored(self, groups: Sequence[Group], batch: Batch) -> list[ScoredSample]:
-        """Returns samples as people read them."""
-        names = [reward.name for reward in self._task.rewards]
-        weights = np.array([reward.weight for reward in self._task.rewards])
-        tokenizer = self._context.tokenizer
-        sequences_per_row = self._layout.sequences_per_row
-        scored: list[ScoredSample] = []
-        for group in groups:
-            prompt_text = tokenizer.decode(group.prompt.tokens)
-            for sample, scores in zip(group.samples, group.scores, strict=True):
-                row, place = divmod(len(scored), sequences_per_row)
-                is_own = batch["segment_ids"][row] == place + 1
-                advantages = batch["advantages"][row][is_own]
-                is_drawn = batch["weights"][row][is_own] > 0
-                advantage = (
-                    float(advantages[is_drawn].mean()) if is_drawn.any() else 0.0
-                )
-                record = ScoredSample(
-                    sample,
-                    prompt_text,
-                    dict(zip(names, scores.tolist(), strict=True)),
-                    float(np.nansum(scores * weights)),
-                    advantage,
-                )
-                scored.append(record)
-        return scored
-
-    def _describe(self, collected: CollectedGroups) -> dict[str, float]:
-        """Returns what is logged of a rollout."""
-        samples = [sample for group in collected.groups for sample in group.samples]
-        scores = np.concatenate([group.scores for group in collected.groups])
-        weights = np.array([reward.weight for reward in self._task.rewards])
-        totals = np.nansum(scores * weights, axis=1)
-        lengths = np.array([sample.num_sampled for sample in samples])
-        num_groups = len(collected.groups)
-        metrics = {
-            "reward": float(totals.mean()),
-            "reward_std": float(totals.std()),
-            "response_length": float(lengths.mean()),
-            "max_response_length": float(lengths.max()),
-            "complete": float(np.mean([sample.is_complete for sample in samples])),
-            "zero_variance_groups": collected.num_without_variance / num_groups,
-            "resampled_groups": float(collected.num_left_out),
-        }
-        for index, reward in enumerate(self._task.rewards):
-            own_scores = scores[:, index]
-            if not np.isnan(own_scores).all():
-                metrics[f"reward/{reward.name}"] = float(np.nanmean(own_scores))
-        return metrics
-
-    def _describe_staleness(
-        self, batch: Batch, step: int, collector: GroupCollector
-    ) -> dict[str, float]:
-        """Returns what is logged of tokens that older parameters drew."""
-        if not self._task.rollouts.staleness:
-            return {}
-        versions = batch["versions"]
-        is_drawn = (batch["weights"] > 0) & (versions >= 0)
-        ages = (step - versions[is_drawn]) / self._updates
-        return {
-            "staleness": float(ages.mean()) if ages.size else 0.0,
-            "max_staleness": float(ages.max()) if ages.size else 0.0,
-            "samples_under_way": float(collector.num_under_way),
-        }
-
-
-def _describe_work(collected: CollectedGroups) -> dict[str, float]:
-    """Returns what is logged of the work and the time that a rollout took."""
-    seconds = collected.seconds
-    timings = {f"{phase}_seconds": value for phase, value in seconds.items()}
-    samples = [sample for group in collected.groups for sample in group.samples]
-    num_tokens = sum(sample.num_sampled for sample in samples)
-    return timings | {
-        "generated_tokens_per_second": num_tokens / max(seconds["generation"], 1e-9),
-        "generated_tokens_per_step": num_tokens / max(collected.engine_steps, 1),
-        "engine_steps": float(collected.engine_steps),
-    }
+    def _average_advantages(self, batch: Batch) -> list[float]:
+        """Returns the mean advantage of each sample's tokens, in the order in which
+        they were packed."""
+        advantages: list[float] = []
+        for row in range(len(batch["segment_ids"])):
+            is_drawn = batch["weights"][row] > 0
+            for number in range(1, self._layout.sequences_per_row + 1):
+                is_own = is_drawn & (batch["segment_ids"][row] == number)
+                values = batch["advantages"][row][is_own]
+                advantages.append(float(values.mean()) if values.size else 0.0)
+        return advantages
 
 
 def _jit_preparation(
