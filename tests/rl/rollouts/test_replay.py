@@ -21,7 +21,12 @@ from maxlm.rl.tasks.grpo import GrpoTask
 from maxlm.tasks.task import TaskModels
 from tests.inference.conftest import Tiny, build
 from tests.models.building import QUICK
-from tests.rl.rollouts.conftest import EchoEnvironment, by_name, make_config
+from tests.rl.rollouts.conftest import (
+    TEMPERATURE,
+    EchoEnvironment,
+    by_name,
+    make_config,
+)
 
 pytestmark = pytest.mark.heavy
 LENGTH, SAMPLES = 128, 3
@@ -146,6 +151,7 @@ def test_replay_takes_the_routers_difference_away(experts, rollout, one_device_m
             "replay_routes": True,
             "kl_coef": 0.1,
             "epochs": 2,
+            "rollouts": {"sampling": {"temperature": TEMPERATURE}},
         }
     )
     seq_len = LENGTH - 1
