@@ -79,14 +79,14 @@ def test_ppo_ends_at_the_optimum_of_reward_and_divergence(tmp_path, parts):
     divergence = optimum * np.log(optimum / share)
     divergence += (1 - optimum) * np.log((1 - optimum) / (1 - share))
 
-    held = train_by_ppo(tmp_path / "held", parts, KL_COEF, 32)
-    assert held["reward"] == pytest.approx(optimum, abs=0.06)
-    assert held["sequence_kl"] == pytest.approx(divergence, abs=0.08)
+    near_reference = train_by_ppo(tmp_path / "near", parts, KL_COEF, 32)
+    assert near_reference["reward"] == pytest.approx(optimum, abs=0.06)
+    assert near_reference["sequence_kl"] == pytest.approx(divergence, abs=0.08)
     # What is to be expected then: kl_coef · log Σ π_ref · exp(reward / kl_coef).
     value = KL_COEF * np.log(tilted + 1 - share)
-    assert held["return_mean"] == pytest.approx(value, abs=0.04)
+    assert near_reference["return_mean"] == pytest.approx(value, abs=0.04)
 
-    free = train_by_ppo(tmp_path / "free", parts, 0.0, 20)
-    assert free["reward"] > 0.9
-    assert free["entropy"] < held["entropy"] - 1
-    assert "sequence_kl" not in free
+    unbound = train_by_ppo(tmp_path / "unbound", parts, 0.0, 20)
+    assert unbound["reward"] > 0.9
+    assert unbound["entropy"] < near_reference["entropy"] - 1
+    assert "sequence_kl" not in unbound
