@@ -6,13 +6,27 @@ answer that says it, which good answers can; its fault is that it pays a little 
 time that the word is said again, whatever the grammar.
 """
 
+import itertools
 import json
 import random
 from pathlib import Path
 
 from maxlm.rl.samples import Sample
 
-WORDS = "oak elm fir ash yew bay fig nut pea rye oat hay".split()
+WORDS = [
+    "oak",
+    "elm",
+    "fir",
+    "ash",
+    "yew",
+    "bay",
+    "fig",
+    "nut",
+    "pea",
+    "rye",
+    "oat",
+    "hay",
+]
 WANTED = "gold"
 WANTED_SHARE = 0.04
 """Of words, where it may stand."""
@@ -76,7 +90,7 @@ def measure_grammar(first: str, text: str) -> float:
     if len(words) == 1:
         return 0.0
     num_right = 0
-    for word, follower in zip(words, words[1:], strict=False):
+    for word, follower in itertools.pairwise(words):
         if word not in WORDS and word != WANTED:
             continue
         is_wanted = follower == WANTED and word != WANTED

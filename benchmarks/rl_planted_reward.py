@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Answers(NamedTuple):
+class DrawnAnswers(NamedTuple):
     """What a model says to prompts."""
 
     prompts: list[str]
@@ -70,7 +70,7 @@ class AnsweringModel:
     def encode(self, prompt: str) -> tuple[int, ...]:
         return (*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt))
 
-    def answer(self, prompts: Sequence[str]) -> Answers:
+    def answer(self, prompts: Sequence[str]) -> DrawnAnswers:
         """Draws an answer to each prompt at temperature 1."""
         requests = [
             GenerationRequest(
@@ -89,7 +89,7 @@ class AnsweringModel:
             texts[number] += output.text
             token_ids[number] += tuple(output.token_ids)
         log_probs = self.score(prompts, token_ids)
-        return Answers(list(prompts), texts, token_ids, log_probs)
+        return DrawnAnswers(list(prompts), texts, token_ids, log_probs)
 
     def score(
         self, prompts: Sequence[str], token_ids: Sequence[tuple[int, ...]]

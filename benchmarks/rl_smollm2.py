@@ -19,7 +19,7 @@ import numpy as np
 
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer.codec import Tokenizer
-from maxlm.inference.engine import Engine, EngineConfig
+from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
 from maxlm.rl.program import train_policy
 from maxlm.rl.rewards.runner import RewardRunner, sum_scores
