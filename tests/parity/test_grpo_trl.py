@@ -3,6 +3,7 @@ own trainers; advantages those of its formulas, and distillation's divergences t
 its trainer."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
 
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from trl.trainer.distillation_trainer import _chunked_divergence_loss  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.rloo_trainer import RLOOTrainer  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 from maxlm.models.aux import Aux  # noqa: E402
 from maxlm.parallel.cross_entropy import LogitsInputs  # noqa: E402
@@ -336,3 +339,52 @@ def test_divergences_from_a_wider_teacher(beta):
     for ours, theirs in zip(gradients, their_gradients, strict=True):
         size = np.abs(theirs).max()
         assert np.abs(ours - theirs).max() <= 1e-5 * size
+
+
+def test_a_policy_at_a_temperature_is_trl_s():
+    """Log-probabilities and entropies of softmax(logits / T), and the gradient of both
+    in the head, by the function of TRL's trainer that all its passes call."""
+    temperature = 0.7
+    config = LlamaConfig(
+        vocab_size=37,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+    random = np.random.default_rng(3)
+    tokens = torch.tensor(random.integers(0, 37, (3, 11)))
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state[:, :-1].numpy()
+    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext))
+    their_log_probs, their_entropies, _ = (
+        GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__(
+            trainer, model, tokens, torch.ones_like(tokens), 10, compute_entropy=True
+        )
+    )
+    cotangents = random.standard_normal((2, 3, 10)).astype(np.float32)
+    (their_log_probs * torch.tensor(cotangents[0])).sum().backward()
+
+    def compute(kernel):
+        log_probs, entropies = compute_log_probs_and_entropies(
+            LogitsInputs(jnp.asarray(hidden), kernel, ((), ())),
+            jnp.asarray(tokens[:, 1:].numpy(), jnp.int32),
+            temperature=temperature,
+            chunk_tokens=7,
+        )
+        return (log_probs * cotangents[0]).sum(), (log_probs, entropies)
+
+    step = jax.jit(jax.value_and_grad(compute, has_aux=True))
+    kernel = jnp.asarray(model.lm_head.weight.detach().numpy().T.copy())
+    (_, both), gradient = bind_mesh(compare_models.one_device(), step)(kernel)
+    for ours, theirs in zip(both, (their_log_probs, their_entropies), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+    their_gradient = model.lm_head.weight.grad.numpy().T
+    size = np.abs(their_gradient).max()
+    assert np.abs(gradient - their_gradient).max() <= 1e-5 * size

@@ -103,6 +103,71 @@ def test_groups_are_compared_and_truncated_samples_masked():
     np.testing.assert_array_equal(weights, IS_COMPLETE.ravel().astype(float))
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_groups_without_variance_are_as_though_never_drawn(loss_type):
+    """The loss of a rollout whose second group is dropped is that of one that has it
+    not, whatever its tokens are; kept, they are part of the mean."""
+    settings = BASE | {"num_samples": 3, "loss_type": loss_type, "entropy_coef": 0.1}
+    losses = {}
+    for name, zero_variance in (("kept", "keep"), ("dropped", "drop")):
+        rollouts = {"zero_variance": zero_variance}
+        task = GrpoTask.model_validate(settings | {"rollouts": rollouts})
+        rollout, places = make_rollout(task)
+        losses[name] = compute_mean_loss(task, rollout)
+        weights = [array_sum(rollout["weights"], place) for place in places]
+        is_dropped = np.repeat([False, zero_variance == "drop", False], SAMPLES)
+        assert [weight == 0 for weight in weights] == is_dropped.tolist()
+    # Padding from the beginning: the same rows without the samples of the group.
+    without = {name: array.copy() for name, array in rollout.items()}
+    task = GrpoTask.model_validate(settings)
+    rollout, places = make_rollout(task)
+    for number in range(SAMPLES, 2 * SAMPLES):
+        row, place = divmod(number, task.sequences_per_row)
+        is_own = rollout["segment_ids"][row] == place + 1
+        for name in ("segment_ids", "weights", "advantages"):
+            rollout[name][row][is_own] = 0
+    for name, array in rollout.items():
+        np.testing.assert_array_equal(without[name], array, name)
+    assert losses["dropped"] == pytest.approx(compute_mean_loss(task, rollout))
+    assert abs(losses["dropped"] - losses["kept"]) > 1e-3
+
+
+def test_a_rollout_of_which_all_is_dropped_teaches_nothing(monkeypatch):
+    """Lengths that cost something tell samples apart, and rewards without a weight do
+    not."""
+    monkeypatch.setattr(f"{__name__}.SCORES", np.ones((PROMPTS, SAMPLES, 1)))
+    settings = BASE | {"num_samples": 3}
+    rollouts = {"zero_variance": "drop"}
+    task = GrpoTask.model_validate(settings | {"rollouts": rollouts})
+    rollout, _ = make_rollout(task)
+    assert not rollout["weights"].any()
+    assert compute_mean_loss(task, rollout) == 0
+    penalised = GrpoTask.model_validate(
+        settings | {"rollouts": rollouts, "missing_end_penalty": 0.5}
+    )
+    rollout, places = make_rollout(penalised)
+    counted = [bool(array_sum(rollout["weights"], place)) for place in places]
+    assert counted == np.repeat([True, False, True], SAMPLES).tolist()
+
+
+def array_sum(array: np.ndarray, place: Any) -> float:
+    row, entries = place
+    return float(array[row][entries].sum()) if len(entries) else 0.0
+
+
+def compute_mean_loss(task: Any, rollout: dict[str, Any]) -> float:
+    """Of made log-probabilities, as a step divides it."""
+    statistics = TokenStatistics(
+        jnp.asarray(-np.abs(draw_rows(3))),
+        jnp.asarray(np.abs(draw_rows(4))),
+        jnp.zeros((5, SEQ, 1)),
+        Aux(),
+    )
+    batch = {name: jnp.asarray(array) for name, array in rollout.items()}
+    total, sums = task.compute_loss(statistics, TaskModels(None), batch)
+    return float(total / jnp.maximum(sums["tokens"], 1))
+
+
 def test_long_and_endless_samples_lose_of_their_score():
     sampling = {"sampling": {"max_new_tokens": 8}}
     task = GrpoTask.model_validate(
