@@ -175,7 +175,7 @@ class PolicyRollouts:
 
     def _read(self, number: int, *, is_under_way: bool) -> dict[str, np.ndarray] | None:
         """Returns a rollout's record; None where it is to be made."""
-        arrays = self._files.read(number)
+        arrays = self._files.read_on_all_hosts(number)
         if arrays is None or is_under_way:
             return arrays
         is_same = arrays[_SETTINGS].tobytes().decode() == self._settings
@@ -220,7 +220,7 @@ class PolicyRollouts:
             return number * self._num_groups
         if number == 0:
             return 0
-        before = self._files.read(number - 1)
+        before = self._files.read_on_all_hosts(number - 1)
         if before is None:
             message = f"the record of rollout {number - 1} is not there, and it says "
             message += "which prompt comes next"
