@@ -74,17 +74,17 @@ class KillingReward(Reward):
         return sample.environment_reward
 
 
-def get_notes_path(folder: str | Path, process: int, what: str) -> Path:
-    return Path(folder, f"{what}-{process}.txt")
+def get_notes_path(folder: str | Path, process: int, call: str) -> Path:
+    return Path(folder, f"{call}-{process}.txt")
 
 
-def note(folder: str, what: str, text: str = "") -> None:
-    with get_notes_path(folder, jax.process_index(), what).open("a") as file:
+def note(folder: str, call: str, text: str = "") -> None:
+    with get_notes_path(folder, jax.process_index(), call).open("a") as file:
         file.write(f"{text}\n")
 
 
-def read_notes(folder: str | Path, process: int, what: str) -> list[str]:
-    path = get_notes_path(folder, process, what)
+def read_notes(folder: str | Path, process: int, call: str) -> list[str]:
+    path = get_notes_path(folder, process, call)
     return path.read_text().splitlines() if path.exists() else []
 
 

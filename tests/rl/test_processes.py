@@ -116,8 +116,8 @@ def test_two_processes_train_the_policy_of_one(jobs, tmp_path):
     lines = [*read_sample_log(tmp_path / "alone")]
     assert {len(line["turns"]) for line in lines} >= {1, 3}
     assert len({line["reward"] for line in lines}) > 1
-    for what in ("respond", "score", "reward"):
-        assert read_notes(notes, 0, what)
-        assert not read_notes(notes, 1, what)
+    for call in ("respond", "score", "reward"):
+        assert read_notes(notes, 0, call)
+        assert not read_notes(notes, 1, call)
     num_scored = NUM_ROLLOUTS * SAMPLES_OF_ROLLOUT
     assert len(read_notes(alone, 0, "score")) == num_scored

@@ -41,12 +41,12 @@ CUT_ROLLOUTS = (
     "train.steps=4",
     "checkpoint.every_steps=2",
 )
-# What a method needs besides, and is to be seen in its metrics: a name, and whether it
+# Settings of a method, FOLDER standing for where its runs are, and a metric of it that
 # is more than 0.
 METHODS: dict[str, tuple[Sequence[str], str]] = {
     "ppo": (
         [
-            "task.rewards.0.run={folder}/reward",
+            "task.rewards.0.run=FOLDER/reward",
             "task.epochs=2",
             "task.minibatches=2",
             "task.kl_target=6.0",
@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[Sequence[str], str]] = {
         "value_loss",
     ),
     "rloo": ([LENGTHS], "kl"),
-    "on_policy_distill": (["task.teacher={folder}/teacher"], "divergence"),
+    "on_policy_distill": (["task.teacher=FOLDER/teacher"], "divergence"),
     "grpo_lora": ([LENGTHS, "task.kl_coef=0.1", "adapter.rank=2"], "kl"),
 }
 
@@ -110,7 +110,8 @@ def train_reward_model(folder: Path) -> None:
 def train(folder: Path, method: str, name: str) -> TrainingResult:
     settings = make_settings(folder, name, "task.environment.files")
     own_settings, _ = METHODS[method]
-    settings += [*CUT_ROLLOUTS, *(text.format(folder=folder) for text in own_settings)]
+    settings += CUT_ROLLOUTS
+    settings += [text.replace("FOLDER", str(folder)) for text in own_settings]
     return train_policy(load_run_config(method, settings), say=lambda _: None)
 
 

@@ -23,6 +23,7 @@ from maxlm.config import MaxlmError
 from maxlm.rl.rollouts.episode import Episode
 from maxlm.rl.routes import routes_from_arrays, routes_to_arrays
 from maxlm.rl.samples import Prompt, Sample
+from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
 from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
 from maxlm.runtime.json_files import parse_json
 from maxlm.runtime.json_types import JsonObject
@@ -99,6 +100,22 @@ class RolloutFiles:
                 "from the checkpoint's parameters"
             )
             raise MaxlmError(message, where=str(path), fix=fix) from error
+
+    def read_on_all_hosts(self, rollout_number: int) -> dict[str, np.ndarray] | None:
+        """The same as :meth:`read`, on all processes together. Raises MaxlmError on all
+        of them where they do not read the same: one would draw a rollout, and wait for
+        others that have it."""
+        arrays = raise_on_all_hosts(lambda: self.read(rollout_number))
+        digest = None if arrays is None else _hash_arrays(arrays).tobytes().hex()
+        digests = all_gather_json(digest)
+        for process, other_digest in enumerate(digests):
+            if other_digest != digests[0]:
+                message = f"process {process} reads another record of rollout "
+                message += f"{rollout_number} than process 0, or none"
+                fix = "put the run in a folder that all hosts share"
+                where = str(self.get_path(rollout_number))
+                raise MaxlmError(message, where=where, fix=fix)
+        return arrays
 
     def list_numbers(self) -> list[int]:
         """Returns the numbers of the rollouts that are there, ascending."""

@@ -217,7 +217,7 @@ class PolicyRollouts:
 
     def _read(self, number: int, *, is_under_way: bool) -> dict[str, np.ndarray] | None:
         """Returns a rollout's record; None where it is to be made."""
-        arrays = self._files.read(number)
+        arrays = self._files.read_on_all_hosts(number)
         if arrays is None or is_under_way:
             return arrays
         is_same = arrays[_SETTINGS].tobytes().decode() == self._settings
@@ -314,7 +314,7 @@ class PolicyRollouts:
     def _read_queue(self, number: int) -> GroupQueue:
         """Returns where groups stand behind a rollout. Raises MaxlmError: its record is
         not there."""
-        arrays = self._files.read(number)
+        arrays = self._files.read_on_all_hosts(number)
         if arrays is None:
             message = f"the record of rollout {number} is not there, and it says "
             message += "which samples come next"
