@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
-from maxlm.models.params import Params
+from maxlm.models.params import Params, drop_auxiliary
 from maxlm.rl.rollouts.sampler import (
     RolloutSampler,
     find_max_length,
@@ -66,6 +66,7 @@ class PolicyEngine:
     def open_sampler(self, params: Params, step: int) -> RolloutSampler:
         """Returns the sampler, which from now on draws with ``params``: those that
         ``step`` begins with."""
+        params = drop_auxiliary(params)
         if self._engine is None or self._sampler is None:
             self._engine = Engine(
                 self._model,
