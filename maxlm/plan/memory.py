@@ -252,6 +252,10 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
     split = shape.split
     config = work.config
     parameters = split.local_bytes(split.storage, work.specs.values())
+    optimizer = split.local_bytes(split.optimizer, work.optimizer)
+    for other in work.auxiliary_models.values():
+        parameters += split.local_bytes(split.storage, other.specs.values())
+        optimizer += split.local_bytes(split.optimizer, other.optimizer)
     average = 0.0
     if config.train.ema_decay is not None:
         average = parameters
@@ -269,7 +273,7 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
     frozen = split.local_bytes(split.storage, work.frozen_specs)
     return {
         "parameters": parameters,
-        "optimizer": split.local_bytes(split.optimizer, work.optimizer),
+        "optimizer": optimizer,
         "average": average,
         "frozen": frozen + sum(scoring),
         "batch": config.data.batch_size * row_bytes,

@@ -211,9 +211,10 @@ def _estimate_pass(
     config = shape.work.config
     work = shape.work
     if extra_pass.model is not None:
-        frozen = work.frozen_models[extra_pass.model]
-        models = {"model": frozen.config.model, "adapter": frozen.config.adapter}
-        work = copy(frozen)
+        others = work.frozen_models | work.auxiliary_models
+        other = others[extra_pass.model]
+        models = {"model": other.config.model, "adapter": other.config.adapter}
+        work = copy(other)
         # It lies as the run's own model does, and reads the run's rows.
         work.config = config.model_copy(update=models)
         work.tokens_per_row = shape.work.tokens_per_row

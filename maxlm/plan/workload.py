@@ -45,7 +45,12 @@ from maxlm.plan.stacks import (
     make_kernel,
 )
 from maxlm.plan.topology import Topology
-from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
+from maxlm.run.config import (
+    RunConfig,
+    list_base_models,
+    read_auxiliary_configs,
+    read_frozen_configs,
+)
 from maxlm.sharding import AxisRules, MeshConfig, mesh_sizes
 from maxlm.sharding.mesh import count_min_devices
 from maxlm.tasks.text import ClmTask
@@ -124,6 +129,7 @@ class RunWorkload:
         self._read_embeddings(model)
         self._read_frozen_models(dtype)
         self._read_scoring_models(dtype)
+        self._read_auxiliary_models(dtype)
         self.cache_bytes = self._count_cache_bytes(model)
         """Caches of one row in generation, on all devices together; 0: the model does
         not generate."""
@@ -247,6 +253,19 @@ class RunWorkload:
             work = RunWorkload(run.model_copy(update=updates), dtype)
             is_stand_in = not path.exists()
             self.scoring_models[name] = ScoringWorkload(work, model.mesh, is_stand_in)
+
+    def _read_auxiliary_models(self, dtype: DTypeLike) -> None:
+        config = self.config
+        # All of them is trained, on the run's batches.
+        train = config.train.model_copy(update={"trainable": None})
+        updates = {"task": ClmTask(), "adapter": None, "train": train}
+        self.auxiliary_models = {
+            name: RunWorkload(
+                config.model_copy(update=updates | {"model": model}), dtype
+            )
+            for name, model in read_auxiliary_configs(config).items()
+        }
+        """Models that are trained beside the run's own, by name."""
 
     def _count_cache_bytes(self, model: Model) -> int:
         if not isinstance(model, Decoder):

@@ -181,6 +181,26 @@ def read_frozen_configs(
     return frozen_runs
 
 
+def read_auxiliary_configs(config: RunConfig) -> dict[str, ModelConfig]:
+    """Return the models that a task trains beside the run's own, by name. Raises
+    MaxlmError: one has another vocabulary."""
+    models: dict[str, ModelConfig] = {}
+    for name, auxiliary in config.task.auxiliary_models().items():
+        model = config.model
+        if auxiliary.source is not None:
+            path = Path(auxiliary.source) / "config.yaml"
+            model = load_config(RunConfig, path).value.model
+        vocab_size = config.model.vocab_size
+        if model.vocab_size != vocab_size or model.max_seq_len < config.data.seq_len:
+            message = f"the {name} model has {model.vocab_size} ids and reads "
+            message += f"{model.max_seq_len} tokens, the run has {vocab_size} ids and "
+            message += f"rows of {config.data.seq_len}"
+            fix = "use a run with the same vocabulary, and rows no longer than it reads"
+            raise MaxlmError(message, where=auxiliary.source or "task", fix=fix)
+        models[name] = model.model_copy(update={"heads": dict(auxiliary.heads)})
+    return models
+
+
 def list_base_models(
     config: RunConfig, sources: Mapping[str, str | None] | None = None
 ) -> frozenset[str]:

@@ -78,6 +78,11 @@ class Vocabulary:
 class BoundModel(Protocol):
     """A language model bound to its parameters, as losses on tokens read it."""
 
+    @property
+    def auxiliary(self) -> Mapping[str, "BoundModel"]:
+        """The models of :meth:`Task.auxiliary_models`, of the trained model."""
+        ...
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -123,6 +128,19 @@ class TaskModels:
     state: Mapping[str, jax.Array] = field(default_factory=dict)
     """The task's own arrays, as :meth:`Task.init_state` made them and
     :meth:`Task.update_state` last returned them."""
+
+
+@dataclass(frozen=True)
+class AuxiliaryModel:
+    """A model of its own that is trained beside the run's, by the same loss and
+    optimizer. Its layers are those of the run that it starts from."""
+
+    heads: Mapping[str, int]
+    """Widths of its ``model.heads``, by name. The run that it starts from may have
+    others: the only one of a width is taken for it."""
+    source: str | None = None
+    """Folder of the run that it starts from; None: it starts as a copy of the run's own
+    model."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,12 @@ class Task(Config):
         """Returns the models that the loss reads beside the trained one: by name a
         run's folder, such as `maxlm convert` makes; None: the parameters that training
         starts from."""
+        return {}
+
+    def auxiliary_models(self) -> Mapping[str, AuxiliaryModel]:
+        """Returns the models that are trained beside the run's own, by name: the loss
+        reads them as ``models.trained.auxiliary``. They are in checkpoints, and not in
+        what is loaded of a run to be used."""
         return {}
 
     def extra_passes(self) -> tuple[ExtraPass, ...]:

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
-from maxlm.models.params import Params
+from maxlm.models.params import Params, drop_auxiliary
 from maxlm.rl.environments.environment import Environment
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.sampler import (
@@ -95,6 +95,7 @@ class PolicyEngine:
         return sampler
 
     def _open_engine(self, params: Params) -> Engine:
+        params = drop_auxiliary(params)
         if self._engine is None:
             self._engine = Engine(
                 self._model,

@@ -78,6 +78,7 @@ def test_a_model_that_scores_is_told_to_the_plan():
         (make(RlooTask, kl_coef=0.1), [POLICY, REFERENCE]),
         (make(PpoTask, kl_coef=0.0, num_samples=1), [POLICY]),
         (make(PpoTask, kl_coef=0.1, epochs=4), [POLICY, REFERENCE]),
+        (make(PpoTask, kl_coef=0.0, value_model="separate"), [POLICY, "values"]),
         (make(OnPolicyDistillationTask, teacher="runs/a", signal="divergence"), []),
         (
             make(OnPolicyDistillationTask, teacher="runs/a", signal="policy_gradient"),
@@ -91,7 +92,8 @@ def test_passes_are_those_that_a_rollout_is_prepared_with(task, names):
     assert bool(names) == task.reads_models_of_rollouts
     for extra_pass in passes:
         _, model, passes_per_step, batches, makes_logits = astuple(extra_pass)
-        assert model is None or model in task.frozen_models()
+        others = {*task.frozen_models(), *task.auxiliary_models()}
+        assert model is None or model in others
         assert passes_per_step == 1 / task.epochs
         assert batches == task.minibatches
-        assert makes_logits
+        assert makes_logits == (extra_pass.name != "values")
