@@ -313,11 +313,11 @@ def estimate_costs(
         for work in shape.work.auxiliary_models.values()
     ]
     for auxiliary_shape in auxiliary_shapes:
-        kept = estimate_memory(auxiliary_shape)
+        auxiliary = estimate_memory(auxiliary_shape)
         memory = replace(
             memory,
-            gradients=memory.gradients + kept.gradients,
-            activations=memory.activations + kept.activations,
+            gradients=memory.gradients + auxiliary.gradients,
+            activations=memory.activations + auxiliary.activations,
         )
     collectives = list_collectives(shape)
     if machine is None:

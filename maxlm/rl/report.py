@@ -113,7 +113,7 @@ def read_curves(
             points = [
                 (step, float(record[name]))
                 for step, record in sorted(records.items())
-                if _is_number(record.get(name))
+                if _read_number(record.get(name)) is not None
             ]
             if points:
                 curves[name] = points
@@ -124,9 +124,11 @@ def read_curves(
     return curves
 
 
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+def _read_number(value: object) -> float | None:
+    """A finite number; None: something else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _describe_curve(name: str) -> str:
@@ -163,9 +165,9 @@ def _list_phases(records: Iterable[JsonMapping]) -> list[JsonObject]:
     for record in records:
         for name, value in record.items():
             is_phase = name.endswith(_SECONDS) and name not in _NOT_PHASES
-            if is_phase and _is_number(value):
+            if is_phase and _read_number(value) is not None:
                 seconds.setdefault(name.removesuffix(_SECONDS), []).append(value)
-        if _is_number(record.get("seconds")):
+        if _read_number(record.get("seconds")) is not None:
             seconds.setdefault("training step", []).append(record["seconds"])
     phases: list[JsonObject] = [
         {
@@ -194,8 +196,8 @@ def choose_samples(
     for number, record in enumerate(records):
         num_seen += 1
         newest.append(record)
-        reward = record.get("reward")
-        if not _is_number(reward):
+        reward = _read_number(record.get("reward"))
+        if reward is None:
             continue
         for heap, rank in ((best, reward), (worst, -reward)):
             heapq.heappush(heap, (rank, number, record))

@@ -130,14 +130,14 @@ def _restore_auxiliary_model(auxiliary: AuxiliaryModel, abstract: Params) -> Par
             name: _find_head(stored_heads, name, width)
             for name, width in auxiliary.heads.items()
         }
-        wanted = {name: part for name, part in abstract.items() if name != "heads"}
+        stored_part = {name: part for name, part in abstract.items() if name != "heads"}
         if stored_heads:
-            wanted["heads"] = {
+            stored_part["heads"] = {
                 head: abstract["heads"][name]
                 for name, head in names_there.items()
                 if head is not None
             }
-        restored = tier.restore(None, wanted, root)
+        restored = tier.restore(None, stored_part, root)
     if stored_heads:
         restored["heads"] = {
             name: restored["heads"][head]

@@ -288,8 +288,10 @@ def test_models_that_score_stay_and_take_time(monkeypatch, tmp_path):
         "trained": 3 * layer + 2 * table + 4096,
         "to_be": before.layout.parameters,
     }
-    held = 4 * params["trained"] + 4 * params["to_be"] / 2
-    assert after.memory.frozen - before.memory.frozen == pytest.approx(held, rel=1e-3)
+    stored_bytes = 4 * params["trained"] + 4 * params["to_be"] / 2
+    assert after.memory.frozen - before.memory.frozen == pytest.approx(
+        stored_bytes, rel=1e-3
+    )
     by_name = {phase.name: phase for phase in after.extra.phases}
     assert by_name.keys() == {
         GENERATION,

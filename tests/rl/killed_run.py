@@ -5,6 +5,7 @@
 PLACE is one of ``PLACES``: the process dies when it gets there for the COUNT-th time.
 """
 
+import functools
 import importlib
 import os
 import signal
@@ -35,7 +36,8 @@ def die_at(place: str, count: int) -> None:
     method: Callable[..., Any] = getattr(owner, method_name)
     num_calls = 0
 
-    def die_or_call(*arguments: Any, **keywords: Any) -> Any:
+    @functools.wraps(method)
+    def die_or_call(*arguments, **keywords):
         nonlocal num_calls
         num_calls += 1
         is_last = num_calls == count

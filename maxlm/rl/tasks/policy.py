@@ -363,9 +363,9 @@ class PolicyTask(Task):
             is_left_out = self._spread_to_entries(
                 np.repeat(is_dropped, scores.shape[1]), batch
             )
-            kept = is_left_out == 0
-            batch["weights"] = batch["weights"] * kept
-            batch["segment_ids"] = batch["segment_ids"] * kept
+            is_learnt_from = is_left_out == 0
+            batch["weights"] = batch["weights"] * is_learnt_from
+            batch["segment_ids"] = batch["segment_ids"] * is_learnt_from
         length = sampled_weights.shape[1]
         rollout = {
             name: np.asarray(batch[name], spec.dtype)

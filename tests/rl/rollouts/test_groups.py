@@ -29,10 +29,14 @@ def make_collector(make_sampler, chat_tokenizer):
     runners = []
 
     def make(
-        environment=None, *, num_ahead: int = 0, num_samples: int = NUM_SAMPLES, **parts
+        environment=None,
+        *,
+        num_ahead: int = 0,
+        num_samples: int = NUM_SAMPLES,
+        seed: int = 3,
     ) -> GroupCollector:
         environment = environment or EchoEnvironment()
-        sampler = make_sampler(environment, **parts)
+        sampler = make_sampler(environment, seed=seed)
         order = PromptOrder(
             environment, chat_tokenizer, seed=0, max_prompt_length=99, shuffle=False
         )
