@@ -130,14 +130,16 @@ def _restore_auxiliary_model(auxiliary: AuxiliaryModel, abstract: Params) -> Par
             name: _find_head(stored_heads, name, width)
             for name, width in auxiliary.heads.items()
         }
-        stored_part = {name: part for name, part in abstract.items() if name != "heads"}
+        abstract_parts = {
+            name: part for name, part in abstract.items() if name != "heads"
+        }
         if stored_heads:
-            stored_part["heads"] = {
+            abstract_parts["heads"] = {
                 head: abstract["heads"][name]
                 for name, head in names_there.items()
                 if head is not None
             }
-        restored = tier.restore(None, stored_part, root)
+        restored = tier.restore(None, abstract_parts, root)
     if stored_heads:
         restored["heads"] = {
             name: restored["heads"][head]

@@ -67,7 +67,7 @@ def draw_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return queries, answers
 
 
-class TrunkWithScores(torch.nn.Module):
+class ModelWithScore(torch.nn.Module):
     """What TRL reads of a value or reward model, on a trunk that may be another's."""
 
     base_model_prefix = "model"
@@ -99,8 +99,8 @@ def main(path: Path, estimator: str, value_kind: str) -> None:
     queries, answers = draw_tokens(policy.config.vocab_size)
     answer_of = {tuple(q): a for q, a in zip(queries.tolist(), answers, strict=True)}
     value_trunk = policy if value_kind == "head" else other
-    value_model = TrunkWithScores(value_trunk.model, value_weights)
-    reward_model = TrunkWithScores(build_models()[0].model, reward_weights)
+    value_model = ModelWithScore(value_trunk.model, value_weights)
+    reward_model = ModelWithScore(build_models()[0].model, reward_weights)
     results: dict[str, Any] = {}
 
     def generate(model, rows, batch_size, pad_token_id, generation_config):

@@ -288,9 +288,9 @@ def test_models_that_score_stay_and_take_time(monkeypatch, tmp_path):
         "trained": 3 * layer + 2 * table + 4096,
         "to_be": before.layout.parameters,
     }
-    stored_bytes = 4 * params["trained"] + 4 * params["to_be"] / 2
+    scoring_bytes = 4 * params["trained"] + 4 * params["to_be"] / 2
     assert after.memory.frozen - before.memory.frozen == pytest.approx(
-        stored_bytes, rel=1e-3
+        scoring_bytes, rel=1e-3
     )
     by_name = {phase.name: phase for phase in after.extra.phases}
     assert by_name.keys() == {
@@ -300,7 +300,7 @@ def test_models_that_score_stay_and_take_time(monkeypatch, tmp_path):
     }
     for phase, old in zip(after.extra.phases, before.extra.phases, strict=False):
         assert phase.memory["frozen"] - old.memory["frozen"] == pytest.approx(
-            held, 1e-3
+            scoring_bytes, 1e-3
         )
     # Rows of 9 + 1,015 tokens, a third of them a step, on one device.
     scores = by_name["scores of trained"]

@@ -23,7 +23,12 @@ from tests.train import cells
 def make_config(cell: cells.Cell = cells.ALONE, **settings: Any) -> RunConfig:
     config = cells.config_of("ppo", cell)
     task = PpoTask.model_validate(
-        {"rewards": [{"kind": "exact_match"}], "kl_coef": 0.0} | settings
+        {
+            "rewards": [{"kind": "exact_match"}],
+            "kl_coef": 0.0,
+            "rollouts": {"sampling": {"max_new_tokens": 5}},
+        }
+        | settings
     )
     heads = dict(task.required_heads)
     model = config.model.model_copy(update={"heads": heads})
