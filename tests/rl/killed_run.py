@@ -37,7 +37,7 @@ def die_at(place: str, count: int) -> None:
     num_calls = 0
 
     @functools.wraps(method)
-    def die_or_call(*arguments, **keywords):
+    def die_or_call(*arguments: object, **keywords: object) -> object:
         nonlocal num_calls
         num_calls += 1
         is_last = num_calls == count
