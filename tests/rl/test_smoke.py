@@ -7,14 +7,15 @@ import pytest
 from maxlm.config.assets import list_shipped_configs
 from maxlm.config.load import load_config
 from maxlm.rl.rollouts import source
+from maxlm.rl.tasks.policy import PolicyTask
 from maxlm.run.config import RunConfig
 from maxlm.train.smoke import shrink_config, smoke
 
-# A starting point's tokenizer is looked at, which the demos' runs make first.
+# What policies of the demos begin with learns of data.
 RECIPES = [
     name
     for name in list_shipped_configs()
-    if name.startswith("rl/") and "demo" not in name and "calculator" not in name
+    if name.startswith("rl/") and not name.endswith("_base")
 ]
 
 
@@ -26,8 +27,10 @@ def read(name: str, *settings: str) -> RunConfig:
 def test_a_small_recipe_needs_no_files_and_is_small(name):
     run = read(name)
     small = shrink_config(run, 1)
+    assert isinstance(small.task, PolicyTask)
     assert small.task.kind == run.task.kind
     assert small.task.files_setting is None
+    assert small.task.validation is None
     assert small.task.max_new_tokens < 16
     assert small.task.engine.max_sequences < 16
     num_samples = small.data.batch_size * small.task.minibatches

@@ -219,6 +219,7 @@ class PolicyTask(Task):
             "engine": EngineConfig.model_validate(
                 {**engine_settings, "max_sequences": 4, "prefill_tokens": 32}
             ),
+            "validation": None,
             "generation_mesh": None,
             "num_samples": min(self.num_samples, 2),
             "epochs": min(self.epochs, 2),
