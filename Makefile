@@ -16,7 +16,7 @@ base := $(venv)/base
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train serve-demo tune-demo corpus-demo test-fast test test-more test-corpus test-layouts \
+.PHONY: help setup train serve-demo tune-demo rl-demo corpus-demo test-fast test test-more test-corpus test-layouts \
 	test-parity test-aot test-browser test-cluster torture check format docs clean
 
 help: ## show this
@@ -121,6 +121,22 @@ tune-demo: $(ready) ## teach a small chat model a format and a preference by LoR
 	rm -rf runs/tune-demo/merged && $(bin)/maxlm convert runs/tune-demo/dpo runs/tune-demo/merged
 	echo 'What is 12 plus 30?' | $(bin)/maxlm chat runs/tune-demo/merged temperature=0
 	$(bin)/maxlm eval runs/tune-demo/merged --tasks gsm8k --shots 0 --limit 50 --chat --data runs/tune-demo/data max_length=512
+
+DEMO ?= addition
+
+rl-demo: $(ready) ## teach a small model sums by GRPO, killed once on the way (DEMO=calculator: a tool instead)
+	$(MAKE) --no-print-directory rl-demo-$(DEMO)
+
+.PHONY: rl-demo-addition rl-demo-calculator
+rl-demo-addition:
+	$(bin)/maxlm rl prompts runs/rl-demo-data/sums.jsonl kind=addition -n 4000
+	$(bin)/maxlm train rl/rl_demo_base
+	$(bin)/python benchmarks/rl_demo.py rl_demo
+
+rl-demo-calculator:
+	$(bin)/maxlm rl prompts runs/calculator-data/products.jsonl kind=calculator 'reply=={result};' -n 4000 --examples 0.25
+	$(bin)/maxlm train rl/calculator_base
+	$(bin)/python benchmarks/rl_demo.py calculator
 
 corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token store, 50 steps and a report
 	$(bin)/python benchmarks/demo_crawl.py corpora/demo-crawl --fetch corpora/demo-pages

@@ -41,6 +41,13 @@ from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 
+def list_checkpoint_steps(folder: str | Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, ascending; opens none."""
+    return sorted(
+        int(path.name) for path in Path(folder).glob("[0-9]*") if path.name.isdigit()
+    )
+
+
 class FolderTier(AbstractContextManager["FolderTier"]):
     """The checkpoints in one folder. All processes call every method together. A
     context manager.

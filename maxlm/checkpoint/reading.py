@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from maxlm import __version__
 from maxlm.config import MaxlmError
 from maxlm.config.show import compare_configs
-from maxlm.models.params import flatten_names
+from maxlm.models.params import AUXILIARY, flatten_names
 from maxlm.parallel.layers import PyTree
 from maxlm.runtime.collectives import raise_on_all_hosts
 from maxlm.runtime.json_types import JsonMapping, JsonObject
@@ -206,12 +206,18 @@ def check_saved_shapes(
     state = epath.Path(path) / "state"
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
     prefix = f"{subtree}." if subtree else ""
+    leaves = _describe_leaves(abstract, subtree)
+    # A run that is used, or started from, is its own model alone.
+    auxiliary_prefix = f"{prefix}{AUXILIARY}."
     shapes = {
         name: tuple(array.shape)
         for name, array in stored.items()
-        if name.startswith(prefix)
+        if name in leaves
+        or (
+            name.startswith(prefix)
+            and not (subtree and name.startswith(auxiliary_prefix))
+        )
     }
-    leaves = _describe_leaves(abstract, subtree)
     # Layers that this run holds in groups are along one axis on disk.
     for name, leaf in leaves.items():
         if len(leaf.shape) > 1:

@@ -79,6 +79,15 @@ def prompts(
         Option("-n", "--count", min=1, help="Rows; default: all that there are."),
     ] = None,
     seed: Annotated[int, Option(help="Of rows that are drawn.")] = 0,
+    examples: Annotated[
+        float | None,
+        Option(
+            min=0,
+            max=1,
+            help="Add a column `completion` to tune on: an episode with its calls in "
+            "this share of the rows, the bare answer in others.",
+        ),
+    ] = None,
 ) -> None:
     """Write an environment's prompts, with their answers, as rows of a file: to look at
     them, or for `maxlm tune`. Settings are the environment's, as kind=addition
@@ -91,8 +100,34 @@ def prompts(
 
     environment_settings = [f"environment.{setting}" for setting in settings or ()]
     config = load_config(EnvironmentSettings, None, environment_settings).value
-    num_rows = write_prompts(config.environment, out, count, seed=seed)
+    num_rows = write_prompts(
+        config.environment, out, count, seed=seed, examples=examples
+    )
     print(f"{num_rows:,} prompts in {out}")
 
 
-subcommands = {"prompts": prompts}
+def report(
+    run: Annotated[Path, Argument(exists=True, help="The run's folder.")],
+    out: Annotated[
+        Path | None, Option(help="HTML file to write; default: RUN/report.html.")
+    ] = None,
+    samples: Annotated[
+        int,
+        Option(
+            min=0, help="Samples of the highest reward, of the lowest, and the newest."
+        ),
+    ] = 20,
+) -> None:
+    """Write an HTML page of a run: rewards, lengths, KL, entropy, time by phase, and
+    samples with their rewards. It may be running still.
+
+    maxlm rl report runs/solver
+    """
+    from maxlm.rl.report import write_run_report
+
+    page = out or run / "report.html"
+    write_run_report(run, page, samples)
+    print(f"written: {page}")
+
+
+subcommands = {"prompts": prompts, "report": report}

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from posixpath import normpath
 from typing import get_args, get_type_hints
 
-from maxlm.config import LocalPath, MaxlmError
+from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.data.documents.config import is_installed_text
 from maxlm.launch.options import JobOptions, Mount, check_url
 from maxlm.launch.schedulers import JobScheduler
@@ -37,8 +37,11 @@ def make_placeholder_settings(run: RunConfig, *, sees_files: bool) -> list[str]:
     else:
         if _names_rows(run):
             return []
-        settings = [f"task.files=[{PLACEHOLDER}rows.jsonl]"]
-        if not (run.tokenizer.path or run.train.start_from):
+        settings = []
+        files_setting = run.task.files_setting
+        if files_setting is not None:
+            settings.append(f"task.{files_setting}=[{PLACEHOLDER}rows.jsonl]")
+        if not _names_tokenizer(run):
             settings.append(f"train.start_from={PLACEHOLDER}model")
     if not sees_files and not PurePosixPath(run.folder).is_absolute():
         settings.append(f"folder={PLACEHOLDER}runs")
@@ -91,21 +94,33 @@ def list_places(run: RunConfig) -> dict[str, str]:
                 places[f"{key}.documents.{index}"] = documents
         places[f"{key}.store"] = source.store
         places[f"{key}.heldout_store"] = source.heldout_store
-    # A task may come from outside: its paths are the fields of that type.
-    hints = get_type_hints(type(run.task), include_extras=True)
-    for name, hint in hints.items():
-        if not _has_path(hint):
-            continue
-        value = getattr(run.task, name)
-        if isinstance(value, tuple):
-            for index, path in enumerate(value):
-                places[f"task.{name}.{index}"] = path
-        else:
-            places[f"task.{name}"] = value
+    places |= _list_config_places("task", run.task)
     places["tokenizer.path"] = run.tokenizer.path
     places["train.start_from"] = run.train.start_from
     places["checkpoint.remote_folder"] = run.checkpoint.remote_folder
     return {key: path for key, path in places.items() if path}
+
+
+def _list_config_places(key: str, config: Config) -> dict[str, str | None]:
+    """Lists the paths of a config and of those within it. It may come from outside: its
+    paths are the fields of that type."""
+    places: dict[str, str | None] = {}
+    hints = get_type_hints(type(config), include_extras=True)
+    for name in type(config).model_fields:
+        field_value = getattr(config, name)
+        if isinstance(field_value, tuple):
+            values = {
+                f"{key}.{name}.{index}": value
+                for index, value in enumerate(field_value)
+            }
+        else:
+            values = {f"{key}.{name}": field_value}
+        for place, value in values.items():
+            if isinstance(value, Config):
+                places |= _list_config_places(place, value)
+            elif _has_path(hints[name]):
+                places[place] = value
+    return places
 
 
 def _has_path(hint: object) -> bool:
@@ -114,7 +129,15 @@ def _has_path(hint: object) -> bool:
 
 
 def _names_rows(run: RunConfig) -> bool:
-    return any(key.startswith("task.files.") for key in list_places(run))
+    """Returns whether the files of a task's rows are named."""
+    setting = run.task.files_setting
+    return setting is not None and any(
+        key.startswith(f"task.{setting}.") for key in list_places(run)
+    )
+
+
+def _names_tokenizer(run: RunConfig) -> bool:
+    return bool(run.tokenizer.path or run.train.start_from)
 
 
 def _check_data(run: RunConfig) -> None:
@@ -123,11 +146,12 @@ def _check_data(run: RunConfig) -> None:
     if reads_text and not run.data.sources:
         fix = "name documents or a store there"
         raise MaxlmError("no text to train on", where="data.sources", fix=fix)
-    if not reads_text and not _names_rows(run):
+    files_setting = run.task.files_setting
+    if not reads_text and files_setting is not None and not _names_rows(run):
         fix = "name a .jsonl or .parquet file there"
-        raise MaxlmError("no rows to train on", where="task.files", fix=fix)
-    has_tokenizer = run.tokenizer.path or run.train.start_from
-    if has_tokenizer or any(source.documents for source in run.data.sources):
+        where = f"task.{files_setting}"
+        raise MaxlmError("no rows to train on", where=where, fix=fix)
+    if _names_tokenizer(run) or any(source.documents for source in run.data.sources):
         return
     if reads_text:
         message = "a store was made with a tokenizer, and none is named"

@@ -40,6 +40,9 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 SHARED_BLOCKS = "shared_blocks"
 """Begins the names of parameters that several layers read, ``shared_blocks.block0...``:
 they are in no stack of layers."""
+AUXILIARY = "auxiliary"
+"""Begins the names of parameters of other models that are trained beside a run's own,
+``auxiliary.value.layers...``."""
 
 
 @dataclass(frozen=True)
@@ -458,6 +461,12 @@ def replace_base_params(tree: Params, base: Params) -> Params:
         return base
 
     return jax.tree.map(put_base, tree, base, is_leaf=is_leaf)
+
+
+def drop_auxiliary(tree: Params) -> Params:
+    """Returns a run's parameters, or what stands in their place, without those of
+    auxiliary models."""
+    return {name: subtree for name, subtree in tree.items() if name != AUXILIARY}
 
 
 def seed_dropout(params: Params, specs: Params, key: jax.Array) -> Params:

@@ -15,7 +15,14 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import GatheredParam, Params, flatten_names, is_leaf, join_path
+from maxlm.models.params import (
+    AUXILIARY,
+    GatheredParam,
+    Params,
+    flatten_names,
+    is_leaf,
+    join_path,
+)
 from maxlm.parallel.layers import PyTree
 from maxlm.sharding import AxisRules
 
@@ -54,12 +61,13 @@ def param_shardings(
 def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern,
     such as ``layers.attention.*``; raises MaxlmError for one that no name matches.
-    None: all, or the arrays that an adapter adds, and ``heads``."""
+    None: all, or the arrays that an adapter adds, ``heads`` and auxiliary models."""
     names = [*flatten_names(specs)]
     if patterns is None:
         added_names = list_added_names(specs)
         # Beside an adapter the heads of a task are trained; without one, everything.
-        others = filter_names(names, "heads.*" if added_names else "*")
+        patterns = ["heads.*", f"{AUXILIARY}.*"] if added_names else ["*"]
+        others = [name for part in patterns for name in filter_names(names, part)]
         trained_names = {*added_names, *others}
     else:
         trained_names = _match_names(names, patterns)

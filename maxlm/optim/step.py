@@ -20,6 +20,7 @@ from maxlm.models.params import (
     GatheredParam,
     Params,
     bind,
+    drop_auxiliary,
     fold_in_name,
     param_specs,
     seed_dropout,
@@ -186,6 +187,7 @@ def bind_frozen(
 ) -> dict[str, nnx.Module]:
     """Binds frozen models to their own parameters, or to the base of the adapted
     ``params``, to which no gradient goes."""
+    params = drop_auxiliary(params)
     base = jax.tree.map(lax.stop_gradient, select_base_params(params))
     # Without an adapter, the base would be the trained model itself.
     is_adapted = jax.tree.structure(base) != jax.tree.structure(params)

@@ -246,12 +246,16 @@ def _list_phases(shape: StepShape) -> dict[str, _Phase]:
 
 
 def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
-    """Counts parameters, optimizer state, their moving average, frozen models, and the
-    batch."""
+    """Counts parameters, optimizer state, their moving average, frozen models, those
+    that score among them, and the batch: of the device that holds most."""
     work = shape.work
     split = shape.split
     config = work.config
     parameters = split.local_bytes(split.storage, work.specs.values())
+    optimizer = split.local_bytes(split.optimizer, work.optimizer)
+    for other in work.auxiliary_models.values():
+        parameters += split.local_bytes(split.storage, other.specs.values())
+        optimizer += split.local_bytes(split.optimizer, other.optimizer)
     average = 0.0
     if config.train.ema_decay is not None:
         average = parameters
@@ -263,11 +267,15 @@ def count_stored_bytes(shape: StepShape) -> dict[str, Number]:
         / split.num_shards(split.compute, ("batch", *array.axes))
         for array in config.batch_arrays.values()
     )
+    scoring = [
+        model.count_param_bytes(split.sizes) for model in work.scoring_models.values()
+    ]
+    frozen = split.local_bytes(split.storage, work.frozen_specs)
     return {
         "parameters": parameters,
-        "optimizer": split.local_bytes(split.optimizer, work.optimizer),
+        "optimizer": optimizer,
         "average": average,
-        "frozen": split.local_bytes(split.storage, work.frozen_specs),
+        "frozen": frozen + sum(scoring),
         "batch": config.data.batch_size * row_bytes,
     }
 

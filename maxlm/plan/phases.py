@@ -16,10 +16,15 @@ from maxlm.plan.generation import GenerationCost, GenerationPlanner
 from maxlm.plan.machine import Machine, select_matmul_dtype
 from maxlm.plan.memory import count_stored_bytes
 from maxlm.plan.timing import estimate_forward_seconds
-from maxlm.plan.workload import Number, StepShape
+from maxlm.plan.workload import (
+    MeshPartitioning,
+    Number,
+    ScoringWorkload,
+    StepShape,
+)
 from maxlm.runtime.json_types import JsonObject
 from maxlm.sharding import MESH_AXES
-from maxlm.tasks.extra_work import ExtraPass
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork
 
 GENERATION = "generation"
 """Name of the phase in which a task's sequences are generated."""
@@ -97,6 +102,10 @@ def estimate_extra_phases(
         )
         if work.keeps_caches:
             resident_bytes = cost.cache_bytes
+        for name, model in shape.work.scoring_models.items():
+            phase = _estimate_scoring(shape, machine, name, model, work)
+            memory = stored | phase.memory | {"caches": resident_bytes}
+            phases.append(RunPhase(phase.name, phase.tokens, memory, phase.seconds))
     for extra_pass in shape.work.config.task.extra_passes():
         phase = _estimate_pass(shape, machine, extra_pass)
         memory = stored | phase.memory | {"caches": resident_bytes}
@@ -140,6 +149,61 @@ def _plan_generation(shape: StepShape, planner: GenerationPlanner) -> Generation
     )
 
 
+def _estimate_scoring(
+    shape: StepShape,
+    machine: Machine | None,
+    name: str,
+    model: ScoringWorkload,
+    generation: GenerationWork,
+) -> RunPhase:
+    """Estimates the scores of a rollout: one row after the other, as ``Embedder`` takes
+    long ones, padded to a power of two. Other devices wait meanwhile.
+
+    Args:
+        name: of the model.
+    """
+    sizes = model.count_sizes(shape.split.sizes)
+    num_tokens = generation.expected_prompt_tokens + generation.expected_new_tokens
+    padded_length = 1 << (max(1, round(num_tokens)) - 1).bit_length()
+    model_limit = model.work.config.model.max_seq_len
+    padded_length = max(num_tokens, min(padded_length, model_limit))
+    # Rows of a call are as many as the mesh splits, of which one is a sequence.
+    num_rows = generation.num_sequences
+    config = model.work.config
+    ways = MeshPartitioning(config, sizes).num_devices(config.sharding.compute.batch)
+    data = config.data.model_copy(update={"batch_size": num_rows * ways})
+    work = copy(model.work)
+    work.config = config.model_copy(update={"data": data})
+    model_shape = StepShape(
+        work,
+        sizes,
+        micro_batches=num_rows,
+        remat="none",
+        topology=None if machine is None else machine.topology,
+    )
+    seconds: dict[str, Number] = {}
+    if machine is not None:
+        rollout_seconds = estimate_forward_seconds(
+            model_shape,
+            machine,
+            dtype=select_matmul_dtype(machine.chip, work.dtype_bytes),
+            makes_logits=False,
+        )
+        # Of rows as long as the run's.
+        length_share = padded_length / work.tokens_per_row.decoder
+        step_seconds = length_share * rollout_seconds / generation.steps_per_rollout
+        seconds = {"forward passes": step_seconds}
+    phase_name = f"scores of {name}"
+    if model.is_stand_in:
+        phase_name += " (no run there: counted as the policy)"
+    return RunPhase(
+        name=phase_name,
+        tokens=num_rows * num_tokens / generation.steps_per_rollout,
+        memory=dict(list_forward_working_set(model_shape, makes_logits=False)),
+        seconds=seconds,
+    )
+
+
 def _estimate_pass(
     shape: StepShape, machine: Machine | None, extra_pass: ExtraPass
 ) -> RunPhase:
@@ -147,9 +211,10 @@ def _estimate_pass(
     config = shape.work.config
     work = shape.work
     if extra_pass.model is not None:
-        frozen = work.frozen_models[extra_pass.model]
-        models = {"model": frozen.config.model, "adapter": frozen.config.adapter}
-        work = copy(frozen)
+        others = work.frozen_models | work.auxiliary_models
+        other = others[extra_pass.model]
+        models = {"model": other.config.model, "adapter": other.config.adapter}
+        work = copy(other)
         # It lies as the run's own model does, and reads the run's rows.
         work.config = config.model_copy(update=models)
         work.tokens_per_row = shape.work.tokens_per_row

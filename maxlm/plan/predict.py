@@ -305,6 +305,20 @@ def estimate_costs(
     """
     extra = estimate_extra_phases(shape, machine, planner)
     memory = replace(estimate_memory(shape), caches=extra.resident_bytes)
+    topology = None if machine is None else machine.topology
+    # What the loss keeps of models that are trained beside the run's own is there
+    # together with what it keeps of this.
+    auxiliary_shapes = [
+        StepShape(work, shape.split.sizes, shape.micro_batches, shape.remat, topology)
+        for work in shape.work.auxiliary_models.values()
+    ]
+    for auxiliary_shape in auxiliary_shapes:
+        auxiliary = estimate_memory(auxiliary_shape)
+        memory = replace(
+            memory,
+            gradients=memory.gradients + auxiliary.gradients,
+            activations=memory.activations + auxiliary.activations,
+        )
     collectives = list_collectives(shape)
     if machine is None:
         return RunCosts(memory, collectives, None, extra)
@@ -315,6 +329,14 @@ def estimate_costs(
         dtype=select_matmul_dtype(machine.chip, shape.work.dtype_bytes),
         transient_bytes=memory.transient_bytes,
     )
+    for auxiliary_shape in auxiliary_shapes:
+        auxiliary_time = estimate_time(
+            auxiliary_shape,
+            machine,
+            list_collectives(auxiliary_shape),
+            dtype=select_matmul_dtype(machine.chip, shape.work.dtype_bytes),
+        )
+        time = time.plus(auxiliary_time)
     return RunCosts(memory, collectives, time, extra)
 
 

@@ -24,7 +24,7 @@ The constants (``EFFICIENCY``) are fitted to published runs by
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -139,6 +139,14 @@ class StepTime:
     """All communication, hidden or not; no part of the total."""
     forward: Number
     """The part of products, attention and traffic in forward passes."""
+
+    def plus(self, other: "StepTime") -> "StepTime":
+        """Returns the time of both, one after the other."""
+        sums = {
+            part.name: getattr(self, part.name) + getattr(other, part.name)
+            for part in fields(self)
+        }
+        return StepTime(**sums)
 
     @property
     def total(self) -> Number:

@@ -10,6 +10,7 @@ that the search is the plan, many times over.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from maxlm.config.load import load_config
 from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.transformer import Decoder
@@ -43,8 +45,14 @@ from maxlm.plan.stacks import (
     make_kernel,
 )
 from maxlm.plan.topology import Topology
-from maxlm.run.config import RunConfig, list_base_models, read_frozen_configs
-from maxlm.sharding import AxisRules
+from maxlm.run.config import (
+    RunConfig,
+    list_base_models,
+    read_auxiliary_configs,
+    read_frozen_configs,
+)
+from maxlm.sharding import AxisRules, MeshConfig, mesh_sizes
+from maxlm.sharding.mesh import count_min_devices
 from maxlm.tasks.text import ClmTask
 
 Number = Any
@@ -79,6 +87,31 @@ class FrontendWorkload(NamedTuple):
     """Forward FLOPs beside matrices, likewise."""
 
 
+class ScoringWorkload(NamedTuple):
+    """A model that scores what a run generates."""
+
+    work: "RunWorkload"
+    mesh: MeshConfig | None
+    """The devices that it is spread over; None: one."""
+    is_stand_in: bool
+    """Whether its run is not there yet, and the run's own model is counted in its
+    place."""
+
+    def count_sizes(self, sizes: Mapping[str, Number]) -> dict[str, int]:
+        """Returns the mesh that it lies on; ``sizes``: of the run's own."""
+        if self.mesh is None:
+            return dict.fromkeys(sizes, 1)
+        num_devices = count_min_devices(self.mesh)
+        if -1 in self.mesh.model_dump().values():
+            num_devices = int(np.max(prod(sizes.values())))
+        return mesh_sizes(self.mesh, num_devices)
+
+    def count_param_bytes(self, sizes: Mapping[str, Number]) -> float:
+        """Counts the bytes of its parameters on a device that has it."""
+        split = MeshPartitioning(self.work.config, self.count_sizes(sizes))
+        return float(split.local_bytes(split.storage, self.work.specs.values()))
+
+
 class RunWorkload:
     """A run as costs are counted: its model, task and optimizer for maths in ``dtype``;
     allocates nothing."""
@@ -95,6 +128,8 @@ class RunWorkload:
         self._read_parameters(model)
         self._read_embeddings(model)
         self._read_frozen_models(dtype)
+        self._read_scoring_models(dtype)
+        self._read_auxiliary_models(dtype)
         self.cache_bytes = self._count_cache_bytes(model)
         """Caches of one row in generation, on all devices together; 0: the model does
         not generate."""
@@ -205,6 +240,32 @@ class RunWorkload:
             for spec in model.specs.values()
         )
         """Their parameters, but for an adapter's base."""
+
+    def _read_scoring_models(self, dtype: DTypeLike) -> None:
+        self.scoring_models: dict[str, ScoringWorkload] = {}
+        """Models that score what the task generates, by name."""
+        config = self.config
+        for name, model in config.task.scoring_models().items():
+            path = Path(model.run) / "config.yaml"
+            run = load_config(RunConfig, path).value if path.exists() else config
+            # Adapters are merged where a run is loaded to be used.
+            updates = {"task": ClmTask(), "data": config.data, "adapter": None}
+            work = RunWorkload(run.model_copy(update=updates), dtype)
+            is_stand_in = not path.exists()
+            self.scoring_models[name] = ScoringWorkload(work, model.mesh, is_stand_in)
+
+    def _read_auxiliary_models(self, dtype: DTypeLike) -> None:
+        config = self.config
+        # All of them is trained, on the run's batches.
+        train = config.train.model_copy(update={"trainable": None})
+        updates = {"task": ClmTask(), "adapter": None, "train": train}
+        self.auxiliary_models = {
+            name: RunWorkload(
+                config.model_copy(update=updates | {"model": model}), dtype
+            )
+            for name, model in read_auxiliary_configs(config).items()
+        }
+        """Models that are trained beside the run's own, by name."""
 
     def _count_cache_bytes(self, model: Model) -> int:
         if not isinstance(model, Decoder):

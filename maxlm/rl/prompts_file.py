@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from maxlm.config import Config
+from maxlm.data.loader.permutation import derive_key
 from maxlm.rl.environments import Environment, EnvironmentConfig
 from maxlm.runtime.files import replace_file
 
@@ -17,10 +18,25 @@ class EnvironmentSettings(Config):
 
 
 def write_prompts(
-    environment: Environment, path: str | Path, count: int | None, *, seed: int = 0
+    environment: Environment,
+    path: str | Path,
+    count: int | None,
+    *,
+    seed: int = 0,
+    examples: float | None = None,
 ) -> int:
     """Writes an environment's rows as JSON Lines, the first ``count`` or all there are;
-    returns how many. Raises MaxlmError: they cannot be read or written."""
+    returns how many.
+
+    Args:
+        seed: of rows that are drawn.
+        examples: rows get a column ``completion`` to tune a model on: this share of
+            them, drawn, the environment's example, others the bare ``answer``. None:
+            no row gets it.
+
+    Raises:
+        MaxlmError: rows that cannot be read or written, or have no example.
+    """
     rows = environment.open_prompts(seed)
     numbers = count_from() if rows.num_rows is None else range(rows.num_rows)
     path = Path(path)
@@ -28,6 +44,12 @@ def write_prompts(
     num_written = 0
     with replace_file(path) as temporary, temporary.open("w") as file:
         for number in islice(numbers, count):
-            file.write(f"{json.dumps(rows[number], ensure_ascii=False)}\n")
+            row = rows[number]
+            if examples is not None:
+                example = environment.write_example(row)
+                draw = derive_key(seed, "examples", number) / 2**64
+                completion = example if draw < examples else row["answer"]
+                row = {**row, "completion": completion}
+            file.write(f"{json.dumps(row, ensure_ascii=False)}\n")
             num_written += 1
     return num_written

@@ -16,11 +16,12 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArraySpec
 from maxlm.models.architectures.config import TransformerConfig
-from maxlm.models.architectures.routes import OWN_CHOICE, get_route_shape
+from maxlm.models.architectures.routes import get_route_shape
 from maxlm.rl.samples import Sample
 
 ROUTES = "routes"
 """Name of a batch's array of routes."""
+_LENGTHS = "routes_lengths"
 
 
 def declare_routes(model: TransformerConfig, seq_len: int) -> BatchArraySpec:
@@ -29,7 +30,8 @@ def declare_routes(model: TransformerConfig, seq_len: int) -> BatchArraySpec:
     shape = get_route_shape(model)
     if not shape.num_layers:
         message = "routes are to be replayed, and the model has no experts"
-        raise MaxlmError(message, where="task", fix="turn router replay off")
+        fix = "set it to false"
+        raise MaxlmError(message, where="task.replay_routes", fix=fix)
     row_shape = (seq_len, shape.num_layers, shape.experts_per_token)
     return BatchArraySpec(row_shape, shape.dtype, ("seq", None, None))
 
@@ -39,36 +41,33 @@ def get_routes(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     return batch.get(ROUTES)
 
 
-def extend_routes(known: np.ndarray | None, later: np.ndarray) -> np.ndarray:
-    """Returns the routes of a conversation's tokens after one more request to the
-    engine, whose prompt are all tokens so far: those of known tokens stay, as drawn
-    tokens follow from them.
-
-    Args:
-        known: [tokens, E, k] of the requests before; None: it is the first.
-        later: ``SequenceOutput.routes`` of the whole request, of the prompt on.
-    """
-    if known is None:
-        return later
-    return np.concatenate([known, later[len(known) :]])
+def extend_routes(sample: Sample, reported: np.ndarray, start: int) -> None:
+    """Adds what the engine reports of a sample's tokens from ``start`` on, [tokens, E,
+    k]. Those of tokens that are known stay where a later request reads them anew, as
+    drawn tokens follow from them; those of tokens that the sample does not have are
+    left out."""
+    num_known = len(sample.routes)
+    sample.routes += list(reported[max(0, num_known - start) :])
+    del sample.routes[len(sample.tokens) :]
 
 
-def make_row_routes(
-    samples: Sequence[Sample], starts: Sequence[int], spec: BatchArraySpec
-) -> np.ndarray:
-    """Makes a row's routes, [S, E, k], of the samples that stand in it; tokens that the
-    engine has not read, and padding, choose for themselves.
+def routes_to_arrays(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Returns arrays from which :func:`routes_from_arrays` makes the routes of samples;
+    none where no sample has any."""
+    routes = [token_routes for sample in samples for token_routes in sample.routes]
+    if not routes:
+        return {}
+    lengths = [len(sample.routes) for sample in samples]
+    return {ROUTES: np.stack(routes), _LENGTHS: np.array(lengths, np.int64)}
 
-    Args:
-        starts: the place of each sample's first token in the row.
-        spec: what :func:`declare_routes` returns.
-    """
-    routes = np.full(spec.shape, OWN_CHOICE, spec.dtype)
-    for sample, start in zip(samples, starts, strict=True):
-        if sample.routes is None:
-            continue
-        # A sample's last token is a target alone.
-        num_inputs = min(len(sample.tokens) - 1, len(sample.routes))
-        end = min(start + num_inputs, len(routes))
-        routes[start:end] = sample.routes[: end - start]
-    return routes
+
+def routes_from_arrays(
+    arrays: Mapping[str, np.ndarray], prefix: str, num_samples: int
+) -> list[list[np.ndarray]]:
+    """Makes the routes of so many samples, of what :func:`routes_to_arrays` returned,
+    with keys that begin with ``prefix``."""
+    if f"{prefix}{ROUTES}" not in arrays:
+        return [[] for _ in range(num_samples)]
+    ends = np.cumsum(arrays[f"{prefix}{_LENGTHS}"])
+    parts = np.split(arrays[f"{prefix}{ROUTES}"], ends[:-1])
+    return [list(part) for part in parts]

@@ -18,6 +18,9 @@ class Prompt:
     """What the policy reads first."""
     row: JsonMapping
     """All columns of the row: an environment and rewards read them."""
+    number: int = 0
+    """Its place in the run's order, in which a row may come again; the random streams
+    of its samples follow from it."""
 
 
 @dataclass
@@ -47,10 +50,10 @@ class Sample:
     policy, ("tool" or "user", text) of the environment."""
     environment_reward: float | None = None
     """Score of the environment; None: it gives none."""
-    routes: np.ndarray | None = field(default=None, compare=False)
-    """Of a model with experts whose routes are replayed: int8 or int16 [tokens read, E,
-    k], the experts that the first tokens met in the engine; see
-    :mod:`maxlm.rl.routes`."""
+    routes: list[np.ndarray] = field(default_factory=list, compare=False)
+    """Where the engine records them, int8 or int16 [E, k] of each of the first tokens:
+    the experts that it met there; see :mod:`maxlm.rl.routes`. The engine has not read
+    those behind them."""
 
     @property
     def num_prompt_tokens(self) -> int:

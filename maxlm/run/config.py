@@ -121,7 +121,9 @@ class RunConfig(Config):
     @property
     def batch_arrays(self) -> dict[str, BatchArraySpec]:
         """The arrays of a batch's rows by name."""
-        return list_batch_arrays(self.task, self.model.frontend, self.data.seq_len)
+        seq_len = self.data.seq_len
+        arrays = list_batch_arrays(self.task, self.model.frontend, seq_len)
+        return arrays | self.task.list_model_arrays(self.model, seq_len)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -177,6 +179,26 @@ def read_frozen_configs(
     models = {name: run.model for name, run in frozen_runs.items()}
     config.task.check_frozen_models(config.model, models)
     return frozen_runs
+
+
+def read_auxiliary_configs(config: RunConfig) -> dict[str, ModelConfig]:
+    """Return the models that a task trains beside the run's own, by name. Raises
+    MaxlmError: one has another vocabulary."""
+    models: dict[str, ModelConfig] = {}
+    for name, auxiliary in config.task.auxiliary_models().items():
+        model = config.model
+        if auxiliary.source is not None:
+            path = Path(auxiliary.source) / "config.yaml"
+            model = load_config(RunConfig, path).value.model
+        vocab_size = config.model.vocab_size
+        if model.vocab_size != vocab_size or model.max_seq_len < config.data.seq_len:
+            message = f"the {name} model has {model.vocab_size} ids and reads "
+            message += f"{model.max_seq_len} tokens, the run has {vocab_size} ids and "
+            message += f"rows of {config.data.seq_len}"
+            fix = "use a run with the same vocabulary, and rows no longer than it reads"
+            raise MaxlmError(message, where=auxiliary.source or "task", fix=fix)
+        models[name] = model.model_copy(update={"heads": dict(auxiliary.heads)})
+    return models
 
 
 def list_base_models(

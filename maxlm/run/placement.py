@@ -1,12 +1,21 @@
 """A run's models on a mesh: every check that they fit, and where each array lies."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
+from flax import nnx
 from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Count, Requirement, check_requirements
-from maxlm.run.config import RunConfig, check_samples, read_frozen_configs
+from maxlm.models.architectures import Model
+from maxlm.models.params import AUXILIARY, param_specs
+from maxlm.run.config import (
+    RunConfig,
+    check_samples,
+    read_auxiliary_configs,
+    read_frozen_configs,
+)
 from maxlm.run.global_batch import require_batch_split
 from maxlm.run.model_placement import (
     PlacedModel,
@@ -54,7 +63,37 @@ def place_run(
     for_training: bool = True,
 ) -> PlacedModel:
     """Lays a run's model out on a mesh (``place_model``): to generate, or
-    ``for_training``, where the batch must divide over the mesh."""
+    ``for_training``, with the task's auxiliary models, where the batch must divide over
+    the mesh."""
+    placed = _place_own_model(config, sizes, dtype, for_training=for_training)
+    auxiliary = read_auxiliary_configs(config) if for_training else {}
+    if not auxiliary:
+        return placed
+    if sizes["stage"] > 1:
+        message = f"task.kind={config.task.kind} trains a model beside the run's own, "
+        message += "which a pipeline cannot run"
+        raise MaxlmError(message, where="mesh.stage", fix="set it to 1")
+    modules: dict[str, Model] = {}
+    placements = dict(placed.placements)
+    for name, model in auxiliary.items():
+        run = config.model_copy(update={"model": model, "adapter": None})
+        other = _place_own_model(run, sizes, dtype, for_training=True)
+        modules[name] = other.model
+        for parameter, placement in other.placements.items():
+            placements[f"{AUXILIARY}.{name}.{parameter}"] = placement
+    placed.model.auxiliary = nnx.Dict(modules)
+    specs = param_specs(placed.model)
+    return replace(placed, specs=specs, placements=placements)
+
+
+def _place_own_model(
+    config: RunConfig,
+    sizes: Mapping[str, int],
+    dtype: DTypeLike,
+    *,
+    for_training: bool,
+) -> PlacedModel:
+    """Lays out one model."""
     shape = None
     if for_training:
         micro_batches = config.train.micro_batches
@@ -94,5 +133,5 @@ def place_frozen_models(
         run = config.model_copy(
             update={"model": frozen_run.model, "adapter": frozen_run.adapter}
         )
-        placed[name] = place_run(run, sizes, dtype)
+        placed[name] = _place_own_model(run, sizes, dtype, for_training=True)
     return placed

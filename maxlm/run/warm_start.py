@@ -13,8 +13,11 @@ import jax.numpy as jnp
 
 from maxlm.checkpoint.folder import FolderTier
 from maxlm.checkpoint.reading import compute_fingerprints
+from maxlm.config import MaxlmError
 from maxlm.models.params import (
+    AUXILIARY,
     Params,
+    drop_auxiliary,
     flatten_names,
     replace_base_params,
     select_base_params,
@@ -22,6 +25,7 @@ from maxlm.models.params import (
 from maxlm.optim.state import TrainState
 from maxlm.run.setup import RunSetup
 from maxlm.runtime.json_types import JsonMapping, JsonObject
+from maxlm.tasks.task import AuxiliaryModel
 
 
 def check_init_checkpoint(setup: RunSetup) -> JsonObject | None:
@@ -41,12 +45,22 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     An adapted run takes those of one without an adapter as the base of its own; heads
     and a frontend that the other has not stay fresh."""
     state = setup.init_train_state()
-    params = state.params
     start = setup.config.train.start_from
     adapter = setup.config.adapter
-    if start is None and adapter is None:
+    if start is None and adapter is None and AUXILIARY not in state.params:
         return state
+    params = _warm_start_params(setup, drop_auxiliary(state.params))
+    if AUXILIARY in state.params:
+        auxiliary = _start_auxiliary_models(setup, state.params[AUXILIARY], params)
+        params = params | {AUXILIARY: auxiliary}
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, ema=ema)
 
+
+def _warm_start_params(setup: RunSetup, params: Params) -> Params:
+    """Returns the run's own parameters with those of the run that it starts from."""
+    start = setup.config.train.start_from
+    adapter = setup.config.adapter
     # The parameters of the run to start from, in place of the fresh ones.
     is_start_adapted = False
     if start is not None:
@@ -69,8 +83,79 @@ def init_or_warm_start_state(setup: RunSetup) -> TrainState:
     # Some adapters begin as a function of the base's weights.
     if adapter is not None and not is_start_adapted:
         params = adapter.init_from_base(params)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return replace(state, params=params, ema=ema)
+    return params
+
+
+def _start_auxiliary_models(
+    setup: RunSetup, fresh: Mapping[str, Params], own_params: Params
+) -> dict[str, Params]:
+    """Returns the parameters that the task's auxiliary models start from.
+
+    Args:
+        fresh: their fresh ones, by the models' names.
+        own_params: of the run's own model.
+    """
+    started: dict[str, Params] = {}
+    for name, auxiliary in setup.config.task.auxiliary_models().items():
+        params = dict(fresh[name])
+        if auxiliary.source is None:
+            base = select_base_params(own_params)
+            for part in params.keys() - {"heads"}:
+                # A copy: the step is given the memory of the whole state.
+                params[part] = jax.tree.map(
+                    lambda new, old: jnp.array(old, new.dtype), params[part], base[part]
+                )
+        else:
+            abstract = setup.abstract_state.params[AUXILIARY][name]
+            restored = _restore_auxiliary_model(auxiliary, abstract)
+            restored["heads"] = params["heads"] | restored.get("heads", {})
+            params = restored
+        started[name] = params
+    return started
+
+
+def _restore_auxiliary_model(auxiliary: AuxiliaryModel, abstract: Params) -> Params:
+    """Returns the parameters of an auxiliary model that a run has for it: all but the
+    heads that it has not."""
+    assert auxiliary.source is not None
+    with open_checkpoints(auxiliary.source) as (tier, config, root):
+        if config.get("adapter"):
+            message = "a run with an adapter, which a model that is trained in full "
+            message += "cannot start from"
+            fix = "merge it first: maxlm convert"
+            raise MaxlmError(message, where=auxiliary.source, fix=fix)
+        stored_heads: Mapping[str, int] = config["model"].get("heads") or {}
+        # By their names here, those that the run has.
+        names_there = {
+            name: _find_head(stored_heads, name, width)
+            for name, width in auxiliary.heads.items()
+        }
+        abstract_parts = {
+            name: part for name, part in abstract.items() if name != "heads"
+        }
+        if stored_heads:
+            abstract_parts["heads"] = {
+                head: abstract["heads"][name]
+                for name, head in names_there.items()
+                if head is not None
+            }
+        restored = tier.restore(None, abstract_parts, root)
+    if stored_heads:
+        restored["heads"] = {
+            name: restored["heads"][head]
+            for name, head in names_there.items()
+            if head is not None
+        }
+    return restored
+
+
+def _find_head(stored_heads: Mapping[str, int], name: str, width: int) -> str | None:
+    """Returns the head of a run that another model's head starts from; None: it has
+    none."""
+    if stored_heads.get(name) == width:
+        return name
+    same_width = [head for head, size in stored_heads.items() if size == width]
+    return same_width[0] if len(same_width) == 1 else None
 
 
 def load_frozen_models(
@@ -83,7 +168,8 @@ def load_frozen_models(
     for model, source in setup.frozen_sources.items():
         if source is None:
             # A copy: the step is given the memory of the whole state.
-            loaded[model] = jax.tree.map(jnp.copy, init_state(setup).params)
+            own_params = drop_auxiliary(init_state(setup).params)
+            loaded[model] = jax.tree.map(jnp.copy, own_params)
             continue
         with open_checkpoints(source) as (tier, _, name):
             loaded[model] = tier.restore(None, setup.abstract_state.frozen[model], name)
@@ -129,7 +215,7 @@ def _select_stored_params(params: Params, config: JsonMapping) -> Params:
         for name, head_params in params.get("heads", {}).items()
         if name in stored_heads
     }
-    left_out = {"heads"}
+    left_out = {"heads", AUXILIARY}
     if config["model"].get("frontend") is None:
         left_out.add("frontend")
     selected = {

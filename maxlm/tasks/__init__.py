@@ -70,6 +70,7 @@ def check_task(
         fix = "shorten the sequences, or raise the model's limit"
         raise MaxlmError(message, fix=fix)
     task.check(seq_len, model.vocab_size)
+    task.check_model(model)
     if num_virtual_tokens:
         _check_virtual_tokens(task, model)
 

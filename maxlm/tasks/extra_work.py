@@ -25,6 +25,17 @@ class ExtraPass:
 
 
 @dataclass(frozen=True)
+class ScoringModel:
+    """A model of another run that scores the sequences of a rollout. It stays on its
+    devices for as long as the run lasts, with its parameters as they are stored."""
+
+    run: str
+    """Folder of the run."""
+    mesh: MeshConfig | None = None
+    """The devices that it is spread over; None: one."""
+
+
+@dataclass(frozen=True)
 class GenerationWork:
     """Sequences that the trained model writes with the engine before some training
     steps: a rollout. Bounds count for memory; what is expected, for time."""

@@ -30,7 +30,7 @@ from maxlm.models.frontends import (
 from maxlm.parallel.cross_entropy import LogitsInputs
 from maxlm.sharding import AxisRules
 from maxlm.sharding.supported import ReshapingAxis, require_declared_axes
-from maxlm.tasks.extra_work import ExtraPass, GenerationWork
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork, ScoringModel
 
 ModelT = TypeVar("ModelT")
 ResultT = TypeVar("ResultT")
@@ -78,6 +78,11 @@ class Vocabulary:
 class BoundModel(Protocol):
     """A language model bound to its parameters, as losses on tokens read it."""
 
+    @property
+    def auxiliary(self) -> Mapping[str, "BoundModel"]:
+        """The models of :meth:`Task.auxiliary_models`, of the trained model."""
+        ...
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -123,6 +128,19 @@ class TaskModels:
     state: Mapping[str, jax.Array] = field(default_factory=dict)
     """The task's own arrays, as :meth:`Task.init_state` made them and
     :meth:`Task.update_state` last returned them."""
+
+
+@dataclass(frozen=True)
+class AuxiliaryModel:
+    """A model of its own that is trained beside the run's, by the same loss and
+    optimizer. Its layers are those of the run that it starts from."""
+
+    heads: Mapping[str, int]
+    """Widths of its ``model.heads``, by name. The run that it starts from may have
+    others: the only one of a width is taken for it."""
+    source: str | None = None
+    """Folder of the run that it starts from; None: it starts as a copy of the run's own
+    model."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +194,8 @@ class Task(Config):
     )
     """Metrics that are drawn at a run's end, where its records have them, and what each
     is called."""
+    plot_name: ClassVar[str] = "loss"
+    """Name of the image in the run's ``plots``, without its suffix."""
     watched_metric: ClassVar[WatchedMetric | None] = WatchedMetric("loss", "falls")
     """The metric by which `maxlm smoke` tells that a small model learns; None: no
     metric of a few steps tells."""
@@ -204,6 +224,12 @@ class Task(Config):
         starts from."""
         return {}
 
+    def auxiliary_models(self) -> Mapping[str, AuxiliaryModel]:
+        """Returns the models that are trained beside the run's own, by name: the loss
+        reads them as ``models.trained.auxiliary``. They are in checkpoints, and not in
+        what is loaded of a run to be used."""
+        return {}
+
     def extra_passes(self) -> tuple[ExtraPass, ...]:
         """Returns the forward passes that the run makes outside its steps, for its
         plan. A frozen model that they name is not counted in every step, as the others
@@ -215,10 +241,19 @@ class Task(Config):
         ``seq_len`` tokens, for the run's plan; None: nothing."""
         return None
 
+    def scoring_models(self) -> Mapping[str, ScoringModel]:
+        """Returns the models that score what is generated, by name, for the run's
+        plan."""
+        return {}
+
     @property
     def required_heads(self) -> Mapping[str, int]:
         """Widths of the ``model.heads`` that the loss reads, by name."""
         return {}
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Checks by its config that the loss can read the trained model; raises
+        MaxlmError naming the setting."""
 
     def check_frozen_models(
         self, model: ModelConfig, frozen: Mapping[str, ModelConfig]
@@ -244,6 +279,13 @@ class Task(Config):
             "positions": integers,
             "weights": BatchArraySpec.of_tokens(length, np.float32),
         }
+
+    def list_model_arrays(
+        self, model: ModelConfig, seq_len: int
+    ) -> dict[str, BatchArraySpec]:
+        """Returns the arrays that a batch has beside those of :meth:`batch_arrays`,
+        whose shapes follow from the trained model."""
+        return {}
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
@@ -311,6 +353,12 @@ class Task(Config):
             ids: of its special tokens, by their text.
         """
         return self
+
+    @property
+    def files_setting(self) -> str | None:
+        """The setting, below ``task``, that must name the files of its rows; None: it
+        needs none."""
+        return "files" if "files" in type(self).model_fields else None
 
     def for_small_model(self) -> Self:
         """Returns the task for a small model, without settings that fit the model's own

@@ -3,7 +3,7 @@ the end."""
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ from maxlm.runtime.json_types import JsonMapping
 from maxlm.train.records import read_records
 
 _SECONDS_BETWEEN_LINES = 10.0
+_BAR_WIDTH = 14
+# Metrics of a task that have a line of their own; the rates stand in a second.
+_MAX_SHOWN_OF_A_LINE = 4
 _SHOWN_OF_EVERY_RUN = {
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
@@ -32,12 +35,25 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def _break_line(parts: Sequence[str], width: int, num_lines: int) -> str:
+    """Joins parts by dots, in as many lines of ``width`` as they need, ``num_lines`` at
+    most; the last has the rest, however long."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        joined = f"{lines[-1]} · {part}"
+        if len(joined) > width and len(lines) < num_lines:
+            lines.append(part)
+        else:
+            lines[-1] = joined
+    return "\n".join(lines)
+
+
 class ConsoleDisplay:
     """Progress of a run on stderr. A context manager.
 
     On a terminal, a bar that stays in place: step, time left, what ``shown`` names,
-    learning rate, tokens/s, MFU, loader wait and steps/s. Elsewhere one line at most every 10 seconds,
-    with the same content. Time left and steps/s are measured from the end of the first
+    learning rate, tokens/s, MFU, loader wait and steps/s, in two lines where a task
+    shows much. Elsewhere one line at most every 10 seconds, with the same content. Time left and steps/s are measured from the end of the first
     step shown, which compiles; evaluations and checkpoints after it count.
 
     Args:
@@ -55,25 +71,33 @@ class ConsoleDisplay:
         shown: Mapping[str, str],
     ):
         self.total_steps = total_steps
-        self._shown = {**shown, **_SHOWN_OF_EVERY_RUN}
+        # The task's own words come before those of every run.
+        self._shown = dict(shown)
+        for name, template in _SHOWN_OF_EVERY_RUN.items():
+            self._shown.setdefault(name, template)
         self._show = show
         # The first step shown, and when it was.
         self._first: tuple[int, float] | None = None
         self._printed = float("-inf")
         self._progress = None
+        self._num_lines = 2 if len(shown) > _MAX_SHOWN_OF_A_LINE else 1
+        self._text_width = 0
         if show and sys.stderr.isatty():
             # A narrow terminal loses the end of the text, never the step.
             counts = Column(
                 no_wrap=True, min_width=len(f"step {total_steps}/{total_steps}")
             )
             text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            console = Console(stderr=True)
+            # Beside the step, the bar and a space behind each.
+            self._text_width = console.width - (counts.min_width or 0) - _BAR_WIDTH - 2
             self._progress = Progress(
                 TextColumn(
                     "step {task.completed:.0f}/{task.total:.0f}", table_column=counts
                 ),
-                BarColumn(bar_width=14),
+                BarColumn(bar_width=_BAR_WIDTH),
                 TextColumn("{task.fields[text]}", table_column=text),
-                console=Console(stderr=True),
+                console=console,
                 expand=True,
             )
             self._task = self._progress.add_task(
@@ -103,6 +127,7 @@ class ConsoleDisplay:
             parts.append(f"{num_steps / max(seconds, 1e-9):.2f} steps/s")
         text = " · ".join(parts)
         if self._progress:
+            text = _break_line(parts, self._text_width, self._num_lines)
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= _SECONDS_BETWEEN_LINES or step >= self.total_steps:
             self._printed = now

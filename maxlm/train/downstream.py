@@ -14,6 +14,7 @@ from maxlm.evaluation.results import list_metrics
 from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.scoring import Scorer
 from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.params import drop_auxiliary
 from maxlm.optim.state import TrainState, get_eval_params
 from maxlm.run.prepare import PreparedData
 from maxlm.run.setup import RunSetup
@@ -50,7 +51,7 @@ class DownstreamEvaluator:
         """Returns a metrics record."""
         config = self._config
         length = self._setup.config.data.seq_len
-        params = jax.device_put(get_eval_params(state), self._shardings)
+        params = jax.device_put(drop_auxiliary(get_eval_params(state)), self._shardings)
         engine_config = EngineConfig(max_sequences=32, max_chunks=32, max_length=length)
         engine = Engine(self._model, params, engine_config, self._data.tokenizer)
         del params  # the engine has parameters of its own

@@ -558,9 +558,8 @@ def _draw_plots(run: _OpenRun) -> None:
     metrics_path = run.folder / "metrics.jsonl"
     plots = run.folder / "plots"
     plots.mkdir(exist_ok=True)
-    plot_metrics(
-        metrics_path, plots / "loss.png", run.setup.config.task.plotted_metrics
-    )
+    task = run.setup.config.task
+    plot_metrics(metrics_path, plots / f"{task.plot_name}.png", task.plotted_metrics)
     records = [*read_records(metrics_path)]
     flops_per_token = run.plan.layout.flops_per_token
     draw_downstream(records, flops_per_token, plots / "downstream.png")

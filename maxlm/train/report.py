@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from maxlm.data.store.store import TokenStore
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.text import generate_text, get_prompt_separator
+from maxlm.models.params import drop_auxiliary
 from maxlm.optim.state import get_eval_params
 from maxlm.plan.show import format_bytes, format_seconds, make_table
 from maxlm.train.program import TrainingResult
@@ -121,7 +122,7 @@ def generate_samples(run: TrainingResult) -> str:
     """Generates one continuation of each of the run's prompts, each under a rule."""
     config = run.setup.config.samples
     model, shardings = run.setup.place_to_generate()
-    params = jax.device_put(get_eval_params(run.state), shardings)
+    params = jax.device_put(drop_auxiliary(get_eval_params(run.state)), shardings)
     # Each step has a piece of text for each prompt.
     steps = generate_text(model, params, run.data.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
@@ -145,6 +146,7 @@ def _list_files(run: TrainingResult) -> str:
         "metrics.jsonl": "every step's numbers",
         "tensorboard": f"the same: tensorboard --logdir {folder}",
         "plots/loss.png": "the loss",
+        "plots/rollouts.png": "rewards, lengths and entropy",
         "samples": "what is printed above",
     }
     names = [name for name in descriptions if (folder / name).exists()]

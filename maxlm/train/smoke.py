@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.config.sampling import SamplingConfig
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.documents.files import find_files
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.train import train_tokenizer
 from maxlm.inference.generate import collect_tokens, generate
@@ -28,12 +28,8 @@ from maxlm.optim.step import Metrics
 from maxlm.plan.layout import compute_run_layout
 from maxlm.run.config import RunConfig
 from maxlm.run.prepare import make_source_inputs, read_vocab_size
-from maxlm.run.setup import (
-    RunSetup,
-    open_training_batches,
-    set_up_run,
-    use_compilation_cache,
-)
+from maxlm.run.rollout_source import RolloutContext, open_step_batches
+from maxlm.run.setup import RunSetup, set_up_run, use_compilation_cache
 from maxlm.run.warm_start import load_frozen_models
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary
@@ -74,7 +70,8 @@ def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     machine's.
     """
     task = config.task.for_small_model()
-    steps = NUM_STEPS if task.predicts_every_token else NUM_SPARSE_STEPS
+    tells_by_few = task.predicts_every_token or task.watched_metric is None
+    steps = NUM_STEPS if tells_by_few else NUM_SPARSE_STEPS
     # Each kind of layers once, behind a dense one if there are such.
     num_kinds = len(dict.fromkeys(config.model.pattern))
     num_kinds += min(config.model.dense_layers, 1)
@@ -147,12 +144,16 @@ class CountingTokenSource:
         ]
 
 
-def make_counting_batch_source(config: RunConfig) -> BatchSource:
+def train_digits_tokenizer() -> Tokenizer:
+    """Makes a tokenizer for tasks of rows, whose text is digits
+    (:func:`write_counting_rows`), and of policies, who answer sums."""
+    digits = [b"0 1 2 3 4 5 6 7 8 9 " * 20]
+    return train_tokenizer(TokenizerConfig(vocab_size=257), digits)
+
+
+def make_counting_batch_source(config: RunConfig, tokenizer: Tokenizer) -> BatchSource:
     """Makes a task's batches of :class:`CountingTokenSource`."""
     text = CountingTokenSource(config.model.vocab_size)
-    # For tasks of rows, whose text is digits (write_counting_rows).
-    digits = [b"0 1 2 3 4 5 6 7 8 9 " * 20]
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), digits)
     inputs = make_source_inputs(
         config, tokenizer, {"text": text}, vocabulary=text.vocabulary
     )
@@ -199,7 +200,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
             write_counting_rows(rows)
             task = small.task.model_copy(update={"files": (str(rows),)})
             setup = replace(setup, config=small.model_copy(update={"task": task}))
-        yield from _make_checks(setup, Path(folder, "checkpoints"))
+        yield from _make_checks(setup, Path(folder))
 
 
 def _check_full_size(config: RunConfig) -> None:
@@ -226,7 +227,7 @@ def _make_checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     train_step = setup.jit_train_step()
     last_step = setup.config.train.steps
     began = time.perf_counter()
-    state, first_metrics = _train(setup, train_step, state, SAVED_STEP)
+    state, first_metrics = _train(setup, train_step, state, SAVED_STEP, folder)
     # A copy on the host: the next step takes the state's memory.
     saved = jax.tree.map(np.asarray, state)
     seconds = time.perf_counter() - began
@@ -236,9 +237,10 @@ def _make_checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
 
     # The rest, while the checkpoint is written; then the same from the checkpoint.
     layer_groups = layer_group_shapes(setup.specs)
-    with FolderTier(folder, layer_groups=layer_groups) as checkpoints:
+    checkpoint_folder = folder / "checkpoints"
+    with FolderTier(checkpoint_folder, layer_groups=layer_groups) as checkpoints:
         checkpoints.save(SAVED_STEP, replace(state, frozen={}), {})
-        state, last_metrics = _train(setup, train_step, state, last_step)
+        state, last_metrics = _train(setup, train_step, state, last_step, folder)
         all_metrics = first_metrics + last_metrics
         losses = [metrics["loss"] for metrics in all_metrics]
         are_finite = all(math.isfinite(loss) for loss in losses)
@@ -252,7 +254,7 @@ def _make_checks(setup: RunSetup, folder: Path) -> Iterator[Check]:
     restored = replace(restored, frozen=state.frozen)
     are_equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", are_equal, f"step {SAVED_STEP}")
-    _, repeated_metrics = _train(setup, train_step, restored, last_step)
+    _, repeated_metrics = _train(setup, train_step, restored, last_step, folder)
     detail = f"steps {SAVED_STEP + 1} to {last_step}"
     yield Check(
         "restored steps repeat exactly", repeated_metrics == last_metrics, detail
@@ -286,13 +288,26 @@ def _train(
     train_step: Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]],
     state: TrainState,
     last_step: int,
+    folder: Path,
 ) -> tuple[TrainState, list[dict[str, float]]]:
-    """Trains up to ``last_step``; returns the state and the metrics of each step."""
+    """Trains up to ``last_step``; returns the state and the metrics of each step.
+    Rollouts are kept in ``folder``, and read from there where they are made."""
     first_step = int(state.step)
     all_metrics = []
-    source = make_counting_batch_source(setup.config)
-    with open_training_batches(setup, source, first_step) as batches:
-        for batch in islice(batches, last_step - first_step):
-            state, metrics = train_step(state, batch)
+    tokenizer = train_digits_tokenizer()
+    source = make_counting_batch_source(setup.config, tokenizer)
+    context = RolloutContext(
+        setup=setup,
+        tokenizer=tokenizer,
+        folder=folder,
+        start_step=first_step,
+        skips=(),
+        say=lambda line: None,
+        on_work=lambda: None,
+    )
+    with open_step_batches(context, source) as batches:
+        for _ in range(last_step - first_step):
+            batches.roll_out(state)
+            state, metrics = train_step(state, next(batches.arrays))
             all_metrics.append({name: float(x) for name, x in metrics.items()})
     return state, all_metrics

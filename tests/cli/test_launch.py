@@ -17,6 +17,7 @@ TEXT = ["data.sources=[{store: /data/tokens}]", "tokenizer.path=/data/tokenizer"
 GPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "h100x64"]
 TPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "v5p-64"]
 ROWS = ["llama3_8b_sft_lora", "folder=/data/runs", "--on", "h100x64"]
+PROMPTS = ["rl/qwen3_8b_grpo", "folder=/data/runs", "--on", "h100x64"]
 IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
 
 
@@ -32,6 +33,14 @@ slurm llama2_7b folder=/data/runs --on h100x64
     data.sources: no text to train on; name documents or a store there
 slurm $ROWS
     task.files: no rows to train on; name a .jsonl or .parquet file there
+slurm $PROMPTS
+    task.environment.files: no rows to train on; name a .jsonl or .parquet file there
+ray $PROMPTS 'task.environment.files=[a.jsonl]' train.start_from=/data/qwen
+    task.environment.files.0=a.jsonl is another one on each host; name one that all see:
+    task.environment.files.0=/data/a.jsonl
+ray $PROMPTS 'task.environment.files=[/a]' 'task.rewards=[{kind: reward_model, run: runs/r}]' train.start_from=/q
+    task.rewards.0.run=runs/r is another one on each host; name one that all see:
+    task.rewards.0.run=/data/runs/r
 jobset $ROWS $IN_CLUSTER 'task.files=[/data/a.jsonl]' train.start_from=/models/llama
     train.start_from=/models/llama is not in the container; mount what holds it: --mount
     gs://bucket:/models
@@ -81,7 +90,13 @@ slurm $GPU --env A=1 --secret A
 slurm $GPU --template nowhere.j2
     nowhere.j2: cannot be read: No such file
 """
-SHORT = {"$GPU": GPU, "$TPU": TPU, "$ROWS": ROWS, "$IN_CLUSTER": IN_CLUSTER}
+SHORT = {
+    "$GPU": GPU,
+    "$TPU": TPU,
+    "$ROWS": ROWS,
+    "$PROMPTS": PROMPTS,
+    "$IN_CLUSTER": IN_CLUSTER,
+}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +132,10 @@ ROW_PLACEHOLDERS = [
     "task.files=[/path/to/rows.jsonl]",
     "train.start_from=/path/to/model",
 ]
+PROMPT_PLACEHOLDERS = [
+    "task.environment.files=[/path/to/rows.jsonl]",
+    "train.start_from=/path/to/model",
+]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +153,10 @@ ROW_PLACEHOLDERS = [
         (
             ["slurm", "llama3_8b_sft_lora", "data.batch_size=64", "--on", "h100x64"],
             ROW_PLACEHOLDERS,
+        ),
+        (
+            ["ray", "qwen3_8b_grpo", "folder=/data/runs", "--on", "h100x64"],
+            PROMPT_PLACEHOLDERS,
         ),
     ],
 )

@@ -146,6 +146,7 @@ def test_routes_on_a_mesh_are_those_of_one_device(experts, one_device_mesh, mesh
     settings = EXPERTS | {
         "num_layers": 3,
         "dense_layers": 1,
+        "mlp": CONFIGS["llama"]["mlp"],
         "moe": EXPERTS["moe"] | {"num_experts": 8},
     }
     with jax.set_mesh(several):
@@ -192,6 +193,7 @@ def test_replay_brings_a_training_pass_to_an_engine_of_lower_precision(
         config = EXPERTS | {
             "num_layers": 5,
             "dense_layers": 1,
+            "mlp": CONFIGS["llama"]["mlp"],
             "moe": moe,
             "init_std": 0.4,
         }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from maxlm.data.batch_source import BatchArraySpec
+from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.routes import get_route_shape
 from maxlm.models.architectures.transformer import Decoder, DecoderConfig
 from maxlm.models.layers.moe import MoeConfig, route
@@ -176,7 +177,7 @@ def decode(params: Params, tokens, positions, segments, routes, config) -> np.nd
     return reference.norms(x, params["final_norm"], config["norm"])
 
 
-def draw_model_routes(config: DecoderConfig, shape: tuple[int, ...]) -> np.ndarray:
+def draw_model_routes(config: TransformerConfig, shape: tuple[int, ...]) -> np.ndarray:
     """Experts at random, [B, S, E, k]; of every fourth token none."""
     route_shape = get_route_shape(config)
     moe = config.moe

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -48,21 +49,23 @@ pytestmark = [
 HEAD = "heads.value.kernel"
 
 
-@pytest.fixture(scope="module", params=["k1", "k3"])
+@pytest.fixture(
+    scope="module", params=[("k1", "head"), ("k3", "head"), ("k3", "separate")]
+)
 def theirs(request, tmp_path_factory):
     """What TRL makes of the update, in a process of its own: it has another version of
     TRL than ours."""
     path = tmp_path_factory.mktemp("trl") / "update.npz"
-    command = [sys.executable, "-m", "tests.parity.trl_ppo", str(path), request.param]
+    command = [sys.executable, "-m", "tests.parity.trl_ppo", str(path), *request.param]
     environment = os.environ | {"PYTHONPATH": f"{FOLDER}:."}
     subprocess.run(command, check=True, env=environment, timeout=600)
     with np.load(path) as arrays:
-        return request.param, dict(arrays)
+        return *request.param, dict(arrays)
 
 
 def test_an_update(theirs):
-    estimator, update = theirs
-    policy, reference, value_weight, _ = build_models()
+    estimator, value_kind, update = theirs
+    policy, reference, value_weight, _, value_trunk = build_models()
     family, config = compare.read(
         policy.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
     )
@@ -71,7 +74,15 @@ def test_an_update(theirs):
     def read_params(tensors: Any, head: Any) -> dict[str, np.ndarray]:
         arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
         flat = compare.parameters(config, entries, arrays)
-        return flat | {HEAD: np.asarray(head).T}
+        return flat if head is None else flat | {HEAD: np.asarray(head).T}
+
+    def read_trained(policy: Any, trunk: Any, head: Any) -> dict[str, np.ndarray]:
+        """The policy's parameters, and those of its value model."""
+        if value_kind == "head":
+            return read_params(policy, head)
+        values = read_params(trunk, head)
+        values = {f"auxiliary.value.{name}": array for name, array in values.items()}
+        return read_params(policy, None) | values
 
     def detach(model: Any) -> dict[str, np.ndarray]:
         return {n: t.detach().numpy() for n, t in model.state_dict().items()}
@@ -80,9 +91,16 @@ def test_an_update(theirs):
     with_head = config.model_copy(update={"heads": {"value": 1}})
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     module = with_head.build(rules=rules, dtype=jnp.float32)
-    start = read_params(detach(policy), value_weight.numpy())
+    start = read_trained(detach(policy), detach(value_trunk), value_weight.numpy())
+    reference_module = module
+    if value_kind == "separate":
+        value_module = module
+        reference_module = config.build(rules=rules, dtype=jnp.float32)
+        module = config.build(rules=rules, dtype=jnp.float32)
+        module.auxiliary = nnx.Dict({"value": value_module})
     params = compare.placed(start, mesh)
-    frozen = compare.placed(read_params(detach(reference), value_weight.numpy()), mesh)
+    head = value_weight.numpy() if value_kind == "head" else None
+    frozen = compare.placed(read_params(detach(reference), head), mesh)
 
     task = PpoTask.model_validate(
         {
@@ -90,6 +108,7 @@ def test_an_update(theirs):
             "epochs": SETTINGS["epochs"],
             "kl_coef": SETTINGS["kl_coef"],
             "kl_estimator": estimator,
+            "value_model": value_kind,
             "clip": SETTINGS["clip"],
             "value_clip": SETTINGS["value_clip"],
             "value_coef": SETTINGS["value_coef"],
@@ -121,7 +140,8 @@ def test_an_update(theirs):
     batch = pack_samples(samples, [0.0] * len(samples), RowLayout(seq_len))
 
     def prepare(params, frozen, batch):
-        models = TaskModels(bind(module, params), {"reference": bind(module, frozen)})
+        frozen_models = {"reference": bind(reference_module, frozen)}
+        models = TaskModels(bind(module, params), frozen_models)
         micro = {name: array[None] for name, array in batch.items()}
         return task.prepare_rollouts(models, micro, jax.random.key(0))
 
@@ -177,12 +197,14 @@ def test_an_update(theirs):
         # Relative, and of numbers that are differences near 0, of 1.
         assert ours == pytest.approx(logged_by_trl, rel=1e-5, abs=1e-6), name
 
-    tensors = {
-        name.removeprefix("policy "): array
-        for name, array in update.items()
-        if name.startswith("policy ")
-    }
-    end = read_params(tensors, update["value"])
+    def select(prefix: str) -> dict[str, np.ndarray]:
+        return {
+            name.removeprefix(prefix): array
+            for name, array in update.items()
+            if name.startswith(prefix)
+        }
+
+    end = read_trained(select("policy "), select("value_model "), update["value"])
     ours = flatten_names(params)
     moved = max(np.abs(end[name] - start[name]).max() for name in end)
     assert moved > 1e-4

@@ -1,5 +1,5 @@
 """An update of TRL 1.12's PPO on fixed answers, in a process of its own:
-``python -m tests.parity.trl_ppo FILE.npz ESTIMATOR``."""
+``python -m tests.parity.trl_ppo FILE.npz ESTIMATOR VALUE_MODEL``."""
 
 import sys
 import tempfile
@@ -30,9 +30,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def build_models() -> tuple[Any, Any, Any, Any]:
-    """A policy, its reference, the weights [1, D] of its value head, and those of a
-    reward model's on a model like it."""
+def build_models() -> tuple[Any, Any, Any, Any, Any]:
+    """A policy, its reference, the weights [1, D] of its value head, those of a reward
+    model's on a model like it, and a model that values may have to themselves."""
 
     def build(seed: int) -> Any:
         torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def build_models() -> tuple[Any, Any, Any, Any]:
     width = policy.config.hidden_size
     value = 0.2 * torch.randn((1, width), generator=generator)
     reward = 0.5 * torch.randn((1, width), generator=generator)
-    return policy, reference, value, reward
+    return policy, reference, value, reward, build(7)
 
 
 def draw_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def draw_tokens(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return queries, answers
 
 
-class ScoringModel(torch.nn.Module):
+class ModelWithScore(torch.nn.Module):
     """What TRL reads of a value or reward model, on a trunk that may be another's."""
 
     base_model_prefix = "model"
@@ -92,14 +92,15 @@ class FixedPrompts(torch.utils.data.Dataset):
         return {"input_ids": self.queries[index].tolist()}
 
 
-def main(path: Path, estimator: str) -> None:
+def main(path: Path, estimator: str, value_kind: str) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    policy, reference, value_weights, reward_weights = build_models()
+    policy, reference, value_weights, reward_weights, other = build_models()
     queries, answers = draw_tokens(policy.config.vocab_size)
     answer_of = {tuple(q): a for q, a in zip(queries.tolist(), answers, strict=True)}
-    value_model = ScoringModel(policy.model, value_weights)
-    reward_model = ScoringModel(build_models()[0].model, reward_weights)
+    value_trunk = policy if value_kind == "head" else other
+    value_model = ModelWithScore(value_trunk.model, value_weights)
+    reward_model = ModelWithScore(build_models()[0].model, reward_weights)
     results: dict[str, Any] = {}
 
     def generate(model, rows, batch_size, pad_token_id, generation_config):
@@ -174,6 +175,8 @@ def main(path: Path, estimator: str) -> None:
     results |= {f"log {name}": np.float64(value) for name, value in logs.items()}
     for name, tensor in policy.state_dict().items():
         results[f"policy {name}"] = tensor.detach().numpy()
+    for name, tensor in value_trunk.state_dict().items():
+        results[f"value_model {name}"] = tensor.detach().numpy()
     results["value"] = value_model.score.weight.detach().numpy()
     np.savez(path, **results)
 
@@ -197,4 +200,4 @@ def make_tokenizer() -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

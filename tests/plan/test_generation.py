@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -41,9 +42,9 @@ from maxlm.plan.show import format_fit_verdict, render_plan_tables
 from maxlm.plan.timing import EFFICIENCY, count_frozen_forward_flops
 from maxlm.run.config import RunConfig
 from maxlm.run.setup import set_up_run
-from maxlm.sharding import MESH_AXES
+from maxlm.sharding import MESH_AXES, MeshConfig
 from maxlm.tasks import TASKS
-from maxlm.tasks.extra_work import ExtraPass, GenerationWork
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork, ScoringModel
 from maxlm.tasks.text import ClmTask
 from tests.plan import architectures
 
@@ -64,6 +65,7 @@ class PlannedTask(ClmTask):
     work: ClassVar[GenerationWork | None] = None
     passes: ClassVar[tuple[ExtraPass, ...]] = ()
     frozen: ClassVar[Mapping[str, str | None]] = {}
+    scoring: ClassVar[Mapping[str, ScoringModel]] = {}
     kind: Literal["planned_work"] = "planned_work"
 
     def generation(self, seq_len: int, batch_size: int) -> GenerationWork | None:
@@ -74,6 +76,9 @@ class PlannedTask(ClmTask):
 
     def frozen_models(self) -> Mapping[str, str | None]:
         return self.frozen
+
+    def scoring_models(self) -> Mapping[str, ScoringModel]:
+        return self.scoring
 
 
 def run(name: str, *settings: str) -> RunConfig:
@@ -254,6 +259,59 @@ def test_a_pass_takes_the_time_of_its_products(monkeypatch):
     frozen_flops = count_frozen_forward_flops(planned.shape)
     assert frozen_flops == pytest.approx(flops_per_token * tokens, rel=1e-3)
     assert planned.memory.frozen == 2 * planned.memory.parameters
+
+
+def test_models_that_score_stay_and_take_time(monkeypatch, tmp_path):
+    """One of another size on one device, and one whose run is not there yet on two."""
+    monkeypatch.setattr(
+        PlannedTask,
+        "work",
+        replace(WORK, num_sequences=60, max_new_tokens=1015, steps_per_rollout=3),
+    )
+    settings = ("mesh.fsdp=4", "data.batch_size=20", "model.num_layers=2")
+    config = run("llama3_8b", *settings)
+    before = plan(config, "h100x4")
+    folder = tmp_path / "reward"
+    folder.mkdir()
+    scorer = run("llama3_8b", "model.num_layers=3")
+    (folder / "config.yaml").write_text(yaml.safe_dump(scorer.model_dump(mode="json")))
+    models = {
+        "trained": ScoringModel(str(folder)),
+        "to_be": ScoringModel(str(tmp_path / "none"), MeshConfig(fsdp=2)),
+    }
+    monkeypatch.setattr(PlannedTask, "scoring", models)
+    after = plan(config, "h100x4")
+
+    table = 128256 * 4096
+    layer = (before.layout.parameters - 2 * table - 4096) // 2
+    params = {
+        "trained": 3 * layer + 2 * table + 4096,
+        "to_be": before.layout.parameters,
+    }
+    scoring_bytes = 4 * params["trained"] + 4 * params["to_be"] / 2
+    assert after.memory.frozen - before.memory.frozen == pytest.approx(
+        scoring_bytes, rel=1e-3
+    )
+    by_name = {phase.name: phase for phase in after.extra.phases}
+    assert by_name.keys() == {
+        GENERATION,
+        "scores of trained",
+        "scores of to_be (no run there: counted as the policy)",
+    }
+    for phase, old in zip(after.extra.phases, before.extra.phases, strict=False):
+        assert phase.memory["frozen"] - old.memory["frozen"] == pytest.approx(
+            scoring_bytes, 1e-3
+        )
+    # Rows of 9 + 1,015 tokens, a third of them a step, on one device.
+    scores = by_name["scores of trained"]
+    assert scores.tokens == 20 * 1024
+    peak = (
+        after.machine.chip.peak_flops["bf16"]
+        * EFFICIENCY[after.machine.chip.family].matmul
+    )
+    seconds = 2 * 3 * layer * scores.tokens / peak
+    assert seconds < scores.total_seconds < 1.35 * seconds
+    assert after.mean_step_seconds > before.mean_step_seconds + scores.total_seconds
 
 
 @pytest.fixture

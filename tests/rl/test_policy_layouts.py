@@ -9,6 +9,7 @@ import pytest
 
 from maxlm.models.params import bind
 from maxlm.optim.step import bind_frozen
+from maxlm.rl.tasks.grpo import GrpoTask
 from maxlm.run.global_batch import (
     batch_sharding,
     get_local_row_indices,
@@ -18,25 +19,41 @@ from maxlm.run.setup import set_up_run
 from maxlm.sharding import bind_mesh
 from maxlm.tasks.task import TaskModels
 from tests.models.building import QUICK
+from tests.models.test_routes import draw_model_routes
 from tests.train import cells
 
 pytestmark = pytest.mark.more
 
-MODEL = "ppo"
-LAYOUTS = ["fsdp × cp ring × tp+sp", "cp ring in order × pp 1f1b"]
+LAYOUTS = {
+    "ppo": ["fsdp × cp ring × tp+sp", "cp ring in order × pp 1f1b"],
+    "moe": ["fsdp × cp ring × tp+sp", "ep × pp 1f1b × tp+sp"],
+}
+ADDED = {"ppo": {"old_log_probs", "values"}, "moe": {"old_log_probs"}}
+REPLAYING = GrpoTask.model_validate(
+    {"rewards": [{"kind": "exact_match"}], "epochs": 2, "replay_routes": True}
+    | {"sequences_per_row": cells.SEQ, "num_samples": 2}
+)
 
 
-def prepare_rollout(cell: cells.Cell, checkpoint: Any) -> dict[str, np.ndarray]:
+def prepare_rollout(
+    model_name: str, cell: cells.Cell, checkpoint: Any
+) -> dict[str, np.ndarray]:
     """Arrays [rows, S] that a layout's policy adds to a rollout, in the order of
-    tokens."""
-    config = cells.config_of(MODEL, cell)
+    tokens; one with experts is given some for its tokens."""
+    config = cells.config_of(model_name, cell)
+    if model_name == "moe":
+        config = config.model_copy(update={"task": REPLAYING})
     setup = set_up_run(config, cells.devices_of(config))
     state = cells.start_from(checkpoint, setup)
     lead = (cells.MICRO, cells.ROWS)
     rules = setup.placed.compute
-    specs = setup.config.task.batch_arrays(cells.SEQ)
+    specs = setup.config.batch_arrays
     rows = get_local_row_indices(batch_sharding(rules, setup.mesh, ()), lead)
     drawn = cells.batches(setup.config.model.vocab_size)[0]
+    if "routes" in specs:
+        num_rows = cells.ROWS * cells.MICRO
+        routes = draw_model_routes(config.model, (num_rows, cells.SEQ))
+        drawn = drawn | {"routes": routes}
     local_batch = {name: drawn[name][rows] for name in specs}
     batch = make_global_batch(
         local_batch, specs, rows, rules, setup.mesh, lead, setup.token_order
@@ -61,12 +78,13 @@ def prepare_rollout(cell: cells.Cell, checkpoint: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_a_rollout_is_prepared_alike(tmp_path):
+@pytest.mark.parametrize("model_name", LAYOUTS)
+def test_a_rollout_is_prepared_alike(tmp_path, model_name):
     checkpoint = tmp_path / "checkpoint"
-    want = prepare_rollout(cells.ALONE, checkpoint)
-    assert want.keys() == {"old_log_probs", "values"}
-    for name in LAYOUTS:
-        ours = prepare_rollout(cells.CELLS[name], checkpoint)
+    want = prepare_rollout(model_name, cells.ALONE, checkpoint)
+    assert want.keys() == ADDED[model_name]
+    for name in LAYOUTS[model_name]:
+        ours = prepare_rollout(model_name, cells.CELLS[name], checkpoint)
         for array_name, array in want.items():
             np.testing.assert_allclose(
                 ours[array_name], array, rtol=1e-5, atol=1e-5, err_msg=name

@@ -8,7 +8,7 @@ batch is from there on; ``none``.
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from jax._src import compiler, distributed
@@ -32,7 +32,8 @@ def write_to_cache(*arguments: Any, write: Any = compiler._cache_write) -> None:
         write(*arguments)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Runs the program of this process's arguments."""
     fault, place, *arguments = sys.argv[1:]
 
     def change(number: int, batch: Any) -> Any:
@@ -51,3 +52,7 @@ if __name__ == "__main__":
     )
     sys.argv[1:] = arguments
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -54,11 +54,25 @@ class Process:
 class Jobs:
     """Starts runs of one config, each in a folder of its own in ``folder``; none
     outlives the test. What they write to stdout and stderr, and what is compiled, lies
-    there too."""
+    there too.
 
-    def __init__(self, folder: Path, config: str):
+    Args:
+        command: of ``maxlm``.
+        worker: the program that runs it, as ``faults_worker.py`` does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        *,
+        command: str = "train",
+        worker: Path = WORKER,
+    ):
         self.folder = folder
         self._config = config
+        self._command = command
+        self._worker = worker
         self._started: list[Process] = []
 
     def train(
@@ -77,7 +91,7 @@ class Jobs:
             faults: of a process by its number, (what, where): see ``faults_worker.py``.
             process_settings: settings of one process alone, by its number.
         """
-        arguments = ["train", self._config, f"name={name}", *settings]
+        arguments = [self._command, self._config, f"name={name}", *settings]
         port = free_port()
         faults = faults or {}
         process_settings = process_settings or {}
@@ -93,7 +107,7 @@ class Jobs:
             fault = faults.get(number, ("none", 0))
             command = [
                 sys.executable,
-                WORKER,
+                self._worker,
                 *fault,
                 *arguments,
                 *process_settings.get(number, ()),

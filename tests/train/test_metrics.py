@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.rl.tasks.grpo import GrpoTask
 from maxlm.run.reporting_config import ReportingConfig
 from maxlm.tasks import ClmTask
 from maxlm.train import display
@@ -187,6 +188,15 @@ def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatc
     ]
 
 
+def test_the_line_of_a_policy_begins_with_its_reward(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ConsoleDisplay(9, shown=GrpoTask.shown_metrics) as console:
+        console.update(1, {"reward": 0.125, "entropy": 0.5, "clip_share": 0.011})
+    line = "step 1/9 · ETA - · reward 0.125 · entropy 0.500 · clipped 1.1%\n"
+    assert stream.getvalue() == line
+
+
 @pytest.mark.parametrize("columns", [60, 80, 118])
 def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -201,6 +211,33 @@ def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
     shown = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", stream.getvalue())
     assert re.search(r"step 98765/123456 +\S+ ETA 0:0\d · loss \d", shown)
     assert "a [bold] note" in shown
+
+
+def test_a_policy_has_two_lines_and_all_of_it_in_100_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    record = {
+        **RECORD,
+        "reward": 0.51249,
+        "response_length": 1234.4,
+        "kl": 0.0123,
+        "entropy": 1.234,
+        "clip_share": 0.012,
+        "engine_difference": 1.4e-5,
+        "generated_tokens_per_second": 38_600.4,
+    }
+    with ConsoleDisplay(1_000, shown=GrpoTask.shown_metrics) as console:
+        console.update(1, record)
+        console.update(2, record)
+    shown = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", stream.getvalue())
+    lines = [line.rstrip() for line in shown.splitlines()]
+    first = "reward 0.512 · length 1234 · KL 0.012 · entropy 1.23"
+    second = "clip 1.2% · engine ±1e-05 · draws 38,600/s · trains 12,346 tokens/s"
+    assert any(line.endswith(first) and "step 2/1000" in line for line in lines)
+    assert any(line.lstrip().startswith(second) for line in lines)
+    assert max(map(len, lines)) <= 100
 
 
 def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):

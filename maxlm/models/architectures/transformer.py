@@ -113,6 +113,9 @@ class Transformer(Trunk):
             else None
         )
         residual = {"embed": config.d_model}
+        self.auxiliary: Mapping[str, Transformer] = nnx.Dict()
+        """Models of their own that are trained beside this one
+        (``Task.auxiliary_models``)."""
         self.heads = nnx.Dict(
             {
                 name: Linear(

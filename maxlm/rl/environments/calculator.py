@@ -13,7 +13,7 @@ from maxlm.rl.environments.environment import (
 )
 from maxlm.rl.environments.single_turn import SingleTurnEnvironment
 from maxlm.rl.samples import Sample
-from maxlm.runtime.json_types import JsonObject
+from maxlm.runtime.json_types import JsonMapping, JsonObject
 
 _OPENER = "<calc>"
 _CLOSER = "</calc>"
@@ -27,6 +27,7 @@ class CalculatorEnvironment(SingleTurnEnvironment):
     answer ``84``.
     """
 
+    needs_files = False
     replies_at_once = True
 
     kind: str = "calculator"
@@ -59,15 +60,30 @@ class CalculatorEnvironment(SingleTurnEnvironment):
         prompt = self.template.replace("{a}", str(a)).replace("{b}", str(b))
         return {"prompt": prompt, "answer": str(a * b), "a": a, "b": b}
 
+    def write_example(self, row: JsonMapping) -> str:
+        """Returns a call of a drawn product, the reply and the answer; of a row of
+        files, the answer alone."""
+        answer = super().write_example(row)
+        if self.files:
+            return answer
+        expression = f"{row['a']}*{row['b']}"
+        reply = self.reply.replace("{result}", _work_out(expression))
+        return f"{_OPENER}{expression}{_CLOSER}{reply}{answer}"
+
     def respond(self, sample: Sample) -> Reply | None:
         expression = find_last_call(sample.last_answer, _OPENER, _CLOSER)
         if expression is None:
             return None
-        try:
-            result = format_number(compute_arithmetic(expression))
-        except ValueError as error:
-            result = f"error: {error}"
-        return Reply(self.reply.replace("{result}", result), self.reply_role)
+        reply = self.reply.replace("{result}", _work_out(expression))
+        return Reply(reply, self.reply_role)
+
+
+def _work_out(expression: str) -> str:
+    """The calculator's result, or what is wrong with the expression."""
+    try:
+        return format_number(compute_arithmetic(expression))
+    except ValueError as error:
+        return f"error: {error}"
 
 
 def find_last_call(turn: str, opener: str, closer: str) -> str | None:

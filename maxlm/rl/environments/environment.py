@@ -71,6 +71,9 @@ class Environment(Config):
     """Whether :meth:`respond` takes no time and always says the same: then it is called
     between two steps of the engine, else in a thread beside them."""
 
+    needs_files: ClassVar[bool] = False
+    """Whether prompts come of ``files`` alone."""
+
     kind: str = "single_turn"
     chat: bool = False
     """true: a prompt of text is a user's message, which the tokenizer's chat template
@@ -109,6 +112,18 @@ class Environment(Config):
         """Returns the environment's own reward of an episode that is over; None: it has
         none. A pure function of the sample."""
         return None
+
+    def write_example(self, row: JsonMapping) -> str:
+        """Returns what a policy that knows how writes behind a row's prompt of text,
+        with the environment's replies where they stand: to tune a model on. Raises
+        MaxlmError: there is no example of such a row."""
+        answer = row.get("answer")
+        if not isinstance(answer, str):
+            message = f"environment.kind={self.kind} has no example: a row has no text "
+            message += "'answer'"
+            fix = "use kind=addition or kind=calculator, or write the column yourself"
+            raise MaxlmError(message, where="examples", fix=fix)
+        return answer
 
     @property
     def max_turns(self) -> int:

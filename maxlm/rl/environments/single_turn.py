@@ -32,6 +32,8 @@ class SingleTurnEnvironment(Environment):
     """Prompts of files: ``prompt``, text or a list of messages, or ``messages``, whose
     last answer is left out. All columns of a row are there for rewards."""
 
+    needs_files = True
+
     kind: str = "single_turn"
     files: tuple[LocalPath, ...] = ()
     """Files of prompts: .jsonl (also .gz, .zst), .parquet, folders that `datasets`

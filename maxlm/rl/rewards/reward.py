@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.rl.samples import Sample
 from maxlm.runtime.json_types import JsonMapping
+from maxlm.tasks.extra_work import ScoringModel
 
 Scorer = Callable[[Sample], object]
 """Returns the score of one sample, which :func:`read_score` checks."""
@@ -61,6 +62,11 @@ class Reward(Config):
     def concurrency(self) -> int:
         """Samples that are scored at once in threads."""
         return 1
+
+    @property
+    def scoring_model(self) -> ScoringModel | None:
+        """The model that it holds on devices; None: it holds none."""
+        return None
 
     def check_setup(self) -> None:
         """Checks what is needed on this machine. Raises MaxlmError: a package or file

@@ -9,6 +9,7 @@ from maxlm.rl.rewards.reward import BatchScorer, Reward, Worker
 from maxlm.rl.samples import Sample
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.sharding import MeshConfig
+from maxlm.tasks.extra_work import ScoringModel
 
 
 class RewardModelReward(Reward):
@@ -24,6 +25,10 @@ class RewardModelReward(Reward):
     @property
     def worker(self) -> Worker:
         return "batch"
+
+    @property
+    def scoring_model(self) -> ScoringModel:
+        return ScoringModel(self.run, self.mesh)
 
     def check_setup(self) -> None:
         if not Path(self.run, "config.yaml").exists():

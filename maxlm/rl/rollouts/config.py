@@ -32,11 +32,20 @@ class RolloutConfig(Config):
     max_turns: int | None = Field(default=None, gt=0)
     """Turns of the policy in an episode at most; null: as many as the environment
     has."""
+    staleness: int = Field(default=0, ge=0)
+    """Rollouts that are begun ahead. While the slowest samples of a rollout are waited
+    for, the engine goes on with the prompts of so many after it, and with what is left
+    of these after the next updates, so that no sample has a token that was drawn more
+    rollouts before. 0: synchronous, every token is drawn by the parameters that the
+    rollout's first step begins with."""
     update_in_flight: Literal["recompute", "keep_caches"] = "recompute"
     """Samples that are under way when the parameters are replaced: ``recompute``: the
     new ones read what is there anew, so that they draw from their own distribution, and
     a run that is killed and resumed is the same run; ``keep_caches``: they go on over
     the keys and values of the old ones, which costs nothing."""
+    keep_records: int | None = Field(default=None, gt=0)
+    """Newest rollouts whose arrays stay in the run's folder, besides those that its
+    checkpoints need; null: all."""
     environment_errors: Literal["stop", "end_episode"] = "stop"
     """An environment that fails to answer: ``stop`` ends the run with one line;
     ``end_episode``: the sample ends where it is, incomplete, and is counted."""

@@ -151,6 +151,41 @@ class EnvironmentCalls:
         return reply
 
 
+def score_episodes(
+    environment: Environment, episodes: Sequence[Episode]
+) -> list[MaxlmError | None]:
+    """Gives samples that are over the environment's own reward, on process 0 alone,
+    where samples are scored. Returns on all processes what was wrong with each that it
+    failed to score."""
+    if not episodes:
+        return []
+    errors: list[MaxlmError | None] = []
+    if jax.process_index() == 0:
+        errors = [_score_episode(environment, episode) for episode in episodes]
+    if jax.process_count() == 1:
+        return errors
+    answers = broadcast_from_process_0([_to_json(error) for error in errors])
+    return [_read_error(values) for values in answers]
+
+
+def _score_episode(environment: Environment, episode: Episode) -> MaxlmError | None:
+    sample = episode.sample
+    try:
+        sample.environment_reward = environment.score(sample)
+    # It is a program of someone else's: it may raise anything.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        line = make_environment_error(environment, episode, reason)
+        line.__cause__ = error
+        return line
+    return None
+
+
+def _read_error(values: Sequence[str]) -> MaxlmError | None:
+    answer = _from_json(values)
+    return answer if isinstance(answer, MaxlmError) else None
+
+
 def make_environment_error(
     environment: Environment, episode: Episode, reason: str
 ) -> MaxlmError:

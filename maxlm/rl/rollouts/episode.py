@@ -10,9 +10,6 @@ class Episode:
     """A sample that is under way, with all that says how it goes on."""
 
     sample: Sample
-    rollout_number: int
-    occurrence: int
-    """0; 1, 2, ... where its rollout has the prompt's row again."""
     turn_start: int
     """Index of the first token of its last turn."""
     has_ended_turn: bool = False
@@ -22,16 +19,12 @@ class Episode:
     """Whether nothing follows but the environment's score."""
     num_drawn_before: int = 0
     """Tokens of its turn that earlier requests drew."""
+    num_reported_routes: int = 0
+    """Tokens of its request to the engine that have come back with their routes."""
     num_requests: int = 0
     """Requests to the engine so far."""
     order: int = 0
     """Its place by arrival: smaller ones go first."""
-
-    @property
-    def group(self) -> tuple[int, int, int]:
-        """The same for all samples of a prompt, and no others."""
-        row_number = self.sample.prompt.row_number
-        return self.rollout_number, row_number, self.occurrence
 
     @property
     def has_begun(self) -> bool:
@@ -39,22 +32,12 @@ class Episode:
         return len(self.sample.tokens) > self.sample.num_prompt_tokens
 
     @property
-    def request_id(self) -> str:
-        sample = self.sample
-        return (
-            f"rollout {self.rollout_number}, row {sample.prompt.row_number}."
-            f"{self.occurrence}, sample {sample.number}, part {self.num_requests}"
-        )
-
-    @property
     def num_policy_turns(self) -> int:
         """Turns that the policy has ended."""
         return sum(role == "assistant" for role, _ in self.sample.turns)
 
 
-def begin_episode(
-    prompt: Prompt, number: int, rollout_number: int, occurrence: int
-) -> Episode:
+def begin_episode(prompt: Prompt, number: int) -> Episode:
     """Returns an episode of which nothing is drawn yet; ``number``: the sample's."""
     num_tokens = len(prompt.tokens)
     sample = Sample(
@@ -66,7 +49,13 @@ def begin_episode(
         versions=[-1] * num_tokens,
         is_complete=False,
     )
-    return Episode(sample, rollout_number, occurrence, turn_start=num_tokens)
+    return Episode(sample, turn_start=num_tokens)
+
+
+def end_episode(sample: Sample) -> Episode:
+    """Returns the episode of a sample that is drawn, of which only the environment's
+    score is still to come."""
+    return Episode(sample, turn_start=len(sample.tokens), is_over=True)
 
 
 def get_episode_order(episode: Episode) -> int:

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
-from maxlm.models.params import Params
+from maxlm.models.params import Params, drop_auxiliary
 from maxlm.rl.environments.environment import Environment
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.sampler import (
@@ -13,6 +13,7 @@ from maxlm.rl.rollouts.sampler import (
     find_max_prompt_length,
 )
 from maxlm.rl.rollouts.task import RolloutTask
+from maxlm.rl.routes import ROUTES
 from maxlm.run.placement import place_run
 from maxlm.run.setup import RunSetup
 from maxlm.sharding import MeshConfig, make_mesh
@@ -46,6 +47,8 @@ class PolicyEngine:
         self._config = task.engine
         if "max_length" not in task.engine.model_fields_set:
             self._config = task.engine.model_copy(update={"max_length": max_tokens})
+        if ROUTES in setup.config.batch_arrays:
+            self._config = self._config.model_copy(update={"record_routes": True})
         position_limit = setup.config.model.position_limit or max_tokens
         self.max_prompt_length = find_max_prompt_length(
             task.rollouts,
@@ -68,25 +71,31 @@ class PolicyEngine:
         engine = self._open_engine(params)
         if self._sampler is None:
             self._sampler = self._make_sampler(
-                engine, self._task.environment, self._task.rollouts
+                engine, self._task.environment, self._task.rollouts, "rollout"
             )
         self._sampler.set_version(step)
         return self._sampler
 
     def open_other_sampler(
-        self, params: Params, step: int, environment: Environment, config: RolloutConfig
+        self,
+        params: Params,
+        step: int,
+        environment: Environment,
+        config: RolloutConfig,
+        stream: str,
     ) -> RolloutSampler:
         """Returns a sampler of another environment's prompts, which draws with
         ``params``: those that ``step`` begins with. Samples of the run that are under
-        way wait meanwhile."""
+        way wait meanwhile. ``stream``: tells its samples from those of the run."""
         engine = self._open_engine(params)
         if self._sampler is not None:
             self._sampler.pause()
-        sampler = self._make_sampler(engine, environment, config)
+        sampler = self._make_sampler(engine, environment, config, stream)
         sampler.set_version(step)
         return sampler
 
     def _open_engine(self, params: Params) -> Engine:
+        params = drop_auxiliary(params)
         if self._engine is None:
             self._engine = Engine(
                 self._model,
@@ -100,7 +109,11 @@ class PolicyEngine:
         return self._engine
 
     def _make_sampler(
-        self, engine: Engine, environment: Environment, config: RolloutConfig
+        self,
+        engine: Engine,
+        environment: Environment,
+        config: RolloutConfig,
+        stream: str,
     ) -> RolloutSampler:
         return RolloutSampler(
             engine,
@@ -108,15 +121,22 @@ class PolicyEngine:
             environment,
             config,
             seed=self._setup.config.seed,
+            stream=stream,
             max_length=self._max_tokens,
         )
 
     def release(self) -> None:
         """Frees what generation alone needs; parameters that are shared are let go, so
-        that a training step may take them."""
-        if self._engine is not None:
-            self._engine.release_params()
-            self._engine.release_caches()
+        that a training step may take them. Samples that are under way keep their caches
+        where ``rollouts.update_in_flight`` says so."""
+        if self._engine is None or self._sampler is None:
+            return
+        self._engine.release_params()
+        keeps_caches = self._task.rollouts.update_in_flight == "keep_caches"
+        if keeps_caches and self._sampler.num_unfinished:
+            return
+        self._sampler.pause()
+        self._engine.release_caches()
 
 
 def _make_generation_mesh(setup: RunSetup, config: MeshConfig | None) -> Mesh:

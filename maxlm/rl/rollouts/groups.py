@@ -1,20 +1,20 @@
 """Groups of samples of one prompt, drawn and scored."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.rl.advantages import find_zero_variance_groups
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.config import RolloutConfig
+from maxlm.rl.rollouts.episode import Episode, end_episode
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.sampler import RolloutSampler
+from maxlm.rl.rollouts.scoring import collect_scores
 from maxlm.rl.samples import Prompt, Sample
-from maxlm.runtime.collectives import run_on_process_0
 
 
 @dataclass
@@ -32,25 +32,51 @@ class CollectedGroups:
     """The groups of a rollout."""
 
     groups: list[Group]
-    next_prompt: int
-    """Number of the prompt that the next rollout begins with."""
     num_left_out: int = 0
     """Groups without variance that others took the place of."""
     num_without_variance: int = 0
     """Groups among ``groups`` whose samples all score the same."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of ``generation``, and of ``scoring`` behind it: what scores took longer."""
+    engine_steps: int = 0
+    """Steps of the engine meanwhile, also those of groups that were begun ahead."""
+
+    def list_samples(self) -> list[Sample]:
+        """Returns the samples of all groups, in their order."""
+        return [sample for group in self.groups for sample in group.samples]
+
+
+@dataclass
+class GroupQueue:
+    """Where the groups of a run stand between two rollouts."""
+
+    next_prompt: int
+    """Number of the prompt that the next rollout begins with."""
+    num_begun: int
+    """Prompts of the run that were begun, all before this number."""
+    episodes: list[Episode]
+    """Samples of the prompts from ``next_prompt`` on, the oldest first: those that are
+    under way, and those that are drawn."""
 
 
 class GroupCollector:
-    """Draws and scores the groups of rollouts.
+    """Draws and scores the groups of rollouts, in the order of the run's prompts.
 
-    Samples are scored while others are still drawn. On several hosts all processes draw
-    the same samples together, and process 0 scores them.
+    Samples are scored while others are still drawn. A rollout takes its groups in their
+    order, however long each takes: taking those that are done first would train on
+    short and quick samples more often than the policy draws them. While the last of
+    them are waited for, up to ``num_ahead`` prompts behind them are begun, which a
+    later rollout takes. On several hosts all processes draw the same samples together,
+    and process 0 scores them.
 
     Args:
         runner: on process 0; None on others.
-        on_work: called with each sample that is drawn.
+        num_samples: of each prompt.
+        num_ahead: prompts that are begun behind those of a rollout.
+        on_work: called with each dispatch of the engine.
+
+    Attributes:
+        next_prompt: number of the prompt that the next rollout begins with.
     """
 
     def __init__(
@@ -60,32 +86,43 @@ class GroupCollector:
         order: PromptOrder,
         config: RolloutConfig,
         num_samples: int,
+        num_ahead: int,
         on_work: Callable[[], None],
     ):
         self.sampler = sampler
+        self.next_prompt = 0
+        self._num_begun = 0
+        self._open: dict[int, list[Sample | None]] = {}
+        """The samples of prompts that were begun, by the prompt's number; None: under
+        way."""
+        self._prompts: dict[int, Prompt] = {}
         self._runner = runner
         self._order = order
         self._config = config
         self._num_samples = num_samples
+        self._num_ahead = num_ahead
         self._on_work = on_work
 
-    def collect(
-        self, rollout_number: int, first_prompt: int, num_groups: int
-    ) -> CollectedGroups:
-        """Draws a rollout's groups, of the prompts from ``first_prompt`` on.
+    def collect(self, num_groups: int) -> CollectedGroups:
+        """Draws the groups of the next rollout.
 
         Raises:
             MaxlmError: a reward or the environment failed.
         """
-        collected = CollectedGroups([], first_prompt)
+        steps_before = self.sampler.engine.stats().steps_total
+        collected = self._collect(num_groups)
+        steps = self.sampler.engine.stats().steps_total
+        collected.engine_steps = steps - steps_before
+        return collected
+
+    def _collect(self, num_groups: int) -> CollectedGroups:
+        collected = CollectedGroups([])
         collected.seconds = {"generation": 0.0, "scoring": 0.0}
         chosen: list[Group] = []
         others: list[Group] = []
         for _ in range(1 + self._config.max_resamples):
             num_missing = num_groups - len(chosen)
-            prompts = self._order.take(collected.next_prompt, num_missing)
-            collected.next_prompt += num_missing
-            groups = self._draw_groups(prompts, rollout_number, collected.seconds)
+            groups = self._take_groups(num_missing, collected.seconds)
             is_constant = find_zero_variance_groups(
                 np.stack([group.scores for group in groups])
             )
@@ -104,43 +141,81 @@ class GroupCollector:
         collected.num_left_out = len(others) - num_without_variance
         return collected
 
-    def _draw_groups(
-        self,
-        prompts: Sequence[Prompt],
-        rollout_number: int,
-        seconds: dict[str, float],
-    ) -> list[Group]:
-        began = time.perf_counter()
-        places = {id(prompt): place for place, prompt in enumerate(prompts)}
-        samples: list[list[Sample | None]] = [
-            [None] * self._num_samples for _ in prompts
+    @property
+    def num_under_way(self) -> int:
+        """Samples that a later rollout takes and that are not drawn yet."""
+        return self.sampler.num_unfinished
+
+    def get_queue(self) -> GroupQueue:
+        """Returns where groups stand; to be called between two rollouts."""
+        drawn = [
+            end_episode(sample)
+            for samples in self._open.values()
+            for sample in samples
+            if sample is not None
         ]
-        for sample in self.sampler.sample(prompts, rollout_number, self._num_samples):
-            samples[places[id(sample.prompt)]][sample.number] = sample
-            if self._runner is not None:
-                self._runner.submit(sample)
+        episodes = [*drawn, *self.sampler.list_unfinished()]
+        return GroupQueue(self.next_prompt, self._num_begun, episodes)
+
+    def restore(self, queue: GroupQueue) -> None:
+        """Goes on where the groups of another process stood. Samples that it had drawn
+        are scored once more."""
+        self.next_prompt = queue.next_prompt
+        self._num_begun = queue.num_begun
+        for episode in queue.episodes:
+            self._open_group(episode.sample.prompt)
+        self.sampler.restore(queue.episodes)
+
+    def skip_to(self, prompt_number: int) -> None:
+        """Begins the next rollout at a prompt; nothing may be under way."""
+        assert not self._open, "groups are open"
+        self.next_prompt = prompt_number
+        self._num_begun = prompt_number
+
+    def _open_group(self, prompt: Prompt) -> None:
+        self._prompts[prompt.number] = prompt
+        self._open.setdefault(prompt.number, [None] * self._num_samples)
+
+    def _is_drawn(self, prompt_number: int) -> bool:
+        """Whether all samples of a prompt are drawn."""
+        return all(sample is not None for sample in self._open[prompt_number])
+
+    def _begin_until(self, stop: int) -> None:
+        """Begins all prompts before a number that were not begun."""
+        num_missing = stop - self._num_begun
+        if num_missing <= 0:
+            return
+        prompts = self._order.take(self._num_begun, num_missing)
+        for prompt in prompts:
+            self._open_group(prompt)
+        self.sampler.add(prompts, self._num_samples)
+        self._num_begun = stop
+
+    def _take_groups(self, count: int, seconds: dict[str, float]) -> list[Group]:
+        """Returns the next groups in order, drawn and scored."""
+        began = time.perf_counter()
+        numbers = range(self.next_prompt, self.next_prompt + count)
+        self._begin_until(numbers.stop + self._num_ahead)
+        while not all(self._is_drawn(number) for number in numbers):
+            for sample in self.sampler.advance(1):
+                self._open[sample.prompt.number][sample.number] = sample
+                if self._runner is not None:
+                    self._runner.submit(sample)
             self._on_work()
+        self.next_prompt = numbers.stop
         generated = time.perf_counter()
-        complete = [[s for s in group if s is not None] for group in samples]
-        flat = [sample for group in complete for sample in group]
-        scores = self._score(flat)
-        scores = scores.reshape(len(prompts), self._num_samples, -1)
+        groups = [
+            [sample for sample in self._open.pop(number) if sample is not None]
+            for number in numbers
+        ]
+        scores = collect_scores(
+            self._runner, [sample for group in groups for sample in group]
+        )
+        scores = scores.reshape(count, self._num_samples, -1)
         seconds["generation"] += generated - began
         seconds["scoring"] += time.perf_counter() - generated
+        prompts = [self._prompts.pop(number) for number in numbers]
         return [
             Group(prompt, group, group_scores)
-            for prompt, group, group_scores in zip(
-                prompts, complete, scores, strict=True
-            )
+            for prompt, group, group_scores in zip(prompts, groups, scores, strict=True)
         ]
-
-    def _score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Returns the scores [samples, rewards] of samples that were submitted."""
-
-        def collect() -> list[list[float]]:
-            assert self._runner is not None
-            return self._runner.collect(samples).tolist()
-
-        if jax.process_count() == 1:
-            return np.array(collect(), np.float64)
-        return np.array(run_on_process_0(collect), np.float64)

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.batch_source import Batch
+from maxlm.data.batch_source import Batch, BatchArraySpec
+from maxlm.models.architectures.routes import OWN_CHOICE
+from maxlm.rl.routes import ROUTES
 from maxlm.rl.samples import Sample
 
 LongSamples = Literal["refuse", "cut"]
@@ -50,6 +52,7 @@ def pack_samples(
     *,
     num_rows: int | None = None,
     counts: Sequence[bool] | None = None,
+    routes: BatchArraySpec | None = None,
 ) -> Batch:
     """Returns arrays [rows, seq_len] of samples with an advantage each, which all of
     its drawn tokens get:
@@ -64,6 +67,8 @@ def pack_samples(
         num_rows: rows there are, those past the samples being padding; default: as many
             as the samples take.
         counts: whether each sample's tokens count in the loss; default: all do.
+        routes: what :func:`~maxlm.rl.routes.declare_routes` returns, where rows have
+            the samples' routes besides.
 
     Raises:
         MaxlmError: a sample that is longer than its share of a row, an advantage that
@@ -78,6 +83,8 @@ def pack_samples(
         fix = "raise data.batch_size, or sample fewer"
         raise MaxlmError(f"{message}{num_rows}", where="data.batch_size", fix=fix)
     batch = make_padding_rows(num_rows, layout.seq_len)
+    if routes is not None:
+        batch[ROUTES] = np.full((num_rows, *routes.shape), OWN_CHOICE, routes.dtype)
     place = 0
     for number, (sample, advantage) in enumerate(zip(samples, advantages, strict=True)):
         row_number, sequence_number = divmod(number, layout.sequences_per_row)
@@ -101,6 +108,9 @@ def pack_samples(
         row["sampled_log_probs"][entries] = sample.log_probs[targets]
         row["advantages"][entries] = is_drawn * advantage
         row["versions"][entries] = sample.versions[targets]
+        if routes is not None and sample.routes:
+            num_read = min(num_entries, len(sample.routes))
+            row[ROUTES][place : place + num_read] = sample.routes[:num_read]
         place += num_entries
     return batch
 

@@ -29,5 +29,8 @@ def describe_generation(
         prefill_tokens=engine.prefill_tokens,
         cache=engine.cache,
         shares_params=engine.shares_params,
+        # Of samples that are under way, where nothing is computed anew.
+        keeps_caches=task.rollouts.staleness > 0
+        and task.rollouts.update_in_flight == "keep_caches",
         mesh=task.generation_mesh,
     )

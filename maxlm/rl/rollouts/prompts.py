@@ -85,17 +85,18 @@ class PromptOrder:
     def take(self, start: int, count: int) -> list[Prompt]:
         """Returns prompts ``start``, ``start + 1``, ... of the run. Raises MaxlmError:
         one of rows without end is too long."""
+        row_numbers = self._list_rows(start, count)
         return [
-            self.read_row(row_number) for row_number in self._list_rows(start, count)
+            self._read(row_number, number)
+            for number, row_number in enumerate(row_numbers, start)
         ]
 
-    def read_row(self, row_number: int) -> Prompt:
-        """Returns the prompt of a row."""
+    def _read(self, row_number: int, number: int) -> Prompt:
         row = self.rows[row_number]
         tokens = _encode_row(self._environment, self._tokenizer, self.rows, row_number)
         if len(tokens) > self._max_prompt_length:
             raise self._make_length_error(row_number, len(tokens), 1)
-        return Prompt(row_number, tuple(tokens), row)
+        return Prompt(row_number, tuple(tokens), row, number)
 
     def _list_rows(self, start: int, count: int) -> list[int]:
         numbers = np.arange(start, start + count, dtype=np.int64)

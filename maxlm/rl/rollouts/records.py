@@ -21,7 +21,9 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.rl.rollouts.episode import Episode
+from maxlm.rl.routes import routes_from_arrays, routes_to_arrays
 from maxlm.rl.samples import Prompt, Sample
+from maxlm.runtime.collectives import all_gather_json, raise_on_all_hosts
 from maxlm.runtime.files import check_run_not_moved, convert_write_errors, replace_file
 from maxlm.runtime.json_files import parse_json
 from maxlm.runtime.json_types import JsonObject
@@ -46,10 +48,11 @@ _DTYPES = {
 }
 
 
-class RowReader(Protocol):
-    """Reads the prompt of a row, such as :class:`PromptOrder`."""
+class PromptReader(Protocol):
+    """Reads the prompts of a run, such as
+    :class:`~maxlm.rl.rollouts.prompts.PromptOrder`."""
 
-    def read_row(self, row_number: int, /) -> Prompt: ...
+    def take(self, start: int, count: int, /) -> Sequence[Prompt]: ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,22 @@ class RolloutFiles:
             )
             raise MaxlmError(message, where=str(path), fix=fix) from error
 
+    def read_on_all_hosts(self, rollout_number: int) -> dict[str, np.ndarray] | None:
+        """The same as :meth:`read`, on all processes together. Raises MaxlmError on all
+        of them where they do not read the same: one would draw a rollout, and wait for
+        others that have it."""
+        arrays = raise_on_all_hosts(lambda: self.read(rollout_number))
+        digest = None if arrays is None else _hash_arrays(arrays).tobytes().hex()
+        digests = all_gather_json(digest)
+        for process, other_digest in enumerate(digests):
+            if other_digest != digests[0]:
+                message = f"process {process} reads another record of rollout "
+                message += f"{rollout_number} than process 0, or none"
+                fix = "put the run in a folder that all hosts share"
+                where = str(self.get_path(rollout_number))
+                raise MaxlmError(message, where=where, fix=fix)
+        return arrays
+
     def list_numbers(self) -> list[int]:
         """Returns the numbers of the rollouts that are there, ascending."""
         paths = (self.folder / FOLDER).glob(f"{'[0-9]' * _DIGITS}*.npz")
@@ -141,10 +160,8 @@ def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
     arrays["lengths"] = np.array(lengths, np.int64)
     states = [
         {
-            "row_number": episode.sample.prompt.row_number,
+            "prompt_number": episode.sample.prompt.number,
             "number": episode.sample.number,
-            "rollout_number": episode.rollout_number,
-            "occurrence": episode.occurrence,
             "num_prompt_tokens": episode.sample.num_prompt_tokens,
             "turn_start": episode.turn_start,
             "has_ended_turn": episode.has_ended_turn,
@@ -154,15 +171,16 @@ def episodes_to_arrays(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
         }
         for episode in episodes
     ]
+    arrays |= routes_to_arrays(samples)
     arrays["states"] = np.frombuffer(json.dumps(states).encode(), np.uint8)
     return {f"unfinished_{name}": array for name, array in arrays.items()}
 
 
-def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
+def episodes_from_arrays(arrays: Arrays, prompts: PromptReader) -> list[Episode]:
     """Makes samples under way of what :func:`episodes_to_arrays` returned.
 
     Args:
-        rows: what the rows of their prompts are read from.
+        prompts: what their prompts are read from.
 
     Raises:
         MaxlmError: a prompt is other than it was.
@@ -170,21 +188,23 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
     states_json = arrays["unfinished_states"].tobytes()
     states = parse_json(states_json, FOLDER, "delete the record, and resume")
     episodes = []
+    routes = routes_from_arrays(arrays, "unfinished_", len(states))
     # Samples of a group have the same prompt.
-    prompts: dict[tuple[int, int, int], Prompt] = {}
+    known: dict[int, Prompt] = {}
     stop = 0
-    for state, length in zip(states, arrays["unfinished_lengths"], strict=True):
+    for state, length, sample_routes in zip(
+        states, arrays["unfinished_lengths"], routes, strict=True
+    ):
         start = stop
         stop = start + int(length)
         values = {
             name: arrays[f"unfinished_{name}"][start:stop].tolist()
             for name in _TOKEN_ARRAYS
         }
-        row_number = state["row_number"]
-        group = (state["rollout_number"], row_number, state["occurrence"])
-        if group not in prompts:
-            prompts[group] = rows.read_row(row_number)
-        prompt = prompts[group]
+        prompt_number = state["prompt_number"]
+        if prompt_number not in known:
+            (known[prompt_number],) = prompts.take(prompt_number, 1)
+        prompt = known[prompt_number]
         if list(prompt.tokens) != values["tokens"][: state["num_prompt_tokens"]]:
             message = f"the prompt of row {prompt.row_number} has changed since it was "
             message += "sampled from"
@@ -195,12 +215,11 @@ def episodes_from_arrays(arrays: Arrays, rows: RowReader) -> list[Episode]:
             state["number"],
             is_complete=state["is_complete"],
             turns=[(role, text) for role, text in state["turns"]],
+            routes=sample_routes,
             **values,
         )
         episode = Episode(
             sample,
-            state["rollout_number"],
-            state["occurrence"],
             state["turn_start"],
             has_ended_turn=state["has_ended_turn"],
             is_over=state["is_over"],

@@ -1,8 +1,8 @@
 """Draws samples with the engine: many episodes together, each as if it were alone.
 
-A sample's random stream follows from the run's seed, the number of its rollout, its
-prompt's row and its own number, and a token's from its position besides. So its tokens
-depend neither on what else runs, nor on when it was preempted, nor on how often its
+A sample's random stream follows from the run's seed, its prompt's place in the run's
+order and its own number, and a token's from its position besides. So its tokens depend
+neither on what else runs, nor on when it was preempted, nor on how often its
 episode was cut into requests: a turn that goes on, or a sample that goes on after a
 restart, draws what it would have drawn.
 """
@@ -22,14 +22,13 @@ from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.environment_calls import (
     Answer,
     EnvironmentCalls,
-    make_environment_error,
+    score_episodes,
 )
 from maxlm.rl.rollouts.episode import Episode, begin_episode, get_episode_order
 from maxlm.rl.rollouts.replies import check_template_keeps_turns, encode_reply
+from maxlm.rl.routes import extend_routes
 from maxlm.rl.samples import Prompt, Sample
 from maxlm.runtime.pool import count_usable_cores
-
-_MAX_OPEN_ROLLOUTS = 100
 
 
 class RolloutSampler:
@@ -48,6 +47,7 @@ class RolloutSampler:
     Args:
         engine: with no other requests.
         seed: of the run.
+        stream: tells samplers of one run apart, whose samples are to differ.
         max_length: tokens of a sample at most, such as a row to train on has room for;
             None: as many as the engine has.
 
@@ -68,6 +68,7 @@ class RolloutSampler:
         config: RolloutConfig,
         *,
         seed: int,
+        stream: str = "rollout",
         max_length: int | None = None,
     ):
         self.engine = engine
@@ -75,6 +76,7 @@ class RolloutSampler:
         self.environment = environment
         self.config = config
         self.seed = seed
+        self.stream = stream
         self.version = 0
         self.environment_errors: list[MaxlmError] = []
         self.max_length = find_max_length(engine.config)
@@ -101,8 +103,6 @@ class RolloutSampler:
         self._over: list[Episode] = []
         """Episodes that are over, to be scored."""
         self._finished: list[Sample] = []
-        self._occurrences: dict[tuple[int, int], int] = {}
-        """Prompts of a row in a rollout, by the numbers of both."""
         self._counter = count()
 
     @property
@@ -120,16 +120,15 @@ class RolloutSampler:
             self.pause()
 
     def pause(self) -> None:
-        """Takes the samples that are under way out of the engine, so that others may
-        use it. :meth:`advance` goes on with them, and reads what is there anew."""
+        """Takes the samples that are under way out of the engine, which then may let go
+        of its caches; they go on with the next :meth:`advance`, which computes anew
+        what is there of them."""
         for (request_id, _), episode in self._drawing.items():
             self.engine.abort(request_id)
             insort(self._waiting, episode, key=get_episode_order)
         self._drawing = {}
 
-    def add(
-        self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int
-    ) -> None:
+    def add(self, prompts: Sequence[Prompt], num_samples: int) -> None:
         """Begins samples 0, 1, ... of each prompt. Raises MaxlmError: a prompt that
         leaves no room for an answer; then none is begun."""
         for prompt in prompts:
@@ -142,26 +141,13 @@ class RolloutSampler:
                 where = f"row {prompt.row_number} of prompts"
                 fix = "shorten it, or raise the engine's max_length"
                 raise MaxlmError(message, where=where, fix=fix)
-        # No prompts are added to rollouts that are this old.
-        first_number = rollout_number - _MAX_OPEN_ROLLOUTS
-        self._occurrences = {
-            key: occurrence
-            for key, occurrence in self._occurrences.items()
-            if key[0] > first_number
-        }
         for prompt in prompts:
-            key = (rollout_number, prompt.row_number)
-            occurrence = self._occurrences.get(key, 0)
-            self._occurrences[key] = occurrence + 1
             for number in range(num_samples):
-                episode = begin_episode(prompt, number, rollout_number, occurrence)
-                self._enqueue(episode)
+                self._enqueue(begin_episode(prompt, number))
 
-    def sample(
-        self, prompts: Sequence[Prompt], rollout_number: int, num_samples: int
-    ) -> Iterator[Sample]:
+    def sample(self, prompts: Sequence[Prompt], num_samples: int) -> Iterator[Sample]:
         """Yields samples of each prompt as they finish, until all have."""
-        self.add(prompts, rollout_number, num_samples)
+        self.add(prompts, num_samples)
         while self.num_unfinished or self._finished:
             yield from self.advance(1)
 
@@ -215,9 +201,6 @@ class RolloutSampler:
         """Goes on with samples that were under way in another process, in this
         order."""
         for episode in episodes:
-            key = (episode.rollout_number, episode.sample.prompt.row_number)
-            num_before = self._occurrences.get(key, 0)
-            self._occurrences[key] = max(num_before, episode.occurrence + 1)
             episode.order = next(self._counter)
             if episode.is_over:
                 self._over.append(episode)
@@ -249,7 +232,7 @@ class RolloutSampler:
             is_next = (
                 not first.has_begun
                 and not episode.has_begun
-                and episode.group == first.group
+                and episode.sample.prompt.number == first.sample.prompt.number
                 and episode.sample.number == first.sample.number + len(group)
             )
             if not is_next:
@@ -263,11 +246,12 @@ class RolloutSampler:
         sample = episode.sample
         # All samples of a group have one seed, and each a stream of its own; a token's
         # place in the stream is its position, in whatever turn.
-        key = derive_key(self.seed, "rollout", *episode.group)
+        key = derive_key(self.seed, self.stream, sample.prompt.number)
         sampling = self.config.sampling
         num_in_turn = len(sample.tokens) - episode.turn_start
         for member in group:
             member.num_drawn_before = num_in_turn
+            member.num_reported_routes = 0
             member.num_requests += 1
         updates = {
             "seed": key % 2**32,
@@ -275,15 +259,23 @@ class RolloutSampler:
             "min_new_tokens": max(0, sampling.min_new_tokens - num_in_turn),
         }
         return GenerationRequest(
-            episode.request_id,
+            self._make_request_id(episode),
             tuple(sample.tokens),
             sampling.model_copy(update=updates),
             num_sequences=len(group),
             first_stream=sample.number,
             stop_strings=self.environment.stop_strings,
             top_logprobs=0,
+            routes=self.engine.config.record_routes,
             # The policy is softmax(logits / temperature), as the trainer has it.
             scales_logprobs=True,
+        )
+
+    def _make_request_id(self, episode: Episode) -> str:
+        sample = episode.sample
+        return (
+            f"{self.stream}: prompt {sample.prompt.number}, sample {sample.number}, "
+            f"part {episode.num_requests}"
         )
 
     def _count_room(self, sample: Sample) -> int:
@@ -309,6 +301,9 @@ class RolloutSampler:
         sample.is_sampled += [True] * num_tokens
         sample.log_probs += [token.logprob for token in output.logprobs[:num_tokens]]
         sample.versions += [self.version] * num_tokens
+        if output.routes is not None:
+            extend_routes(sample, output.routes, episode.num_reported_routes)
+            episode.num_reported_routes += len(output.routes)
         if finish_reason is None:
             return
         del self._drawing[name]
@@ -391,20 +386,13 @@ class RolloutSampler:
     def _score(self) -> None:
         """Lets the environment score the episodes that are over. Raises MaxlmError: it
         failed, and ``config.environment_errors`` is ``stop``."""
-        while self._over:
-            episode = self._over[0]
-            sample = episode.sample
-            try:
-                sample.environment_reward = self.environment.score(sample)
-            # It is a program of someone else's: it may raise anything.
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                line = make_environment_error(self.environment, episode, reason)
+        for error in score_episodes(self.environment, self._over):
+            if error is not None:
                 if self.config.environment_errors == "stop":
-                    raise line from error
-                self.environment_errors.append(line)
-            del self._over[0]
-            self._finished.append(sample)
+                    raise error
+                self.environment_errors.append(error)
+            episode = self._over.pop(0)
+            self._finished.append(episode.sample)
 
 
 def find_max_length(config: EngineConfig) -> int:

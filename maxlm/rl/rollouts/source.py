@@ -2,7 +2,8 @@
 answers, and what came of it is kept in the run's folder and trained on.
 
 Rollout r serves the steps r·U to r·U + U − 1, U being epochs · minibatches. It is drawn
-with the parameters that the first of them begins with.
+with the parameters that the first of them begins with; with ``rollouts.staleness`` the
+first tokens of its samples may be of up to so many rollouts before.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from maxlm.checkpoint.folder import list_checkpoint_steps
+from maxlm.checkpoint.skips import get_batch_index
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import Batch
 from maxlm.data.loader.permutation import derive_key, permute
@@ -23,13 +26,26 @@ from maxlm.models.params import Params, bind, fold_in_name
 from maxlm.optim.state import TrainState
 from maxlm.optim.step import bind_frozen
 from maxlm.rl.rewards.runner import RewardRunner
+from maxlm.rl.rollouts.description import (
+    describe_groups,
+    describe_staleness,
+    describe_work,
+)
 from maxlm.rl.rollouts.generation import PolicyEngine
-from maxlm.rl.rollouts.groups import CollectedGroups, Group, GroupCollector
+from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
 from maxlm.rl.rollouts.packing import pack_samples
 from maxlm.rl.rollouts.prompts import PromptOrder
-from maxlm.rl.rollouts.records import RolloutFiles, SampleLog, ScoredSample
+from maxlm.rl.rollouts.records import (
+    RolloutFiles,
+    SampleLog,
+    episodes_from_arrays,
+    episodes_to_arrays,
+)
+from maxlm.rl.rollouts.sampler import RolloutSampler
+from maxlm.rl.rollouts.scoring import list_scored
 from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.rl.rollouts.validator import PolicyValidator
+from maxlm.rl.routes import ROUTES
 from maxlm.run.rollout_source import RolloutContext
 from maxlm.run.setup import BatchPlacement, RunSetup
 from maxlm.sharding import bind_mesh
@@ -39,7 +55,9 @@ from maxlm.tasks.task import DeviceBatch, SourceInputs, TaskModels
 # again, unless training stands in the middle of it.
 _DECIDING = ("seed", "model", "adapter", "task", "optimizer", "schedule")
 _NEXT_PROMPT = "next_prompt"
+_NUM_BEGUN = "num_begun"
 _SETTINGS = "settings"
+_METRICS = "metrics"
 
 
 class PolicyRolloutSource:
@@ -106,6 +124,7 @@ class PolicyRollouts:
         self._num_groups = source.num_groups
         self._context = context
         self._layout = source.task.make_layout(setup.config.data.seq_len)
+        self._routes = setup.config.batch_arrays.get(ROUTES)
         self._engine = PolicyEngine(
             source.task, setup, context.tokenizer, self._layout.max_entries + 1
         )
@@ -126,6 +145,10 @@ class PolicyRollouts:
         if runner is not None:
             runner.check(self._order.take(0, self._num_groups))
         self._runner = runner
+        self._collector: GroupCollector | None = None
+        self._collected: int | None = None
+        """The rollout that the collector collected last; None: it has yet to find out
+        where the run's groups stand."""
         self._validator: PolicyValidator | None = None
         if source.task.validation is not None:
             self._validator = PolicyValidator(
@@ -147,7 +170,7 @@ class PolicyRollouts:
         if number == self._number:
             return {}
         arrays = self._read(number, is_under_way=update > 0)
-        metrics: Mapping[str, float] = {}
+        timings: Mapping[str, float] = {}
         if arrays is None:
             if update:
                 message = f"the record of rollout {number} is not there, and training "
@@ -155,14 +178,17 @@ class PolicyRollouts:
                 fix = "resume from an older checkpoint"
                 where = str(self._files.get_path(number))
                 raise MaxlmError(message, where=where, fix=fix)
-            arrays, metrics = self._make(number, step, state)
+            arrays, timings = self._make(number, step, state)
         self._number = number
         self._batch = {
             name.removeprefix("batch_"): array
             for name, array in arrays.items()
             if name.startswith("batch_")
         }
-        return metrics
+        if update:
+            return {}
+        # A rollout that was kept is logged as it was, but for the time it took.
+        return json.loads(arrays[_METRICS].tobytes()) | timings
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
@@ -191,7 +217,7 @@ class PolicyRollouts:
 
     def _read(self, number: int, *, is_under_way: bool) -> dict[str, np.ndarray] | None:
         """Returns a rollout's record; None where it is to be made."""
-        arrays = self._files.read(number)
+        arrays = self._files.read_on_all_hosts(number)
         if arrays is None or is_under_way:
             return arrays
         is_same = arrays[_SETTINGS].tobytes().decode() == self._settings
@@ -201,18 +227,11 @@ class PolicyRollouts:
         self, number: int, step: int, state: TrainState
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Draws and scores a rollout, and keeps it; returns its arrays, and what is
-        logged of it."""
-        first_prompt = self._find_first_prompt(number)
+        logged of the time that it took."""
         sampler = self._engine.open_sampler(state.params, step)
-        collector = GroupCollector(
-            sampler,
-            self._runner,
-            self._order,
-            self._task.rollouts,
-            self._task.num_samples,
-            self._context.on_work,
-        )
-        collected = collector.collect(number, first_prompt, self._num_groups)
+        collector = self._get_collector(sampler, number)
+        collected = collector.collect(self._num_groups)
+        self._collected = number
         # The step needs the memory of the engine's caches.
         self._engine.release()
 
@@ -220,37 +239,100 @@ class PolicyRollouts:
         batch = self._make_batch(collected.groups, number, state)
         collected.seconds["preparation"] = time.perf_counter() - began
         arrays = {f"batch_{name}": array for name, array in batch.items()}
-        arrays[_NEXT_PROMPT] = np.array(collected.next_prompt, np.int64)
+        queue = collector.get_queue()
+        arrays[_NEXT_PROMPT] = np.array(queue.next_prompt, np.int64)
+        arrays[_NUM_BEGUN] = np.array(queue.num_begun, np.int64)
+        arrays |= episodes_to_arrays(queue.episodes)
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
-        metrics = self._describe(collected)
+        metrics = describe_groups(collected, self._task.rewards)
+        if self._task.rollouts.staleness:
+            metrics |= describe_staleness(
+                batch, step, self._updates, collector.num_under_way
+            )
+        arrays[_METRICS] = np.frombuffer(json.dumps(metrics).encode(), np.uint8)
         if jax.process_index() == 0:
-            scored = self._list_scored(collected.groups, batch)
+            samples = collected.list_samples()
+            scored = list_scored(
+                samples,
+                np.concatenate([group.scores for group in collected.groups]),
+                self._task.rewards,
+                self._context.tokenizer,
+                self._average_advantages(batch)[: len(samples)],
+            )
             self._log.append(step, number, scored)
+            # What was drawn behind it followed from another.
+            self._files.delete_after(number)
             self._files.write(number, arrays)
-        return arrays, metrics
+            self._delete_old_records()
+        return arrays, describe_work(collected)
 
-    def _find_first_prompt(self, number: int) -> int:
-        """Returns the prompt that a rollout begins with: the one behind those of the
-        rollout before it."""
-        if self._task.rollouts.zero_variance != "resample":
-            return number * self._num_groups
-        if number == 0:
-            return 0
-        before = self._files.read(number - 1)
-        if before is None:
-            message = f"the record of rollout {number - 1} is not there, and it says "
-            message += "which prompt comes next"
+    def _delete_old_records(self) -> None:
+        """Deletes the records that nobody wants, and no checkpoint needs."""
+        num_kept = self._task.rollouts.keep_records
+        if num_kept is None:
+            return
+        steps = list_checkpoint_steps(self._context.folder / "checkpoints")
+        first_batch = get_batch_index(min(steps, default=0), self._context.skips)
+        # The one before says which samples come next.
+        first_needed = first_batch // self._updates - 1
+        self._files.delete_old(num_kept, first_needed)
+
+    def _get_collector(self, sampler: RolloutSampler, number: int) -> GroupCollector:
+        """Returns what collects a rollout, standing where the rollout before left it,
+        in this process or another."""
+        config = self._task.rollouts
+        if self._collector is None:
+            self._collector = GroupCollector(
+                sampler,
+                self._runner,
+                self._order,
+                config,
+                self._task.num_samples,
+                config.staleness * self._num_groups,
+                self._context.on_work,
+            )
+        collector = self._collector
+        before = self._find_rollout_before(number)
+        if before == self._collected and before is not None:
+            return collector
+        resamples = config.zero_variance == "resample"
+        if before is None or not (resamples or config.staleness):
+            collector.skip_to(number * self._num_groups)
+            return collector
+        collector.restore(self._read_queue(before))
+        return collector
+
+    def _find_rollout_before(self, number: int) -> int | None:
+        """Returns the rollout that the run trained on before this one; None: it is the
+        first."""
+        batch = number * self._updates - 1
+        for first, last in sorted(self._context.skips, reverse=True):
+            if first <= batch <= last:
+                batch = first - 1
+        return batch // self._updates if batch >= 0 else None
+
+    def _read_queue(self, number: int) -> GroupQueue:
+        """Returns where groups stand behind a rollout. Raises MaxlmError: its record is
+        not there."""
+        arrays = self._files.read_on_all_hosts(number)
+        if arrays is None:
+            message = f"the record of rollout {number} is not there, and it says "
+            message += "which samples come next"
             fix = "resume from an older checkpoint"
-            where = str(self._files.get_path(number - 1))
+            where = str(self._files.get_path(number))
             raise MaxlmError(message, where=where, fix=fix)
-        return int(before[_NEXT_PROMPT])
+        episodes = episodes_from_arrays(arrays, self._order)
+        next_prompt = int(arrays[_NEXT_PROMPT])
+        return GroupQueue(next_prompt, int(arrays[_NUM_BEGUN]), episodes)
 
     def _make_batch(
         self, groups: Sequence[Group], number: int, state: TrainState
     ) -> Batch:
         """Packs samples into rows, and adds what the task makes of them."""
         samples = [sample for group in groups for sample in group.samples]
-        batch = pack_samples(samples, [0.0] * len(samples), self._layout)
+        batch = pack_samples(
+            samples, [0.0] * len(samples), self._layout, routes=self._routes
+        )
         if self._task.reads_models_of_rollouts:
             batch |= self._compute_on_devices(batch, number, state)
         scores = np.stack([group.scores for group in groups])
@@ -280,59 +362,17 @@ class PolicyRollouts:
             arrays[name] = value
         return arrays
 
-    def _list_scored(self, groups: Sequence[Group], batch: Batch) -> list[ScoredSample]:
-        """Returns samples as people read them."""
-        names = [reward.name for reward in self._task.rewards]
-        weights = np.array([reward.weight for reward in self._task.rewards])
-        tokenizer = self._context.tokenizer
-        sequences_per_row = self._layout.sequences_per_row
-        scored: list[ScoredSample] = []
-        for group in groups:
-            prompt_text = tokenizer.decode(group.prompt.tokens)
-            for sample, scores in zip(group.samples, group.scores, strict=True):
-                row, place = divmod(len(scored), sequences_per_row)
-                is_own = batch["segment_ids"][row] == place + 1
-                advantages = batch["advantages"][row][is_own]
-                is_drawn = batch["weights"][row][is_own] > 0
-                advantage = (
-                    float(advantages[is_drawn].mean()) if is_drawn.any() else 0.0
-                )
-                record = ScoredSample(
-                    sample,
-                    prompt_text,
-                    dict(zip(names, scores.tolist(), strict=True)),
-                    float(np.nansum(scores * weights)),
-                    advantage,
-                )
-                scored.append(record)
-        return scored
-
-    def _describe(self, collected: CollectedGroups) -> dict[str, float]:
-        """Returns what is logged of a rollout."""
-        samples = [sample for group in collected.groups for sample in group.samples]
-        scores = np.concatenate([group.scores for group in collected.groups])
-        weights = np.array([reward.weight for reward in self._task.rewards])
-        totals = np.nansum(scores * weights, axis=1)
-        lengths = np.array([sample.num_sampled for sample in samples])
-        num_groups = len(collected.groups)
-        metrics = {
-            "reward": float(totals.mean()),
-            "reward_std": float(totals.std()),
-            "response_length": float(lengths.mean()),
-            "max_response_length": float(lengths.max()),
-            "complete": float(np.mean([sample.is_complete for sample in samples])),
-            "zero_variance_groups": collected.num_without_variance / num_groups,
-            "resampled_groups": float(collected.num_left_out),
-        }
-        for index, reward in enumerate(self._task.rewards):
-            own_scores = scores[:, index]
-            if not np.isnan(own_scores).all():
-                metrics[f"reward/{reward.name}"] = float(np.nanmean(own_scores))
-        for phase, seconds in collected.seconds.items():
-            metrics[f"{phase}_seconds"] = seconds
-        generation = max(collected.seconds["generation"], 1e-9)
-        metrics["generated_tokens_per_second"] = float(lengths.sum()) / generation
-        return metrics
+    def _average_advantages(self, batch: Batch) -> list[float]:
+        """Returns the mean advantage of each sample's tokens, in the order in which
+        they were packed."""
+        advantages: list[float] = []
+        for row in range(len(batch["segment_ids"])):
+            is_drawn = batch["weights"][row] > 0
+            for number in range(1, self._layout.sequences_per_row + 1):
+                is_own = is_drawn & (batch["segment_ids"][row] == number)
+                values = batch["advantages"][row][is_own]
+                advantages.append(float(values.mean()) if values.size else 0.0)
+        return advantages
 
 
 def _jit_preparation(

@@ -1,27 +1,20 @@
 """Tries a policy on prompts that it does not learn from, with the engine of its
 rollouts."""
 
-from collections.abc import Sequence
-
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
 from maxlm.data.loader.permutation import derive_key
 from maxlm.optim.state import TrainState
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.generation import PolicyEngine
 from maxlm.rl.rollouts.prompts import PromptOrder
-from maxlm.rl.rollouts.records import VALIDATION_FILE, SampleLog, ScoredSample
+from maxlm.rl.rollouts.records import VALIDATION_FILE, SampleLog
 from maxlm.rl.rollouts.replies import check_template_keeps_turns
+from maxlm.rl.rollouts.scoring import collect_scores, list_scored
 from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.rl.rollouts.validation import ValidationConfig, describe_validation
 from maxlm.rl.samples import Sample
 from maxlm.run.rollout_source import RolloutContext
-from maxlm.runtime.collectives import run_on_process_0
-
-# No rollout to learn from has this number, so that no random stream is one of theirs.
-_ROLLOUT_NUMBER = -1
 
 
 class PolicyValidator:
@@ -91,12 +84,14 @@ class PolicyValidator:
         """
         step = int(state.step)
         samples = self._draw(state, step)
-        scores = self._score(samples)
+        scores = collect_scores(self._runner, samples)
         # The step needs the memory of the engine's caches.
         self._engine.release()
-        self._log.append(step, step, self._list_scored(samples, scores))
+        rewards = self._task.rewards
+        scored = list_scored(samples, scores, rewards, self._context.tokenizer)
+        self._log.append(step, step, scored)
         num_samples = self._validation.num_samples
-        return describe_validation(self._task.rewards, samples, scores, num_samples)
+        return describe_validation(rewards, samples, scores, num_samples)
 
     def _draw(self, state: TrainState, step: int) -> list[Sample]:
         """Returns the samples of each prompt side by side; scoring them has begun."""
@@ -108,43 +103,15 @@ class PolicyValidator:
             step,
             self._validation.environment,
             rollouts.model_copy(update={"sampling": sampling}),
+            "validation",
         )
         num_samples = self._validation.num_samples
         places = {id(prompt): place for place, prompt in enumerate(self._prompts)}
         samples_by_place: dict[int, Sample] = {}
-        for sample in sampler.sample(self._prompts, _ROLLOUT_NUMBER, num_samples):
+        for sample in sampler.sample(self._prompts, num_samples):
             place = places[id(sample.prompt)] * num_samples + sample.number
             samples_by_place[place] = sample
             if self._runner is not None:
                 self._runner.submit(sample)
             self._context.on_work()
         return [samples_by_place[place] for place in sorted(samples_by_place)]
-
-    def _score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Returns scores [samples, rewards], on all processes."""
-
-        def collect() -> list[list[float]]:
-            assert self._runner is not None
-            return self._runner.collect(samples).tolist()
-
-        if jax.process_count() == 1:
-            return np.array(collect(), np.float64).reshape(len(samples), -1)
-        return np.array(run_on_process_0(collect), np.float64).reshape(len(samples), -1)
-
-    def _list_scored(
-        self, samples: Sequence[Sample], scores: NDArray[np.float64]
-    ) -> list[ScoredSample]:
-        """Returns samples as people read them; none has an advantage."""
-        names = [reward.name for reward in self._task.rewards]
-        weights = np.array([reward.weight for reward in self._task.rewards])
-        tokenizer = self._context.tokenizer
-        return [
-            ScoredSample(
-                sample,
-                tokenizer.decode(sample.prompt.tokens),
-                dict(zip(names, sample_scores.tolist(), strict=True)),
-                float(np.nansum(sample_scores * weights)),
-                advantage=0.0,
-            )
-            for sample, sample_scores in zip(samples, scores, strict=True)
-        ]

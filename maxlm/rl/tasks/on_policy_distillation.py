@@ -90,7 +90,7 @@ class OnPolicyDistillationTask(PolicyTask):
         if self.signal == "divergence":
             return super().prepare_rows(policy, models, batch)
         return {
-            OLD: self.compute_statistics(policy, batch).log_probs,
+            OLD: self.compute_policy_statistics(policy, batch).log_probs,
             _TEACHER: self.compute_statistics(
                 models.frozen["teacher"], batch
             ).log_probs,

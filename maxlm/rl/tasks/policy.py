@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
@@ -20,15 +21,18 @@ from maxlm.parallel.entropy import compute_log_probs_and_entropies
 from maxlm.rl.advantages import find_zero_variance_groups
 from maxlm.rl.corrections import Correction, CorrectionWeights, compute_correction
 from maxlm.rl.environments import EnvironmentConfig, SingleTurnEnvironment
+from maxlm.rl.environments.addition import AdditionEnvironment
 from maxlm.rl.losses import compute_overlong_penalty
 from maxlm.rl.rewards import RewardConfig
+from maxlm.rl.rewards.forms import FormatReward
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.packing import RowLayout
 from maxlm.rl.rollouts.validation import ValidationConfig
+from maxlm.rl.routes import ROUTES, declare_routes, get_routes
 from maxlm.rl.sequences import PackedSequences
 from maxlm.sharding import MeshConfig
 from maxlm.sharding.supported import ReshapingAxis
-from maxlm.tasks.extra_work import ExtraPass, GenerationWork
+from maxlm.tasks.extra_work import ExtraPass, GenerationWork, ScoringModel
 from maxlm.tasks.preference import scale_layers_loss
 from maxlm.tasks.task import (
     Average,
@@ -79,6 +83,33 @@ class PolicyTask(Task):
     command: ClassVar[Literal["train", "tune", "rl"]] = "rl"
     mesh_axes: ClassVar[frozenset[ReshapingAxis]] = frozenset({"context", "stage"})
     watched_metric: ClassVar[WatchedMetric | None] = None
+    # In the order of their use: two lines of a terminal of 100 columns end after them.
+    shown_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "reward": "reward {:.3f}",
+            "response_length": "length {:.0f}",
+            "kl": "KL {:.3f}",
+            "teacher_kl": "KL {:.3f}",
+            "divergence": "divergence {:.3f}",
+            "entropy": "entropy {:.2f}",
+            "clip_share": "clip {:.1%}",
+            "engine_difference": "engine ±{:.0e}",
+            "generated_tokens_per_second": "draws {:,.0f}/s",
+            "tokens_per_second": "trains {:,.0f} tokens/s",
+        }
+    )
+    plotted_metrics: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "reward": "reward",
+            "response_length": "tokens of an answer",
+            "entropy": "entropy (nats per token)",
+            "kl": "KL to the reference (nats per token)",
+            "teacher_kl": "KL to the teacher (nats per token)",
+            "divergence": "divergence from the teacher (nats per token)",
+            "clip_share": "share of tokens clipped",
+        }
+    )
+    plot_name: ClassVar[str] = "rollouts"
     compares_samples: ClassVar[bool] = False
     """Whether advantages compare the samples of a prompt."""
     needs_rewards: ClassVar[bool] = True
@@ -123,6 +154,10 @@ class PolicyTask(Task):
     """What a sample of full length loses of its score, with ``overlong_buffer``."""
     missing_end_penalty: float = Field(default=0.0, ge=0)
     """What a sample that ran out of room loses of its score."""
+    replay_routes: bool = False
+    """Whether the policy's passes over a rollout use the experts that its tokens met in
+    the engine (:mod:`maxlm.rl.routes`); false: its routers choose anew, which differs
+    wherever the engine rounds otherwise. The record of a rollout has them then."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the policy's entropy, which the loss raises; averaged as the loss
     is."""
@@ -151,15 +186,47 @@ class PolicyTask(Task):
             message = "answers to validation prompts are scored, and nothing scores"
             fix = "name a reward: [{kind: exact_match}], or set task.validation to null"
             raise MaxlmError(message, where="task.rewards", fix=fix)
-
         if not self.rollouts.sampling.temperature:
-            message = (
-                "rollouts at temperature 0 are all alike, and the likeliest token "
-            )
-            message += "is no distribution to learn"
+            message = "rollouts at temperature 0 are all alike, and the likeliest "
+            message += "token is no distribution to learn"
             fix = "set it above 0: 1; task.validation.temperature may be 0"
             where = "task.rollouts.sampling.temperature"
             raise MaxlmError(message, where=where, fix=fix)
+
+    def check_model(self, model: ModelConfig) -> None:
+        super().check_model(model)
+        self.list_model_arrays(model, seq_len=1)
+
+    @property
+    def files_setting(self) -> str | None:
+        return "environment.files" if self.environment.needs_files else None
+
+    def for_small_model(self) -> Self:
+        """Returns the task in small, with sums of two digits in place of its prompts,
+        and in place of its rewards whether an answer begins with a letter, digit or
+        sign of ASCII, which a model that knows nothing does now and then."""
+        small = super().for_small_model()
+        rollouts = self.rollouts
+        sampling = rollouts.sampling.model_copy(update={"max_new_tokens": 8})
+        sizes = {"max_sequences", "max_length", "num_pages", "prefill_tokens"}
+        engine_settings = self.engine.model_dump(exclude_unset=True, exclude=sizes)
+        settings = {
+            "environment": AdditionEnvironment(num_digits=1),
+            "rewards": (FormatReward(pattern="[!-~].*"),) if self.rewards else (),
+            "rollouts": rollouts.model_copy(
+                update={"sampling": sampling, "max_prompt_length": None}
+            ),
+            "engine": EngineConfig.model_validate(
+                {**engine_settings, "max_sequences": 4, "prefill_tokens": 32}
+            ),
+            "validation": None,
+            "generation_mesh": None,
+            "num_samples": min(self.num_samples, 2),
+            "epochs": min(self.epochs, 2),
+            "minibatches": min(self.minibatches, 2),
+            "overlong_buffer": self.overlong_buffer and 4,
+        }
+        return small.model_copy(update=settings)
 
     @property
     def updates_per_rollout(self) -> int:
@@ -184,6 +251,10 @@ class PolicyTask(Task):
         from maxlm.rl.rollouts.planned_work import describe_generation
 
         return describe_generation(self, seq_len, batch_size)
+
+    def scoring_models(self) -> Mapping[str, ScoringModel]:
+        models = {reward.name: reward.scoring_model for reward in self.rewards}
+        return {name: model for name, model in models.items() if model is not None}
 
     def extra_passes(self) -> tuple[ExtraPass, ...]:
         names = set(self.list_prepared_arrays())
@@ -216,6 +287,14 @@ class PolicyTask(Task):
             arrays[name] = BatchArraySpec.of_tokens(seq_len, np.float32)
         return arrays
 
+    def list_model_arrays(
+        self, model: ModelConfig, seq_len: int
+    ) -> dict[str, BatchArraySpec]:
+        arrays = super().list_model_arrays(model, seq_len)
+        if self.replay_routes:
+            arrays[ROUTES] = declare_routes(model, seq_len)
+        return arrays
+
     def list_prepared_arrays(self) -> list[str]:
         """Returns the names of the arrays of a batch, fp32 [S], that come of what models
         say of a rollout."""
@@ -245,7 +324,7 @@ class PolicyTask(Task):
         names = self.list_prepared_arrays()
         if OLD not in names:
             return {}
-        return {OLD: self.compute_statistics(policy, batch).log_probs}
+        return {OLD: self.compute_policy_statistics(policy, batch).log_probs}
 
     def finish_rollouts(
         self,
@@ -285,14 +364,17 @@ class PolicyTask(Task):
             is_left_out = self._spread_to_entries(
                 np.repeat(is_dropped, scores.shape[1]), batch
             )
-            kept = is_left_out == 0
-            batch["weights"] = batch["weights"] * kept
-            batch["segment_ids"] = batch["segment_ids"] * kept
+            is_learnt_from = is_left_out == 0
+            batch["weights"] = batch["weights"] * is_learnt_from
+            batch["segment_ids"] = batch["segment_ids"] * is_learnt_from
         length = sampled_weights.shape[1]
-        return {
+        rollout = {
             name: np.asarray(batch[name], spec.dtype)
             for name, spec in self.batch_arrays(length).items()
         }
+        if self.replay_routes:
+            rollout[ROUTES] = batch[ROUTES]
+        return rollout
 
     def compute_penalties(
         self, lengths: NDArray[np.float64], is_complete: NDArray[np.bool_]
@@ -357,13 +439,28 @@ class PolicyTask(Task):
 
     # A step's loss.
 
+    def compute_policy_statistics(
+        self, policy: BoundModel, batch: DeviceBatch
+    ) -> TokenStatistics:
+        """Runs the policy once over rows [..., S], with the experts of the engine where
+        rows have them."""
+        return self.compute_statistics(policy, batch, get_routes(batch))
+
     def compute_statistics(
-        self, model: BoundModel, batch: DeviceBatch
+        self,
+        model: BoundModel,
+        batch: DeviceBatch,
+        routes: jax.Array | None = None,
     ) -> TokenStatistics:
         """Runs a model once over rows [..., S]. The policy, old, current and of
         reference, is softmax(logits / temperature) of what samples are drawn at, as in
-        TRL 1.16."""
-        hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        TRL 1.16. ``routes``: experts of its tokens, [..., S, E, k]."""
+        hidden, aux = model(
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            routes=routes,
+        )
         log_probs, entropies = compute_log_probs_and_entropies(
             model.prepare_logits(hidden),
             batch["targets"],
@@ -381,7 +478,7 @@ class PolicyTask(Task):
     def loss(
         self, models: TaskModels, batch: DeviceBatch, key: jax.Array
     ) -> LossResult:
-        statistics = self.compute_statistics(models.trained, batch)
+        statistics = self.compute_policy_statistics(models.trained, batch)
         total, sums = self.compute_loss(statistics, models, batch)
         tokens = sums["tokens"]
         assert not isinstance(tokens, Average)

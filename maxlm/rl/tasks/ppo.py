@@ -1,16 +1,19 @@
 """Proximal policy optimization with a value of every token."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import reshard
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.batch_source import Batch
+from maxlm.models.aux import Aux
 from maxlm.parallel.local import get_layout, make_spec
 from maxlm.rl.advantages import estimate_advantages, sum_scores, whiten
 from maxlm.rl.losses import (
@@ -27,7 +30,10 @@ from maxlm.rl.tasks.policy import (
     ReferencePolicyTask,
     TokenStatistics,
 )
+from maxlm.tasks.extra_work import ExtraPass
+from maxlm.tasks.preference import scale_layers_loss
 from maxlm.tasks.task import (
+    AuxiliaryModel,
     Average,
     BoundModel,
     DeviceBatch,
@@ -49,16 +55,25 @@ class PpoTask(ReferencePolicyTask):
     """Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347) on tokens
     as actions, as Ziegler et al. 2019 (arXiv 1909.08593) and TRL 1.12 do: a token's
     reward is −kl_coef times its part of the divergence from the reference, the last
-    one's has the sample's score besides, and a head of the policy, ``model.heads``,
-    says what is to be expected.
+    one's has the sample's score besides, and a value model says what is to be
+    expected.
 
-    Metrics besides: ``sequence_kl`` is nats a sample, ``value_loss`` half the squared
-    error of values, ``value_clip_share`` the share of values whose gradient a limit
-    takes away, ``value_mean`` and ``return_mean`` what is expected and what came, and ``old_kl`` half
-    the mean square of the policy's log-ratios since the rollout.
+    Metrics besides: ``sequence_kl`` is nats a sample, ``kl_coef`` the weight where it
+    adapts to that, ``value_loss`` half the squared error of values,
+    ``value_clip_share`` the share of values whose gradient a limit takes away,
+    ``value_mean`` and ``return_mean`` what is expected and what came, and ``old_kl``
+    half the mean square of the policy's log-ratios since the rollout.
     """
 
     kind: Literal["ppo"] = "ppo"
+    value_model: Literal["head", "separate"] = "head"
+    """What says what is to be expected: ``head``: a head of the policy,
+    ``model.heads.value``, on the policy's own layers; ``separate``: a model of its own,
+    as large again with its gradients and the optimizer's state, whose loss does not
+    disturb the policy."""
+    value_run: LocalPath | None = None
+    """Run that a separate value model starts from, such as a reward model's; null: a
+    copy of the model that training starts from, with a fresh head."""
     num_samples: int = Field(default=1, ge=1)
     """Samples of each prompt; none is compared with others."""
     kl_coef: float = Field(default=0.05, ge=0)
@@ -87,9 +102,30 @@ class PpoTask(ReferencePolicyTask):
     whiten_advantages: bool = True
     """Whether advantages are scaled to a mean of 0 and a variance of 1 over it."""
 
+    @model_validator(mode="after")
+    def _check_value_model(self) -> Self:
+        if self.value_run is not None and self.value_model == "head":
+            message = "a head of the policy starts from no run"
+            fix = "set task.value_model=separate, or value_run to null"
+            raise MaxlmError(message, where="task.value_run", fix=fix)
+        return self
+
     @property
     def required_heads(self) -> Mapping[str, int]:
-        return {VALUE: 1}
+        return {VALUE: 1} if self.value_model == "head" else {}
+
+    def auxiliary_models(self) -> Mapping[str, AuxiliaryModel]:
+        if self.value_model == "head":
+            return {}
+        return {VALUE: AuxiliaryModel({VALUE: 1}, self.value_run)}
+
+    def extra_passes(self) -> tuple[ExtraPass, ...]:
+        passes = super().extra_passes()
+        if self.value_model == "head":
+            return passes
+        (value_pass,) = self.make_passes([VALUE])
+        value_pass = replace(value_pass, name="values", makes_logits=False)
+        return (*passes, value_pass)
 
     # The weight of the divergence, where it adapts.
 
@@ -124,19 +160,25 @@ class PpoTask(ReferencePolicyTask):
 
     def compute_values(
         self, model: BoundModel, statistics: TokenStatistics, batch: DeviceBatch
-    ) -> jax.Array:
-        """Returns what a policy expects before each target, fp32 [..., S]."""
-        values = model.apply_head(VALUE, statistics.hidden)[..., 0]
-        return reshard(values, make_spec(get_layout(batch["weights"])))
+    ) -> tuple[jax.Array, Aux]:
+        """Returns what is expected before each target, fp32 [..., S], and what layers of
+        a separate value model add to the loss."""
+        hidden = statistics.hidden
+        aux = Aux()
+        if self.value_model == "separate":
+            model = model.auxiliary[VALUE]
+            hidden, aux = model(
+                batch["tokens"], batch["positions"], batch["segment_ids"]
+            )
+        values = model.apply_head(VALUE, hidden)[..., 0]
+        return reshard(values, make_spec(get_layout(batch["weights"]))), aux
 
     def prepare_rows(
         self, policy: BoundModel, models: TaskModels, batch: DeviceBatch
     ) -> DeviceBatch:
-        statistics = self.compute_statistics(policy, batch)
-        arrays = {
-            OLD: statistics.log_probs,
-            VALUES: self.compute_values(policy, statistics, batch),
-        }
+        statistics = self.compute_policy_statistics(policy, batch)
+        values, _ = self.compute_values(policy, statistics, batch)
+        arrays = {OLD: statistics.log_probs, VALUES: values}
         if self.has_reference:
             reference = self.compute_statistics(models.frozen["reference"], batch)
             kl = estimate_kl(
@@ -199,8 +241,21 @@ class PpoTask(ReferencePolicyTask):
     def compute_loss(
         self, statistics: TokenStatistics, models: TaskModels, batch: DeviceBatch
     ) -> LossResult:
-        values = self.compute_values(models.trained, statistics, batch)
-        return self.compute_loss_with_values(statistics, values, batch)
+        values, aux = self.compute_values(models.trained, statistics, batch)
+        total, sums = self.compute_loss_with_values(statistics, values, batch)
+        num_tokens = sums["tokens"]
+        assert not isinstance(num_tokens, Average)
+        total += scale_layers_loss(aux, batch, num_tokens)
+        return total, {**sums, **self._measure_kl_coef(models, batch)}
+
+    def _measure_kl_coef(
+        self, models: TaskModels, batch: DeviceBatch
+    ) -> dict[str, Average]:
+        """Returns the weight of the divergence as a metric, where it adapts."""
+        if _KL_COEF not in models.state or not self.has_reference:
+            return {}
+        num_samples = self.get_sequences(batch).num_present
+        return {_KL_COEF: Average(models.state[_KL_COEF] * num_samples, num_samples)}
 
     def compute_loss_with_values(
         self, statistics: TokenStatistics, values: jax.Array, batch: DeviceBatch

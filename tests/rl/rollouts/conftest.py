@@ -24,7 +24,7 @@ NUM_TURNS = 3
 # Prompts of unlike lengths, of which two begin alike.
 QUESTIONS = ("a", "the sun rises", "the sun sets over a sea", "grey?", "12 + 7 =")
 # Ends of turns are likely, and come at unlike places.
-STOP_BIAS = 3.2
+STOP_BIAS = 3.0
 TEMPERATURE = 1.3
 
 
@@ -109,8 +109,9 @@ def shared_engine(policy, chat_tokenizer) -> Engine:
 
 
 @pytest.fixture
-def engine(shared_engine, one_device_mesh) -> Iterator[Engine]:
+def engine(shared_engine, policy, one_device_mesh) -> Iterator[Engine]:
     with jax.set_mesh(one_device_mesh):
+        shared_engine.set_params(policy.params)
         yield shared_engine
         for sequence in shared_engine.scheduler.running:
             shared_engine.abort(sequence.request.request_id)

@@ -1,6 +1,7 @@
 """Promise: an environment's rows and answers follow from its settings and the sample
 alone; what a policy writes is worked out, never run."""
 
+import json
 import operator
 import threading
 import time
@@ -19,10 +20,13 @@ from maxlm.rl.environments import (
     EnvironmentConfig,
     GeneratedRows,
     Reply,
+    SingleTurnEnvironment,
 )
+from maxlm.rl.environments.addition import AdditionEnvironment
 from maxlm.rl.environments.arithmetic import compute_arithmetic, format_number
 from maxlm.rl.environments.calculator import CalculatorEnvironment
 from maxlm.rl.environments.python_tool import PythonToolEnvironment
+from maxlm.rl.prompts_file import write_prompts
 from maxlm.rl.rollouts import environment_calls
 from maxlm.rl.rollouts.environment_calls import EnvironmentCalls
 from maxlm.rl.rollouts.episode import begin_episode
@@ -40,7 +44,7 @@ OPERATORS = {
 
 
 def make_sample(*turns: tuple[str, str]) -> Sample:
-    episode = begin_episode(Prompt(0, (1,), {"prompt": "?"}), 0, 0, 0)
+    episode = begin_episode(Prompt(0, (1,), {"prompt": "?"}), 0)
     episode.sample.turns += turns
     return episode.sample
 
@@ -139,6 +143,35 @@ def test_a_calculator_answers_the_call_that_ends_a_turn():
     assert answer("</calc>") is None
 
 
+def test_an_example_is_the_episode_that_the_environment_answers():
+    environment = CalculatorEnvironment(reply="={result};", num_digits=3)
+    row = environment.open_prompts(5)[13]
+    call, closer, rest = environment.write_example(row).partition("</calc>")
+    reply = environment.respond(make_sample(("assistant", call + closer)))
+    assert reply is not None
+    assert rest == reply.text + str(row["a"] * row["b"])
+
+
+def test_a_share_of_the_rows_that_are_written_are_examples(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    environment = CalculatorEnvironment()
+    assert write_prompts(environment, path, 499, seed=2, examples=0.3) == 499
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    is_example = ["<calc>" in row["completion"] for row in rows]
+    # Four standard deviations of a draw of 499.
+    assert abs(sum(is_example) - 0.3 * 499) < 4 * (499 * 0.3 * 0.7) ** 0.5
+    for row, has_call in zip(rows, is_example, strict=True):
+        assert has_call or row["completion"] == row["answer"]
+    assert write_prompts(AdditionEnvironment(), path, 7) == 7
+    assert all("completion" not in line for line in path.read_text().splitlines())
+
+    source = tmp_path / "questions.jsonl"
+    source.write_text(json.dumps({"prompt": "?"}))
+    environment = SingleTurnEnvironment(files=(str(source),))
+    error = message(write_prompts, environment, path, None, examples=1.0)
+    assert "has no example: a row has no text 'answer'" in error
+
+
 @pytest.mark.heavy
 def test_a_program_runs_in_the_sandbox():
     environment = PythonToolEnvironment(program_seconds=2, max_output_chars=50)
@@ -220,7 +253,7 @@ class RandomlySlow(Environment):
 def ask_about_five(calls: EnvironmentCalls) -> None:
     prompt = Prompt(7, (1,), {})
     for number in range(5):
-        calls.ask(begin_episode(prompt, number, 0, 0))
+        calls.ask(begin_episode(prompt, number))
 
 
 def test_on_several_hosts_all_answers_come_together(monkeypatch):

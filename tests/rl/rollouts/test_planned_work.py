@@ -15,6 +15,8 @@ from maxlm.rl.tasks.on_policy_distillation import OnPolicyDistillationTask
 from maxlm.rl.tasks.policy import PolicyTask
 from maxlm.rl.tasks.ppo import PpoTask
 from maxlm.rl.tasks.rloo import RlooTask
+from maxlm.sharding import MeshConfig
+from maxlm.tasks.extra_work import ScoringModel
 
 POLICY = "log-probabilities of the policy"
 REFERENCE = "log-probabilities of the reference"
@@ -54,6 +56,19 @@ def test_sequences_are_those_that_the_source_draws():
     assert shorter.generation(60, 6).room_tokens == 29
 
 
+def test_a_model_that_scores_is_told_to_the_plan():
+    rewards = [
+        {"kind": "length", "max_length": 9, "buffer": 2},
+        {"kind": "reward_model", "name": "helpful", "run": "runs/a"},
+        {"kind": "reward_model", "run": "runs/b", "mesh": {"tensor": 2}},
+    ]
+    models = make(GrpoTask, rewards=rewards).scoring_models()
+    assert models == {
+        "helpful": ScoringModel("runs/a"),
+        "reward_model": ScoringModel("runs/b", MeshConfig(tensor=2)),
+    }
+
+
 @pytest.mark.parametrize(
     ("task", "names"),
     [
@@ -63,6 +78,7 @@ def test_sequences_are_those_that_the_source_draws():
         (make(RlooTask, kl_coef=0.1), [POLICY, REFERENCE]),
         (make(PpoTask, kl_coef=0.0, num_samples=1), [POLICY]),
         (make(PpoTask, kl_coef=0.1, epochs=4), [POLICY, REFERENCE]),
+        (make(PpoTask, kl_coef=0.0, value_model="separate"), [POLICY, "values"]),
         (make(OnPolicyDistillationTask, teacher="runs/a", signal="divergence"), []),
         (
             make(OnPolicyDistillationTask, teacher="runs/a", signal="policy_gradient"),
@@ -76,7 +92,8 @@ def test_passes_are_those_that_a_rollout_is_prepared_with(task, names):
     assert bool(names) == task.reads_models_of_rollouts
     for extra_pass in passes:
         _, model, passes_per_step, batches, makes_logits = astuple(extra_pass)
-        assert model is None or model in task.frozen_models()
+        others = {*task.frozen_models(), *task.auxiliary_models()}
+        assert model is None or model in others
         assert passes_per_step == 1 / task.epochs
         assert batches == task.minibatches
-        assert makes_logits
+        assert makes_logits == (extra_pass.name != "values")

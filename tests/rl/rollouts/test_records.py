@@ -4,8 +4,10 @@ one line."""
 import json
 
 import numpy as np
+import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.rl.rollouts import records
 from maxlm.rl.rollouts.records import (
     RolloutFiles,
     SampleLog,
@@ -74,6 +76,36 @@ def test_damaged_files_are_one_line(tmp_path):
     for error in errors:
         assert f"{path}: the record of rollout 3 is damaged" in error
         assert "\n" not in error
+
+
+@pytest.mark.parametrize("has_record", [False, True])
+def test_a_record_that_another_host_does_not_see_is_one_line(
+    has_record, tmp_path, monkeypatch
+):
+    files = RolloutFiles(tmp_path)
+    other = RolloutFiles(tmp_path / "other")
+    arrays = make_arrays()
+    other.write(3, arrays)
+    if has_record:
+        files.write(3, arrays)
+    digests = []
+
+    def gather(digest):
+        digests.append(digest)
+        return [*digests]
+
+    monkeypatch.setattr(records, "all_gather_json", gather)
+    # Process 0, and then process 1.
+    assert other.read_on_all_hosts(3) is not None
+    if has_record:
+        assert files.read_on_all_hosts(3) is not None
+        return
+    with pytest.raises(MaxlmError) as error:
+        files.read_on_all_hosts(3)
+    assert str(error.value) == (
+        f"{files.get_path(3)}: process 1 reads another record of rollout 3 than "
+        "process 0, or none; put the run in a folder that all hosts share"
+    )
 
 
 def test_rollouts_that_a_checkpoint_needs_stay(tmp_path):

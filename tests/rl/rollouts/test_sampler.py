@@ -1,6 +1,8 @@
 """Promise: a sample is the tokens that the policy drew, each from the tokens before it,
 whatever else runs, however long an environment takes, and wherever it was cut."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def expected(make_sampler, prompts):
     """All samples of one rollout, drawn together."""
     sampler = make_sampler()
     samples = []
-    sampler.add(prompts, 1, NUM_SAMPLES)
+    sampler.add(prompts, NUM_SAMPLES)
     while sampler.num_unfinished:
         samples += sampler.advance(1)
         # Turns that go on come before samples that have not begun.
@@ -55,16 +57,18 @@ def test_samples_do_not_depend_on_what_else_runs(
     assert num_preemptions > 0
     alone = []
     for prompt in prompts:
-        alone += make_sampler().sample([prompt], 1, 1)
+        alone += make_sampler().sample([prompt], 1)
     assert_same(alone, [sample for sample in expected if sample.number == 0])
     assert engine.stats().preemptions_total == num_preemptions
-    backwards = [*make_sampler().sample(prompts[::-1], 1, NUM_SAMPLES)]
+    backwards = [*make_sampler().sample(prompts[::-1], NUM_SAMPLES)]
     assert_same(backwards, expected)
-    # Samples of a prompt differ, and so do those of other seeds and rollouts.
+    # Samples of a prompt differ, and so do those of other seeds, and those of a row
+    # that comes again.
     texts = {tuple(s.tokens) for s in expected}
     assert len(texts) == len(expected)
-    for seed, rollout in ((4, 1), (3, 2)):
-        others = make_sampler(seed=seed).sample(prompts[:1], rollout, 1)
+    for seed, number in ((4, 0), (3, 99)):
+        prompt = replace(prompts[0], number=number)
+        others = make_sampler(seed=seed).sample([prompt], 1)
         assert next(others).tokens != by_name(expected)[0, 0].tokens
 
 
@@ -106,7 +110,9 @@ def test_tokens_are_never_encoded_again(expected, policy, chat_tokenizer):
         num_ends = sample.tokens.count(chat_tokenizer.special.ids["<|im_end|>"])
         assert num_ends <= 1 + 2 * len(turns)
         assert sample.environment_reward == len(sample.last_answer)
-    assert {2, NUM_TURNS} == set(num_turns)
+    # Some ran out of room before their last turn.
+    assert NUM_TURNS in num_turns
+    assert min(num_turns) < NUM_TURNS
     assert {True, False} == {sample.is_complete for sample in expected}
     assert num_rewritten > len(expected) // 2
 
@@ -122,7 +128,7 @@ def compute_logits(policy: Tiny, tokens: list[int]) -> np.ndarray:
 def test_slow_environments_lose_no_sample(expected, make_sampler, prompts):
     """Longer turns come back much later: the samples are the same, all of them."""
     sampler = make_sampler(SlowEchoEnvironment(), reply_threads=2)
-    assert_same([*sampler.sample(prompts, 1, NUM_SAMPLES)], expected)
+    assert_same([*sampler.sample(prompts, NUM_SAMPLES)], expected)
 
 
 @pytest.mark.parametrize("num_dispatches", [1, 5])
@@ -132,7 +138,7 @@ def test_samples_under_way_survive_a_restart(
     first = make_sampler()
     params = policy.params
     first.engine.set_params(params)
-    first.add(prompts, 1, NUM_SAMPLES)
+    first.add(prompts, NUM_SAMPLES)
     samples = first.advance(num_dispatches)
     files = RolloutFiles(tmp_path)
     files.write(1, episodes_to_arrays(first.list_unfinished()))
@@ -165,7 +171,7 @@ def test_samples_under_way_survive_a_restart(
     # The process that goes on does the same.
     going_on = make_sampler()
     going_on.engine.set_params(params)
-    going_on.add(prompts, 1, NUM_SAMPLES)
+    going_on.add(prompts, NUM_SAMPLES)
     straight = going_on.advance(num_dispatches)
     going_on.engine.set_params(params)
     going_on.set_version(1)
@@ -174,20 +180,13 @@ def test_samples_under_way_survive_a_restart(
     for name, sample in by_name(straight).items():
         assert sample.versions == by_name(samples)[name].versions
         assert sample.log_probs == by_name(samples)[name].log_probs
-    # A row that comes again is another prompt.
-    again = make_sampler()
-    again.add(prompts[:1], 1, 1)
-    again.add(prompts[:1], 1, 1)
-    two = again.advance()
-    assert two[0].tokens != two[1].tokens
-    assert by_name(expected)[0, 0].tokens in [sample.tokens for sample in two]
 
 
 def test_a_stop_string_across_a_restart_ends_the_turn(
     make_sampler, prompts, chat_tokenizer
 ):
     """Of two characters that are two tokens; the turn is cut between them."""
-    samples = make_sampler().sample(prompts[1:2], 1, 20)
+    samples = make_sampler().sample(prompts[1:2], 20)
     start = len(prompts[1].tokens)
     starts = [(s.number, s.tokens[start : start + 2]) for s in samples]
     # Whole characters, behind which the first token does not come again.
@@ -201,11 +200,11 @@ def test_a_stop_string_across_a_restart_ends_the_turn(
     )
     stop = chat_tokenizer.decode(tokens)
     stopping = EchoEnvironment(stop_strings=(stop,))
-    straight = by_name([*make_sampler(stopping).sample(prompts[1:2], 1, 20)])[1, number]
+    straight = by_name([*make_sampler(stopping).sample(prompts[1:2], 20)])[1, number]
     assert straight.turns[0] == ("assistant", stop)
 
     cut = make_sampler(stopping)
-    cut.add(prompts[1:2], 1, 20)
+    cut.add(prompts[1:2], 20)
     episode = cut.list_unfinished()[number]
     episode.sample.tokens.append(straight.tokens[start])
     episode.sample.is_sampled.append(True)
@@ -216,7 +215,7 @@ def test_a_stop_string_across_a_restart_ends_the_turn(
 
 def test_an_environment_that_fails_loses_nothing(expected, make_sampler, prompts):
     sampler = make_sampler(EchoEnvironment(fails_at=(1, 3)))
-    sampler.add(prompts, 1, NUM_SAMPLES)
+    sampler.add(prompts, NUM_SAMPLES)
     error = message(sampler.advance)
     assert "environment.kind=echo, row 1: the environment failed at turn 1" in error
     assert "KeyError: 'no\\nanswer'" in error
@@ -229,7 +228,7 @@ def test_an_environment_that_fails_loses_nothing(expected, make_sampler, prompts
     sampler = make_sampler(
         EchoEnvironment(fails_at=(1, 3)), environment_errors="end_episode"
     )
-    samples = by_name([*sampler.sample(prompts, 1, NUM_SAMPLES)])
+    samples = by_name([*sampler.sample(prompts, NUM_SAMPLES)])
     assert samples.keys() == by_name(expected).keys()
     for name, sample in by_name(expected).items():
         ended = samples[name]
@@ -257,7 +256,7 @@ def test_an_environment_that_hangs_holds_up_no_other(expected, make_sampler, pro
         reply_seconds=1,
         reply_threads=2,
     )
-    samples = by_name([*sampler.sample(prompts, 1, NUM_SAMPLES)])
+    samples = by_name([*sampler.sample(prompts, NUM_SAMPLES)])
     hung = samples.pop((2, 0))
     assert not hung.is_complete
     assert "no answer within 1 s" in str(sampler.environment_errors[0])
@@ -270,7 +269,7 @@ def test_no_sample_is_longer_than_its_row(expected, make_sampler, prompts):
     """They are those without the limit up to where the policy had no room."""
     limit = 100
     sampler = make_sampler(max_length=limit)
-    samples = by_name([*sampler.sample(prompts, 1, NUM_SAMPLES)])
+    samples = by_name([*sampler.sample(prompts, NUM_SAMPLES)])
     num_cut = 0
     for name, whole in by_name(expected).items():
         sample = samples[name]
@@ -285,7 +284,7 @@ def test_no_sample_is_longer_than_its_row(expected, make_sampler, prompts):
 
 def test_settings_that_leave_no_room(make_sampler, prompts):
     sampler = make_sampler(max_prompt_length=20)
-    error = message(sampler.add, prompts, 1, 1)
+    error = message(sampler.add, prompts, 1)
     assert "row 1 of prompts: a prompt of" in error
     assert not sampler.num_unfinished
     config = RolloutConfig(max_prompt_length=100)

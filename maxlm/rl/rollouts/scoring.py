@@ -1,0 +1,66 @@
+"""Scores of drawn samples, the same on all processes, and samples as people read them."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.rl.rewards.reward import Reward
+from maxlm.rl.rewards.runner import RewardRunner
+from maxlm.rl.rollouts.records import ScoredSample
+from maxlm.rl.samples import Sample
+from maxlm.runtime.collectives import run_on_process_0
+
+
+def collect_scores(
+    runner: RewardRunner | None, samples: Sequence[Sample]
+) -> NDArray[np.float64]:
+    """Returns the scores [samples, rewards] of samples that were submitted; NaN: a
+    reward gave none. All processes call it together.
+
+    Args:
+        runner: what they were submitted to, on process 0; None on others.
+
+    Raises:
+        MaxlmError: a reward failed.
+    """
+
+    def collect() -> list[list[float]]:
+        assert runner is not None
+        return runner.collect(samples).tolist()
+
+    rows = collect() if jax.process_count() == 1 else run_on_process_0(collect)
+    return np.array(rows, np.float64).reshape(len(samples), -1)
+
+
+def list_scored(
+    samples: Sequence[Sample],
+    scores: NDArray[np.float64],
+    rewards: Sequence[Reward],
+    tokenizer: Tokenizer,
+    advantages: Sequence[float] | None = None,
+) -> list[ScoredSample]:
+    """Returns samples as people read them.
+
+    Args:
+        scores: [samples, rewards], NaN: none.
+        advantages: of each sample; None: they are not learnt from.
+    """
+    names = [reward.name for reward in rewards]
+    weights = np.array([reward.weight for reward in rewards])
+    if advantages is None:
+        advantages = [0.0] * len(samples)
+    return [
+        ScoredSample(
+            sample,
+            tokenizer.decode(sample.prompt.tokens),
+            dict(zip(names, sample_scores.tolist(), strict=True)),
+            float(np.nansum(sample_scores * weights)),
+            advantage,
+        )
+        for sample, sample_scores, advantage in zip(
+            samples, scores, advantages, strict=True
+        )
+    ]

@@ -1,0 +1,113 @@
+"""Promise: a run of ``maxlm rl`` that is killed anywhere and resumed is the same run to
+the last bit, also where samples are under way; and what is begun ahead changes nothing
+but how old the parameters are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maxlm.rl.rollouts.records import RolloutFiles
+from maxlm.train.records import read_records
+from tests.rl import policy_runs
+from tests.rl.killed_run import PLACES
+from tests.train import tiny
+
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return policy_runs.prepare(tmp_path_factory.mktemp("parts"))
+
+
+def read_sampled(folder) -> list:
+    """Returns what all samples of a run are, but for when they were drawn."""
+    samples = policy_runs.read_run(folder)["samples"]
+    return [
+        {name: value for name, value in sample.items() if name != "versions"}
+        for sample in samples
+    ]
+
+
+def test_what_is_begun_ahead_is_what_would_be_drawn(tmp_path, parts):
+    """With parameters that stay: the same samples, and the same gradients."""
+    stays = {"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-12}
+    runs = {}
+    for staleness in (0, 2):
+        folder = tmp_path / str(staleness)
+        path = policy_runs.write_config(
+            folder, {**parts, "schedule": stays}, rollouts={"staleness": staleness}
+        )
+        policy_runs.train(path, "train.steps=4")
+        runs[staleness] = [*read_records(folder / "tiny/metrics.jsonl")]
+    assert read_sampled(tmp_path / "2") == read_sampled(tmp_path / "0")
+    for ahead, synchronous in zip(runs[2], runs[0], strict=True):
+        for name in ("loss", "grad_norm", "reward", "response_length"):
+            if name in synchronous:
+                expected = pytest.approx(synchronous[name], rel=1e-4, abs=1e-6)
+                assert ahead[name] == expected, name
+    steps = [record for record in runs[2] if "staleness" in record]
+    assert max(record["max_staleness"] for record in steps) in (1, 2)
+
+
+class StopsHere(Exception):
+    """Ends a run at a place."""
+
+
+def run_process(path: str, *place_and_count: str, folder: Path) -> None:
+    """Trains in another process, which is killed at a place."""
+    command = [sys.executable, "-m", "tests.rl.killed_run", path, *place_and_count]
+    process = subprocess.run(command, env=tiny.environment(folder), check=False)
+    assert process.returncode == (-9 if place_and_count else 0), place_and_count
+
+
+def test_a_run_that_stops_goes_on_as_it_was(tmp_path, parts, monkeypatch):
+    """Behind a rollout that no step has trained on, with samples under way."""
+    rollouts = {"staleness": 2}
+    straight = policy_runs.write_config(tmp_path / "a", parts, rollouts=rollouts)
+    policy_runs.train(straight)
+    expected = policy_runs.read_run(tmp_path / "a")
+    assert expected["rollout 3 unfinished_lengths"].size
+    stopped = policy_runs.write_config(tmp_path / "b", parts, rollouts=rollouts)
+    write = RolloutFiles.write
+
+    def write_and_stop(files, number, arrays):
+        write(files, number, arrays)
+        if number == 3:
+            raise StopsHere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutFiles, "write", write_and_stop)
+        with pytest.raises(StopsHere):
+            policy_runs.train(stopped)
+    policy_runs.train(stopped)
+    policy_runs.assert_same_run(policy_runs.read_run(tmp_path / "b"), expected)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_run_that_is_killed_anywhere_is_the_same(tmp_path, parts, staleness):
+    """Killed at every place, one after the other, on the way."""
+    settings = {"rollouts": {"staleness": staleness}, "epochs": 2}
+    longer = parts | {"train": {"steps": 20}}
+    straight = policy_runs.write_config(tmp_path / "a", longer, **settings)
+    run_process(straight, folder=tmp_path)
+    expected = policy_runs.read_run(tmp_path / "a")
+    killed = policy_runs.write_config(tmp_path / "b", longer, **settings)
+    for place in PLACES:
+        run_process(killed, place, "2", folder=tmp_path)
+    run_process(killed, folder=tmp_path)
+    policy_runs.assert_same_run(policy_runs.read_run(tmp_path / "b"), expected)
+
+
+def test_records_that_no_checkpoint_needs_are_deleted(tmp_path, parts):
+    path = policy_runs.write_config(tmp_path, parts, rollouts={"keep_records": 1})
+    policy_runs.train(path)
+    numbers = RolloutFiles(tmp_path / "tiny").list_numbers()
+    # With rollout 5 checkpoints 2 and 4 were there; rollout 1 says what comes behind 2.
+    assert numbers == [1, 2, 3, 4, 5]
+    ages = policy_runs.read_run(tmp_path)["rollout 5 batch_versions"]
+    assert set(np.unique(ages)) == {-1, 5}
