@@ -64,6 +64,7 @@ def encode_conversation(
     roles: Sequence[str] = ("assistant",),
     num_prompt_messages: int = 0,
     variables: Mapping[str, Any] | None = None,
+    allow_empty: bool = False,
 ) -> EncodedSequence:
     """Encodes a conversation by the tokenizer's chat template; see
     ``encode_chat_turns`` for which tokens of a turn are learnt. A message with
@@ -74,6 +75,7 @@ def encode_conversation(
         turns: which turns of ``roles`` are learnt.
         num_prompt_messages: messages at the beginning that are not learnt.
         variables: of the template, as :func:`read_template_variables` returns them.
+        allow_empty: whether a turn to learn may be empty.
     """
     variables = variables or {}
     _check_messages(messages)
@@ -91,7 +93,7 @@ def encode_conversation(
     if turns == "last":
         learnt = learnt[-1:]
     for i in learnt:
-        if _is_empty(messages[i]):
+        if _is_empty(messages[i]) and not allow_empty:
             fault = f"an empty completion: message {i} has no text"
             raise MaxlmError(fault, where="messages", fix="leave the row out")
     # Templates know no "train".
@@ -113,6 +115,8 @@ def encode_answer(
     prompt: TextOrMessages,
     answer: TextOrMessages,
     variables: Mapping[str, Any] | None = None,
+    *,
+    allow_empty: bool = False,
 ) -> EncodedSequence:
     """Encodes a prompt and the answer to learn: texts, which the end-of-text token
     follows, or lists of messages; raises MaxlmError if they are neither, or the answer
@@ -120,10 +124,12 @@ def encode_answer(
 
     Args:
         variables: of the template, as :func:`read_template_variables` returns them.
+        allow_empty: whether the answer may be empty.
     """
     _check_text_or_messages("the prompt", prompt)
     _check_text_or_messages("the completion", answer)
-    if not answer or (isinstance(answer, str) and not answer.strip()):
+    is_empty = not answer or (isinstance(answer, str) and not answer.strip())
+    if is_empty and not allow_empty:
         raise MaxlmError(
             "an empty completion", where="completion", fix="leave the row out"
         )
@@ -146,6 +152,7 @@ def encode_answer(
         [*prompt, *answer],
         num_prompt_messages=len(prompt),
         variables=variables,
+        allow_empty=allow_empty,
     )
 
 

@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.data.conversations import (
+    encode_answer,
+    encode_conversation,
+    get_column,
+    read_template_variables,
+)
 from maxlm.inference.embedding import Embedder
 from maxlm.run.load import load_run
 from maxlm.runtime.json_types import JsonMapping
 from maxlm.sharding import MeshConfig
 from maxlm.tasks.reward import SCORE
-from maxlm.tasks.sft import SftTask
 
 
 class RewardModel:
@@ -30,10 +35,23 @@ class RewardModel:
         self._embedder = Embedder(run.model, run.params, run.mesh, self.max_length)
 
     def encode_row(self, row: JsonMapping) -> list[int]:
-        """Returns the tokens of an answer: a prompt and a completion, or messages.
-        Raises MaxlmError: they are more than the model reads."""
-        examples = SftTask().encode_example(self._tokenizer, row)
-        tokens = list(examples[0].tokens)
+        """Returns the tokens of an answer: a prompt and a completion, or messages. An
+        answer may be empty: a policy may end at once. Raises MaxlmError: they are more
+        than the model reads."""
+        variables = read_template_variables(row)
+        if "messages" in row:
+            encoded = encode_conversation(
+                self._tokenizer, row["messages"], variables=variables, allow_empty=True
+            )
+        else:
+            encoded = encode_answer(
+                self._tokenizer,
+                get_column(row, "prompt"),
+                get_column(row, "completion"),
+                variables,
+                allow_empty=True,
+            )
+        tokens = encoded.tokens
         if len(tokens) > self.max_length:
             message = f"a text of {len(tokens)} tokens, where the model reads "
             message += f"{self.max_length}"

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 LENGTHS = "task.rewards=[{kind: length, max_length: 6, buffer: 5}]"
-# Small, and with ends of answers that are likely.
+# Small.
 CUT = (
     "compilation_cache=null",
     "data.seq_len=48",
@@ -34,15 +34,16 @@ CUT = (
     "schedule.learning_rate=1e-3",
     "reporting.tensorboard=false",
 )
+# Both tokens that end an answer are likely.
 CUT_ROLLOUTS = (
     "task.rollouts.sampling.max_new_tokens=6",
-    "task.rollouts.sampling.logit_bias={256: 4.0}",
+    "task.rollouts.sampling.logit_bias={277: 3.0, 279: 3.0}",
     "task.engine.max_sequences=8",
     "train.steps=4",
     "checkpoint.every_steps=2",
 )
 # Settings of a method, FOLDER standing for where its runs are, and a metric of it that
-# is more than 0.
+# is not 0.
 METHODS: dict[str, tuple[Sequence[str], str]] = {
     "ppo": (
         [
@@ -129,7 +130,7 @@ def test_a_recipe_trains_and_resumes(method, folder):
         # In the first step of a rollout engine and trainer are one model.
         assert record["engine_difference"] < 1e-5
     _, metric = METHODS[method]
-    assert records[-1][metric] > 0
+    assert records[-1][metric] != 0
 
     cut = Path(f"{whole.folder}-cut")
     shutil.copytree(whole.folder, cut)

@@ -9,6 +9,8 @@ from maxlm.config import MaxlmError
 from maxlm.rl.rewards.reward_model import make_preference_row
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.run.config import RunConfig
+from maxlm.run.load import load_run
+from maxlm.run.reward_model import RewardModel
 from maxlm.train.program import train_model
 from maxlm.tune.references import score_texts
 from tests.rl.rewards.rewarded import make_reward, make_sample
@@ -80,6 +82,11 @@ def test_each_sample_is_scored_by_itself(run):
     assert len(set(want.tolist())) == 5
     np.testing.assert_allclose(np.delete(scores, 1), want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(single, want, rtol=1e-5, atol=1e-6)
+    # A policy may end at once.
+    model = RewardModel(run)
+    tokenizer = load_run(run).tokenizer
+    end = [*tokenizer.prefix_ids, *tokenizer.encode("sea"), tokenizer.eos_id]
+    assert model.encode_row({"prompt": "sea", "completion": ""}) == end
     reward = make_reward("reward_model", run=str(run.parent))
     with pytest.raises(MaxlmError, match=r"reward reward_model.*no run here"):
         RewardRunner([reward]).check([])
