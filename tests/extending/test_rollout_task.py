@@ -65,7 +65,10 @@ class ReinforceTask(Task):
     num_samples: int = 4
     epochs: int = 1
     minibatches: int = 1
-    reads_models_of_rollouts: ClassVar[bool] = False
+
+    @property
+    def reads_models_of_rollouts(self) -> bool:
+        return False
 
     def make_layout(self, seq_len: int) -> RowLayout:
         return RowLayout(seq_len)
