@@ -144,6 +144,7 @@ def train(config: RunConfig) -> TrainingResult:
     return train_policy(config, say=lambda _: None)
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_policy_learns_and_resumes_bit_for_bit(make_config):
     whole = train(make_config("whole"))
