@@ -65,7 +65,10 @@ class ReinforceTask(Task):
     num_samples: int = 4
     epochs: int = 1
     minibatches: int = 1
-    reads_models_of_rollouts: ClassVar[bool] = False
+
+    @property
+    def reads_models_of_rollouts(self) -> bool:
+        return False
 
     def make_layout(self, seq_len: int) -> RowLayout:
         return RowLayout(seq_len)
@@ -141,6 +144,7 @@ def train(config: RunConfig) -> TrainingResult:
     return train_policy(config, say=lambda _: None)
 
 
+@pytest.mark.more
 @pytest.mark.heavy
 def test_a_policy_learns_and_resumes_bit_for_bit(make_config):
     whole = train(make_config("whole"))
