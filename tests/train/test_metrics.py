@@ -193,7 +193,7 @@ def test_the_line_of_a_policy_begins_with_its_reward(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     with ConsoleDisplay(9, shown=GrpoTask.shown_metrics) as console:
         console.update(1, {"reward": 0.125, "entropy": 0.5, "clip_share": 0.011})
-    line = "step 1/9 · ETA - · reward 0.125 · entropy 0.500 · clipped 1.1%\n"
+    line = "step 1/9 · ETA - · reward 0.125 · entropy 0.50 · clip 1.1%\n"
     assert stream.getvalue() == line
 
 

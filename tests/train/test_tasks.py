@@ -11,7 +11,7 @@ from maxlm.run.config import RunConfig
 from maxlm.run.setup import RunSetup, open_training_batches, set_up_run
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import TaskModels
-from maxlm.train.smoke import make_counting_batch_source
+from maxlm.train.smoke import make_counting_batch_source, train_digits_tokenizer
 from tests.models.building import QUICK, change, on_devices
 
 pytestmark = pytest.mark.heavy
@@ -81,9 +81,8 @@ def trained(setup: RunSetup) -> tuple[Any, list[float]]:
     state = setup.init_train_state()
     step = setup.jit_train_step()
     losses = []
-    with open_training_batches(
-        setup, make_counting_batch_source(setup.config), 0
-    ) as batches:
+    source = make_counting_batch_source(setup.config, train_digits_tokenizer())
+    with open_training_batches(setup, source, 0) as batches:
         for batch in batches:
             before = state
             state, metrics = step(state, batch)
@@ -109,9 +108,8 @@ def test_a_mesh_trains_as_one_device_does(kind):
 def test_gradients_are_slopes_of_the_loss(kind):
     """Along random directions of each parameter, by central differences."""
     setup = prepared(kind)
-    with open_training_batches(
-        setup, make_counting_batch_source(setup.config), 0
-    ) as batches:
+    source = make_counting_batch_source(setup.config, train_digits_tokenizer())
+    with open_training_batches(setup, source, 0) as batches:
         batch = {name: array[0] for name, array in next(batches).items()}
 
     def loss(params, batch):
