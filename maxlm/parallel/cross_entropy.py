@@ -332,11 +332,14 @@ def run_loss_and_gradients(
 run_head_loss.defvjp(partial(run_loss_and_gradients, gradient=True), _backward)
 
 
-def _compute_log_probs_in_tiles(
-    model: LocalHead, targets: jax.Array, options: HeadOptions
+def compute_head_log_probs_in_tiles(
+    model: LocalHead,
+    targets: jax.Array,
+    options: HeadOptions,
+    temperature: float = 1.0,
 ) -> jax.Array:
-    """Computes log-probabilities of targets int [T] as an engine does that is
-    batch-invariant."""
+    """Computes log softmax(logits / temperature) of targets int [T], fp32 [T], as an
+    engine does that is batch-invariant."""
     product = options.product
     assert product is not None
 
@@ -347,7 +350,7 @@ def _compute_log_probs_in_tiles(
             logits += model.bias
         if options.soft_cap is not None:
             logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-        return compute_log_probs_in_tiles(logits, targets)
+        return compute_log_probs_in_tiles(logits / temperature, targets)
 
     num_tokens = len(targets)
     size = min(options.chunk_tokens, num_tokens)
@@ -382,9 +385,8 @@ def _log_probs(
         flat_targets = targets.ravel()
         if options.product is not None and not vocab_axes:
             model = LocalHead(flat_hidden, head, bias)
-            return _compute_log_probs_in_tiles(model, flat_targets, options).reshape(
-                targets.shape
-            )
+            log_probs = compute_head_log_probs_in_tiles(model, flat_targets, options)
+            return log_probs.reshape(targets.shape)
         normalizer, target_logit = lax.map(
             compute_token,
             (flat_hidden, flat_targets),

@@ -20,6 +20,7 @@ from maxlm.parallel.cross_entropy import (
     HeadOptions,
     LocalHead,
     LogitsInputs,
+    compute_head_log_probs_in_tiles,
     run_loss_and_gradients,
 )
 from maxlm.parallel.local import Axes, axis_indices, make_spec, map_shards
@@ -37,7 +38,9 @@ def compute_log_probs_and_entropies(
     temperature), both fp32 [...], in nats; see
     :func:`maxlm.parallel.cross_entropy.fused_cross_entropy_loss`.
 
-    Both are differentiable in ``hidden``, ``head`` and ``bias``.
+    Both are differentiable in ``hidden``, ``head`` and ``bias``. Where products have one
+    order (``parallel.batch_invariant``), log-probabilities have the bits of an engine's
+    of one order too, and cost a second pass over the head.
     """
     arrays, options = model.split(0.0, chunk_tokens)
     return _run(arrays, targets, options, temperature)
@@ -84,6 +87,10 @@ def _run(
             normalizer = top + jnp.log(total)
         # −Σ p·(logit − normalizer).
         log_probs = target_logit - normalizer
+        if options.product is not None and not vocab_axes:
+            log_probs = compute_head_log_probs_in_tiles(
+                LocalHead(flat_hidden, head, bias), flat_targets, options, temperature
+            )
         entropies = normalizer - mean_logit
         return log_probs.reshape(targets.shape), entropies.reshape(targets.shape)
 

@@ -111,3 +111,24 @@ def test_records_that_no_checkpoint_needs_are_deleted(tmp_path, parts):
     assert numbers == [1, 2, 3, 4, 5]
     ages = policy_runs.read_run(tmp_path)["rollout 5 batch_versions"]
     assert set(np.unique(ages)) == {-1, 5}
+
+
+def test_with_the_switch_the_engine_is_the_trainer_to_the_last_bit(tmp_path, parts):
+    """At another temperature than 1, and where the engine cuts prompts and batches
+    unlike the trainer."""
+    sampling = {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.9}
+    path = policy_runs.write_config(
+        tmp_path,
+        parts | {"parallel": {"batch_invariant": True}},
+        rollouts={"sampling": sampling},
+        engine={
+            "max_sequences": 4,
+            "page_size": 4,
+            "prefill_tokens": 32,
+            "batch_invariant": True,
+        },
+    )
+    policy_runs.train(path, "train.steps=2", "compute_dtype=float32")
+    for record in read_records(tmp_path / "tiny/metrics.jsonl"):
+        assert record["engine_difference"] == 0
+        assert record["engine_ratio"] == 1
