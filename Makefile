@@ -129,7 +129,9 @@ rl-demo: $(ready) ## teach a small model sums by GRPO, killed once on the way (D
 
 .PHONY: rl-demo-addition rl-demo-calculator
 rl-demo-addition:
-	$(bin)/maxlm rl prompts runs/rl-demo-data/sums.jsonl kind=addition -n 4000
+	$(bin)/maxlm rl prompts runs/rl-demo-data/sums.jsonl kind=addition pad=true reverse=true -n 4000
+	$(bin)/maxlm rl prompts runs/rl-demo-data/wrong_sums.jsonl kind=addition pad=true reverse=true -n 8000 --examples 0.1
+	$(bin)/maxlm train rl/rl_demo_sums_base
 	$(bin)/maxlm train rl/rl_demo_base
 	$(bin)/python benchmarks/rl_demo.py rl_demo
 

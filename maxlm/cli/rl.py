@@ -84,8 +84,9 @@ def prompts(
         Option(
             min=0,
             max=1,
-            help="Add a column `completion` to tune on: an episode with its calls in "
-            "this share of the rows, the bare answer in others.",
+            help="Add a column `completion` to tune on: an episode as it should be in "
+            "this share of the rows; in others the answer without the calls of a tool, "
+            "or a wrong sum.",
         ),
     ] = None,
 ) -> None:

@@ -46,9 +46,12 @@ def write_prompts(
         for number in islice(numbers, count):
             row = rows[number]
             if examples is not None:
-                example = environment.write_example(row)
-                draw = derive_key(seed, "examples", number) / 2**64
-                completion = example if draw < examples else row["answer"]
+                share = derive_key(seed, "examples", number) / 2**64
+                if share < examples:
+                    completion = environment.write_example(row)
+                else:
+                    draw = derive_key(seed, "flawed examples", number)
+                    completion = environment.write_flawed_example(row, draw)
                 row = {**row, "completion": completion}
             file.write(f"{json.dumps(row, ensure_ascii=False)}\n")
             num_written += 1

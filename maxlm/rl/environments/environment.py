@@ -125,6 +125,12 @@ class Environment(Config):
             raise MaxlmError(message, where="examples", fix=fix)
         return answer
 
+    def write_flawed_example(self, row: JsonMapping, draw: int) -> str:
+        """Returns what a policy that does not know how writes, drawn by ``draw``, a
+        64-bit number: by default the answer alone, as one who guesses well would.
+        Raises MaxlmError: see :meth:`write_example`."""
+        return Environment.write_example(self, row)
+
     @property
     def max_turns(self) -> int:
         """Turns of the policy at most in an episode; 1: :meth:`respond` is never
