@@ -25,9 +25,11 @@ def describe_groups(
         "response_length": float(lengths.mean()),
         "max_response_length": float(lengths.max()),
         "complete": float(np.mean([sample.is_complete for sample in samples])),
-        "zero_variance_groups": collected.num_without_variance / num_groups,
-        "resampled_groups": float(collected.num_left_out),
     }
+    # One sample has no others to differ from.
+    if len(samples) > num_groups:
+        metrics["zero_variance_groups"] = collected.num_without_variance / num_groups
+        metrics["resampled_groups"] = float(collected.num_left_out)
     for index, reward in enumerate(rewards):
         own_scores = scores[:, index]
         if not np.isnan(own_scores).all():

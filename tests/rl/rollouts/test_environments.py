@@ -172,6 +172,26 @@ def test_a_share_of_the_rows_that_are_written_are_examples(tmp_path):
     assert "has no example: a row has no text 'answer'" in error
 
 
+def test_sums_are_written_as_asked_and_wrong_ones_are_near(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    environment = AdditionEnvironment(pad=True, reverse=True)
+    write_prompts(environment, path, 400, seed=3, examples=0.25)
+    errors = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        first, second = row["prompt"].removesuffix("=").split("+")
+        assert (len(first), len(second), len(row["completion"])) == (2, 2, 3)
+        total = int(first) + int(second)
+        assert int(row["answer"][::-1]) == total
+        errors.append(int(row["completion"][::-1]) - total)
+    num_right = errors.count(0)
+    assert abs(num_right - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5
+    assert {*errors} == {
+        0,
+        *(tens + units for tens in (-10, 0, 10) for units in (-1, 0, 1)),
+    }
+
+
 @pytest.mark.heavy
 def test_a_program_runs_in_the_sandbox():
     environment = PythonToolEnvironment(program_seconds=2, max_output_chars=50)
