@@ -88,7 +88,7 @@ def test_a_run_that_stops_goes_on_as_it_was(tmp_path, parts, monkeypatch):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_killed_anywhere_is_the_same(tmp_path, parts, staleness):
     """Killed at every place, one after the other, on the way."""
     settings = {"rollouts": {"staleness": staleness}, "epochs": 2}
