@@ -136,7 +136,7 @@ rl-demo-addition:
 	$(bin)/python benchmarks/rl_demo.py rl_demo
 
 rl-demo-calculator:
-	$(bin)/maxlm rl prompts runs/calculator-data/products.jsonl kind=calculator 'reply=={result};' -n 4000 --examples 0.25
+	$(bin)/maxlm rl prompts runs/calculator-data/products.jsonl kind=calculator 'reply=={result};' -n 4000 --examples 0.12
 	$(bin)/maxlm train rl/calculator_base
 	$(bin)/python benchmarks/rl_demo.py calculator
 
