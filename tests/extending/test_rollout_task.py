@@ -65,6 +65,7 @@ class ReinforceTask(Task):
     num_samples: int = 4
     epochs: int = 1
     minibatches: int = 1
+    validation: ClassVar[None] = None
 
     @property
     def reads_models_of_rollouts(self) -> bool:
