@@ -57,7 +57,7 @@ def describe_staleness(
     }
 
 
-def describe_work(collected: CollectedGroups) -> dict[str, float]:
+def describe_engine_work(collected: CollectedGroups) -> dict[str, float]:
     """Returns what is logged of the work and the time that a rollout took."""
     seconds = collected.seconds
     timings = {f"{phase}_seconds": value for phase, value in seconds.items()}

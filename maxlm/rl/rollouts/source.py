@@ -27,9 +27,9 @@ from maxlm.optim.state import TrainState
 from maxlm.optim.step import bind_frozen
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.description import (
+    describe_engine_work,
     describe_groups,
     describe_staleness,
-    describe_work,
 )
 from maxlm.rl.rollouts.generation import PolicyEngine
 from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
@@ -264,7 +264,7 @@ class PolicyRollouts:
             self._files.delete_after(number)
             self._files.write(number, arrays)
             self._delete_old_records()
-        return arrays, describe_work(collected)
+        return arrays, describe_engine_work(collected)
 
     def _delete_old_records(self) -> None:
         """Deletes the records that nobody wants, and no checkpoint needs."""
