@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/rl-smollm2"))
     parser.add_argument("--prompts", type=int, default=256, help="held out")
     parser.add_argument("--temperature", type=float, default=1.0)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     shutil.rmtree(options.folder / "tuned", ignore_errors=True)
     config = load_recipe(options.base, options.folder, options.settings)
     task = config.task

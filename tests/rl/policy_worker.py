@@ -5,15 +5,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from maxlm.rl.environments import ENVIRONMENTS, Environment, GeneratedRows, Reply
 from maxlm.rl.rewards import REWARDS
 from maxlm.rl.rewards.reward import Reward, Worker
 from maxlm.rl.samples import Sample
+from tests.rl.call_notes import note, read_notes
 from tests.train import faults_worker
 
 QUESTIONS = ("a", "the sun rises", "grey gulls turn slowly", "12 + 7 =", "?")
@@ -72,20 +70,6 @@ class KillingReward(Reward):
             os.kill(int(victim), signal.SIGKILL)
         assert sample.environment_reward is not None
         return sample.environment_reward
-
-
-def get_notes_path(folder: str | Path, process: int, call: str) -> Path:
-    return Path(folder, f"{call}-{process}.txt")
-
-
-def note(folder: str, call: str, text: str = "") -> None:
-    with get_notes_path(folder, jax.process_index(), call).open("a") as file:
-        file.write(f"{text}\n")
-
-
-def read_notes(folder: str | Path, process: int, call: str) -> list[str]:
-    path = get_notes_path(folder, process, call)
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def note_process(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from maxlm.rl.rollouts.records import RolloutFiles, read_sample_log
-from tests.rl import policy_worker
-from tests.rl.policy_worker import read_notes
+from tests.rl.call_notes import read_notes
 from tests.train import tiny
 from tests.train.jobs import Jobs
 
@@ -51,7 +50,7 @@ def jobs(tmp_path):
         "faults": {"peer_seconds": 10},
     }
     config = tiny.write_config(tmp_path, text, **parts)
-    worker = Path(policy_worker.__file__)
+    worker = Path(__file__).with_name("policy_worker.py")
     started = Jobs(tmp_path, config, command="rl", worker=worker)
     yield started
     started.end()
