@@ -1,7 +1,6 @@
 """Check that GRPO teaches SmolLM2-135M-Instruct a task of reasoning-gym.
 
-    python -m benchmarks.rl_smollm2 BASE [--folder DIR] [--prompts 256]
-        [--temperature 1] [SETTING ...]
+    python -m benchmarks.rl_smollm2 BASE [--folder DIR] [--prompts 256] [SETTING ...]
 
 BASE is a run or a Hugging Face checkpoint (benchmarks/smollm2.py makes one). Trains by
 the recipe rl/smollm2_135m_reasoning_gym, with settings of one's own, and prints how
@@ -32,6 +31,7 @@ from maxlm.run.load_config import load_run_config
 from maxlm.run.setup import use_compilation_cache
 
 RECIPE = "rl/smollm2_135m_reasoning_gym"
+TEMPERATURES = (0.0, 1.0)
 HELD_OUT_SEED = 1_000_000_007
 """Entry i of reasoning-gym follows from seed + i: near seeds have the same entries."""
 
@@ -71,10 +71,10 @@ def draw_held_out_prompts(
 
 
 def score_model(
-    folder: Path, config: RunConfig, task: PolicyTask, count: int, temperature: float
-) -> np.ndarray:
-    """Returns the rewards of a model's answers to held-out prompts, float64
-    [prompts]."""
+    folder: Path, config: RunConfig, task: PolicyTask, count: int
+) -> dict[float, np.ndarray]:
+    """Returns the rewards of a model's answers to held-out prompts, float64 [prompts],
+    by the temperature."""
     loaded = load_model(folder)
     tokenizer = loaded.tokenizer
     # As training's engine, so that it is compiled once.
@@ -82,11 +82,14 @@ def score_model(
     engine_config = task.engine.model_copy(update={"max_length": max_length})
     engine = Engine(loaded.model, loaded.params, engine_config, tokenizer)
     prompts = draw_held_out_prompts(config, task, tokenizer, count)
-    texts = answer(engine, prompts, temperature, task.max_new_tokens)
-    scores = score_texts(task, prompts, texts)
-    print(f"{folder}: {describe_mean(scores)} right, such as", flush=True)
-    for prompt, text in zip(prompts[:3], texts, strict=False):
-        print("  ", repr(tokenizer.decode(prompt.tokens) + text), flush=True)
+    scores = {}
+    for temperature in TEMPERATURES:
+        texts = answer(engine, prompts, temperature, task.max_new_tokens)
+        scores[temperature] = score_texts(task, prompts, texts)
+        share = describe_mean(scores[temperature])
+        print(f"{folder}, temperature {temperature:g}: {share} right, such as")
+        for prompt, text in zip(prompts[:3], texts, strict=False):
+            print("  ", repr(tokenizer.decode(prompt.tokens) + text), flush=True)
     return scores
 
 
@@ -143,7 +146,6 @@ def main() -> None:
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--folder", type=Path, default=Path("runs/rl-smollm2"))
     parser.add_argument("--prompts", type=int, default=256, help="held out")
-    parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_intermixed_args()
     shutil.rmtree(options.folder / "tuned", ignore_errors=True)
     config = load_recipe(options.base, options.folder, options.settings)
@@ -151,17 +153,20 @@ def main() -> None:
     assert isinstance(task, PolicyTask)
     use_compilation_cache(config)
     count = options.prompts
-    temperature = options.temperature
-    before = score_model(options.base, config, task, count, temperature)
+    before = score_model(options.base, config, task, count)
     began = time.perf_counter()
     run = train_policy(config).folder
     seconds = time.perf_counter() - began
-    after = score_model(run, config, task, count, temperature)
-    print(
-        f"{count} held-out questions at temperature {temperature:g}: "
-        f"{describe_mean(before)} before, {describe_mean(after)} after, the gain "
-        f"{describe_mean(after - before)}; training took {seconds:.0f} s"
-    )
+    after = score_model(run, config, task, count)
+    for temperature in TEMPERATURES:
+        gains = after[temperature] - before[temperature]
+        print(
+            f"{count} held-out questions at temperature {temperature:g}: "
+            f"{describe_mean(before[temperature])} before, "
+            f"{describe_mean(after[temperature])} after, the gain "
+            f"{describe_mean(gains)}"
+        )
+    print(f"training took {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ HYBRID = "hybrid"
 NARROW = "narrow values"
 STREAMS = "hyper-connections"
 SHARED = "shared blocks"
+SEPARATE_VALUES = "ppo, separate values"
 _BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
 _HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
 _EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
@@ -272,6 +273,11 @@ TUNED: dict[str, tuple[str, dict[str, Any]]] = {
             "model": MODELS["mha"] | {"heads": {"value": 1}},
         },
     ),
+    # A second model in training.
+    SEPARATE_VALUES: (
+        "gqa_window",
+        {"task": _POLICY | {"kind": "ppo", "kl_coef": 0.0, "value_model": "separate"}},
+    ),
 }
 
 
@@ -445,12 +451,16 @@ def _list_models(cell: Cell) -> list[str]:
     ]
 
 
+def _is_trained(name: str, model: str) -> bool:
+    base = TUNED.get(model, (model,))[0]
+    has_stages = CELLS[name].mesh.get("stage", 1) > 1
+    if model == SEPARATE_VALUES and has_stages:
+        return False
+    return base not in REFUSED.get(name, ())
+
+
 PAIRS = [(name, model) for name, cell in CELLS.items() for model in _list_models(cell)]
-TRAINED = [
-    (name, model)
-    for name, model in PAIRS
-    if TUNED.get(model, (model,))[0] not in REFUSED.get(name, ())
-]
+TRAINED = [pair for pair in PAIRS if _is_trained(*pair)]
 
 
 def _parts_that_meet(name: str, model: str) -> set[tuple[str, ...]]:
