@@ -20,8 +20,9 @@ from maxlm.config.sampling import SamplingConfig
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.inference.engine import Engine
 from maxlm.inference.requests import GenerationRequest
+from maxlm.rl.advantages import sum_scores
 from maxlm.rl.program import train_policy
-from maxlm.rl.rewards.runner import RewardRunner, sum_scores
+from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.samples import Prompt, Sample
 from maxlm.rl.tasks.policy import PolicyTask
@@ -132,7 +133,7 @@ def score_texts(
     ]
     with RewardRunner(task.rewards) as runner:
         scores = runner.score(samples)
-    return sum_scores(task.rewards, scores)
+    return sum_scores(scores, [reward.weight for reward in task.rewards])
 
 
 def load_recipe(base: Path, folder: Path, settings: Sequence[str]) -> RunConfig:

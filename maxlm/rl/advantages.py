@@ -113,15 +113,25 @@ def compute_leave_one_out_advantages(
     return np.where(is_scored & (num_siblings > 0), values - baseline, 0.0)
 
 
-def find_zero_variance_groups(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Says of each prompt whether its samples [prompts, k], those that have a score,
-    all have the same: nothing is to be learnt from them. Of several rewards [prompts,
-    k, rewards]: whether that holds for each."""
-    scores = np.asarray(scores, np.float64)
-    is_scored = ~np.isnan(scores)
-    deviation = _deviate(scores, is_scored, 1, 0)
-    is_constant = _is_constant(deviation, scores, is_scored)
-    return np.asarray(is_constant.reshape(len(scores), -1).all(1))
+def find_groups_without_variance(
+    scores: NDArray[np.float64],
+    weights: Sequence[float],
+    penalties: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Says of each prompt whether its samples all have the same of every reward that
+    counts, and the same penalty: nothing is to be learnt from them.
+
+    Args:
+        scores: [prompts, k, rewards]; those that are NaN are passed over.
+        weights: of the rewards; one of weight 0 does not count.
+        penalties: taken from the samples' sums, [prompts, k].
+    """
+    counted = scores[..., np.asarray(weights, np.float64) != 0]
+    parts = np.concatenate([counted, penalties[..., None]], axis=-1)
+    is_scored = ~np.isnan(parts)
+    deviation = _deviate(parts, is_scored, 1, 0)
+    is_constant = _is_constant(deviation, parts, is_scored)
+    return is_constant[:, 0].all(-1)
 
 
 def _average(

@@ -249,6 +249,13 @@ def find_notes(curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
             f"engine and trainer differ by {apart:.2g} nats a token: the engine may not "
             "be in step"
         )
+    for name, points in curves.items():
+        kind, _, reward_name = name.partition("/")
+        if kind == "reward_timeouts" and points[-1][1]:
+            notes.append(
+                f"{points[-1][1]:g} samples of the last rollout took longer than the "
+                f"time limit of {reward_name}, and count as on_timeout"
+            )
     corrected = ends.get("corrected_share", 0.0)
     if corrected > 0.1:
         notes.append(

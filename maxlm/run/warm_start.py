@@ -125,6 +125,7 @@ def _restore_auxiliary_model(auxiliary: AuxiliaryModel, abstract: Params) -> Par
             fix = "merge it first: maxlm convert"
             raise MaxlmError(message, where=auxiliary.source, fix=fix)
         stored_heads: Mapping[str, int] = config["model"].get("heads") or {}
+        _check_stored_heads(stored_heads, auxiliary)
         # By their names here, those that the run has.
         names_there = {
             name: _find_head(stored_heads, name, width)
@@ -147,6 +148,25 @@ def _restore_auxiliary_model(auxiliary: AuxiliaryModel, abstract: Params) -> Par
             if head is not None
         }
     return restored
+
+
+def _check_stored_heads(
+    stored_heads: Mapping[str, int], auxiliary: AuxiliaryModel
+) -> None:
+    """Raises MaxlmError: a run has heads that an auxiliary model has not."""
+    taken = {
+        _find_head(stored_heads, name, width) for name, width in auxiliary.heads.items()
+    }
+    others = sorted(stored_heads.keys() - taken)
+    if others:
+        heads = ", ".join(f"{name} of {stored_heads[name]}" for name in others)
+        expected = ", ".join(
+            f"{name} of {width}" for name, width in auxiliary.heads.items()
+        )
+        message = f"its model has heads that the one to train has not: {heads}; "
+        message += f"that has {expected}"
+        fix = "start from a run with one head of that width, or none"
+        raise MaxlmError(message, where=auxiliary.source or "", fix=fix)
 
 
 def _find_head(stored_heads: Mapping[str, int], name: str, width: int) -> str | None:

@@ -136,8 +136,8 @@ class AuxiliaryModel:
     optimizer. Its layers are those of the run that it starts from."""
 
     heads: Mapping[str, int]
-    """Widths of its ``model.heads``, by name. The run that it starts from may have
-    others: the only one of a width is taken for it."""
+    """Widths of its ``model.heads``, by name. The run that it starts from may call one
+    otherwise, the only one of its width, or have none; more are refused."""
     source: str | None = None
     """Folder of the run that it starts from; None: it starts as a copy of the run's own
     model."""

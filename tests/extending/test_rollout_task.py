@@ -90,6 +90,11 @@ class ReinforceTask(Task):
     def prepare_rollouts(self, models: TaskModels, batch: Any, key: jax.Array) -> Any:
         return {}
 
+    def find_groups_without_variance(
+        self, scores: np.ndarray, lengths: np.ndarray, is_complete: np.ndarray
+    ) -> np.ndarray:
+        return (scores == scores[:, :1]).all((1, 2))
+
     def finish_rollouts(
         self,
         scores: np.ndarray,

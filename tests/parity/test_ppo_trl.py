@@ -137,7 +137,7 @@ def test_an_update(theirs):
     is_complete = np.array([[sample.is_complete] for sample in samples])
     assert 0 < is_complete.sum() < len(samples)
     seq_len = max(len(sample.tokens) for sample in samples) - 1
-    batch = pack_samples(samples, [0.0] * len(samples), RowLayout(seq_len))
+    batch = pack_samples(samples, RowLayout(seq_len))
 
     def prepare(params, frozen, batch):
         frozen_models = {"reference": bind(reference_module, frozen)}

@@ -8,7 +8,7 @@ from maxlm.rl.advantages import (
     compute_group_advantages,
     compute_leave_one_out_advantages,
     estimate_advantages,
-    find_zero_variance_groups,
+    find_groups_without_variance,
     whiten,
 )
 
@@ -39,9 +39,16 @@ def test_equal_scores_teach_nothing():
     scores = np.array([[0.1] * 3, [0.1, 0.1, 0.2]])
     ours = compute_group_advantages(scores, epsilon=1e-30)
     np.testing.assert_array_equal(ours[0], np.zeros(3))
-    np.testing.assert_array_equal(find_zero_variance_groups(scores), [True, False])
     several = np.stack([scores, np.ones_like(scores)], -1)
-    np.testing.assert_array_equal(find_zero_variance_groups(several), [True, False])
+    penalties = np.zeros(scores.shape)
+    is_constant = find_groups_without_variance(several, [1, -0.5], penalties)
+    np.testing.assert_array_equal(is_constant, [True, False])
+    # A reward that is only watched tells no samples apart; a penalty does.
+    is_constant = find_groups_without_variance(several, [0, 1], penalties)
+    np.testing.assert_array_equal(is_constant, [True, True])
+    penalties[0, 1] = 0.5
+    is_constant = find_groups_without_variance(several, [0, 1], penalties)
+    np.testing.assert_array_equal(is_constant, [False, True])
 
 
 def test_samples_without_a_score():
@@ -51,9 +58,10 @@ def test_samples_without_a_score():
     want = (scored - 0.5) / (scored.std(ddof=1) + 1e-4)
     np.testing.assert_allclose(ours[0], [want[0], 0, want[1], want[2]])
     np.testing.assert_array_equal(ours[1:], np.zeros((2, 4)))
-    np.testing.assert_array_equal(
-        find_zero_variance_groups(scores), [False, True, True]
+    is_constant = find_groups_without_variance(
+        scores[..., None], [1.0], np.zeros(scores.shape)
     )
+    np.testing.assert_array_equal(is_constant, [False, True, True])
     ours = compute_leave_one_out_advantages(scores)
     np.testing.assert_allclose(ours[0], [0.75, 0, -0.75, 0])
     np.testing.assert_array_equal(ours[1:], np.zeros((2, 4)))

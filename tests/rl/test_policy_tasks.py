@@ -55,7 +55,7 @@ def draw_samples() -> list[Sample]:
 def make_rollout(task: Any, **added: np.ndarray) -> tuple[dict[str, Any], list[Any]]:
     """A finished rollout, and where each sample's drawn tokens are: (row, entries)."""
     samples = draw_samples()
-    batch = pack_samples(samples, [0.0] * len(samples), task.make_layout(SEQ))
+    batch = pack_samples(samples, task.make_layout(SEQ))
     batch |= added
     places = []
     for number in range(len(samples)):

@@ -54,8 +54,8 @@ def make_routes(num_tokens: int, first: int) -> np.ndarray:
 
 
 def test_routes_stand_beside_the_tokens_that_met_them():
-    """A whole sample, one whose end the engine has not read, one without, and one that
-    loses its end."""
+    """A whole sample, one whose end the engine has not read, one without, and one with
+    routes past its row."""
     spec = declare_routes(EXPERTS, seq_len=14)
     assert spec.shape == (14, 3, 3)
     assert spec.dtype == np.int16  # expert 128 is none of int8
@@ -63,19 +63,18 @@ def test_routes_stand_beside_the_tokens_that_met_them():
         make_sample(5, make_routes(4, first=10)),
         make_sample(6, make_routes(3, first=120)),
         make_sample(4),
-        make_sample(9, make_routes(9, first=50)),
+        make_sample(8, make_routes(9, first=50)),
     ]
-    layout = RowLayout(14, sequences_per_row=2, long_samples="cut")
-    batch = pack_samples(samples, [0.0] * 4, layout, num_rows=3, routes=spec)
+    layout = RowLayout(14, sequences_per_row=2)
+    batch = pack_samples(samples, layout, routes=spec)
     expected = [
         [10, 11, 12, 13, 120, 121, 122, *[-1] * 7],
         [-1, -1, -1, 50, 51, 52, 53, 54, 55, 56, *[-1] * 4],
-        [-1] * 14,
     ]
-    want = np.broadcast_to(np.reshape(expected, (3, 14, 1, 1)), (3, 14, 3, 3))
+    want = np.broadcast_to(np.reshape(expected, (2, 14, 1, 1)), (2, 14, 3, 3))
     np.testing.assert_array_equal(batch["routes"], want)
     assert batch["routes"].dtype == np.int16
-    assert "routes" not in pack_samples(samples, [0.0] * 4, layout)
+    assert "routes" not in pack_samples(samples, layout)
 
 
 def test_a_conversation_keeps_the_routes_that_its_tokens_were_drawn_with():

@@ -1,6 +1,7 @@
 """A separate value model starts as its run or the policy did, is in checkpoints, and is
 left out where the policy is used; the plan counts it."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from maxlm.checkpoint.folder import FolderTier
 from maxlm.checkpoint.reading import layer_group_shapes
 from maxlm.config import MaxlmError
+from maxlm.config.show import to_yaml
 from maxlm.models.params import AUXILIARY, drop_auxiliary, flatten_names
 from maxlm.plan.predict import plan_run
 from maxlm.rl.tasks.ppo import PpoTask
@@ -58,6 +60,39 @@ def test_a_value_model_starts_as_the_policy_and_stays_in_training(tmp_path):
     assert loaded.keys() == policy.keys()
     for name, array in policy.items():
         np.testing.assert_array_equal(loaded[name], array)
+
+
+def save_run(folder: Path, heads: dict[str, int]) -> dict[str, np.ndarray]:
+    """Saves a run of a model with heads; returns its parameters by name."""
+    config = cells.config_of("mha", cells.ALONE)
+    model = config.model.model_copy(update={"heads": heads})
+    setup = set_up_run(
+        config.model_copy(update={"model": model, "seed": 7}), jax.devices()[:1]
+    )
+    state = setup.init_train_state()
+    with FolderTier(folder / "checkpoints") as tier:
+        tier.save(0, state, {"config": setup.config.model_dump(mode="json")})
+    (folder / "config.yaml").write_text(to_yaml(setup.config))
+    return {name: np.asarray(x) for name, x in flatten_names(state.params).items()}
+
+
+@pytest.mark.heavy
+def test_a_value_model_starts_as_its_run(tmp_path):
+    """Its head has another name there."""
+    stored = save_run(tmp_path / "reward", {"score": 1})
+    config = make_config(value_model="separate", value_run=str(tmp_path / "reward"))
+    state = init_or_warm_start_state(set_up_run(config, jax.devices()[:1]))
+    value = flatten_names(state.params[AUXILIARY]["value"])
+    stored["heads.value.kernel"] = stored.pop("heads.score.kernel")
+    assert value.keys() == stored.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(value[name], array)
+
+    save_run(tmp_path / "several", {"score": 1, "tone": 3})
+    config = make_config(value_model="separate", value_run=str(tmp_path / "several"))
+    setup = set_up_run(config, jax.devices()[:1])
+    with pytest.raises(MaxlmError, match=r"heads that the one .* not: tone of 3"):
+        init_or_warm_start_state(setup)
 
 
 def test_the_plan_counts_a_value_model():

@@ -47,7 +47,8 @@ class AdditionEnvironment(Environment):
         return {"prompt": prompt, "answer": self._write_answer(a + b), "a": a, "b": b}
 
     def write_flawed_example(self, row: JsonMapping, draw: int) -> str:
-        """Returns a sum that is one too much or too little in the units, the tens or both."""
+        """Returns a sum that is one too much or too little in the units, the tens or
+        both."""
         errors = [error for error in _ERRORS if row["a"] + row["b"] + error >= 0]
         return self._write_answer(row["a"] + row["b"] + errors[draw % len(errors)])
 

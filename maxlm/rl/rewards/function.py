@@ -25,7 +25,9 @@ class FunctionReward(Reward):
     @classmethod
     def _check_function(cls, function: str) -> str:
         module, _, name = function.rpartition(":")
-        if not module or not name.isidentifier():
+        is_path = module.endswith(".py")
+        is_module = all(part.isidentifier() for part in module.split("."))
+        if not (is_path or is_module) or not name.isidentifier():
             message = f"{function!r} names no function"
             fix = "write package.module:function or path/to/file.py:function"
             raise MaxlmError(message, where="function", fix=fix)
@@ -59,7 +61,8 @@ def _is_module(name: str) -> bool:
     """Whether a module can be imported, by its packages."""
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):
+        # ValueError: __main__, which is no module of a file.
         return False
 
 

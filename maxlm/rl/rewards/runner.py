@@ -36,16 +36,6 @@ def check_rewards(rewards: Sequence[Reward]) -> None:
             raise MaxlmError(message, where="rewards", fix=fix)
 
 
-def sum_scores(
-    rewards: Sequence[Reward], scores: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Returns the sums of weight · score, float64 [samples], of [samples, rewards]."""
-    totals = np.zeros(len(scores), np.float64)
-    for number, reward in enumerate(rewards):
-        totals += reward.weight * scores[:, number]
-    return totals
-
-
 class RewardRunner(AbstractContextManager["RewardRunner"]):
     """Scores samples by rewards, each sample by itself; use as a context manager, in
     any thread.
@@ -75,6 +65,20 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
 
     def __exit__(self, kind, value, trace) -> None:
         self.close()
+
+    def count_failures(self) -> dict[str, int]:
+        """Returns how many samples so far took too long or failed, of the rewards that
+        count these as a score; by names of metrics."""
+        counts = {}
+        for reward in self.rewards:
+            takes_time = reward.worker in ("process", "thread")
+            if takes_time and reward.on_timeout is not None:
+                counts[f"reward_timeouts/{reward.name}"] = self.num_timed_out[
+                    reward.name
+                ]
+            if reward.on_error is not None:
+                counts[f"reward_failures/{reward.name}"] = self.num_failed[reward.name]
+        return counts
 
     def close(self) -> None:
         """Ends what is under way, and all workers."""

@@ -35,8 +35,8 @@ class RolloutConfig(Config):
     staleness: int = Field(default=0, ge=0)
     """Rollouts that are begun ahead. While the slowest samples of a rollout are waited
     for, the engine goes on with the prompts of so many after it, and with what is left
-    of these after the next updates, so that no sample has a token that was drawn more
-    rollouts before. 0: synchronous, every token is drawn by the parameters that the
+    of these after the next updates; no token that is trained on is older than so many
+    rollouts. 0: synchronous, every token is drawn by the parameters that the
     rollout's first step begins with."""
     update_in_flight: Literal["recompute", "keep_caches"] = "recompute"
     """Samples that are under way when the parameters are replaced: ``recompute``: the
@@ -48,7 +48,8 @@ class RolloutConfig(Config):
     checkpoints need; null: all."""
     environment_errors: Literal["stop", "end_episode"] = "stop"
     """An environment that fails to answer: ``stop`` ends the run with one line;
-    ``end_episode``: the sample ends where it is, incomplete, and is counted."""
+    ``end_episode``: the sample ends where it is, incomplete, and the metric
+    ``environment_errors`` counts it."""
     reply_seconds: float = Field(default=120.0, gt=0)
     """An environment that takes longer to answer has failed."""
     reply_threads: int | None = Field(default=None, gt=0)

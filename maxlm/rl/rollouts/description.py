@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from maxlm.data.batch_source import Batch
+from maxlm.rl.advantages import sum_scores
 from maxlm.rl.rewards.reward import Reward
 from maxlm.rl.rollouts.groups import CollectedGroups
 
@@ -15,21 +16,24 @@ def describe_groups(
     """Returns what is logged of samples and their scores."""
     samples = collected.list_samples()
     scores = np.concatenate([group.scores for group in collected.groups])
-    weights = np.array([reward.weight for reward in rewards])
-    totals = np.nansum(scores * weights, axis=1)
     lengths = np.array([sample.num_sampled for sample in samples])
     num_groups = len(collected.groups)
     metrics = {
-        "reward": float(totals.mean()),
-        "reward_std": float(totals.std()),
         "response_length": float(lengths.mean()),
         "max_response_length": float(lengths.max()),
         "complete": float(np.mean([sample.is_complete for sample in samples])),
+        "environment_errors": float(len(collected.environment_errors)),
     }
+    if rewards:
+        totals = sum_scores(scores, [reward.weight for reward in rewards])
+        metrics["reward"] = float(np.nanmean(totals))
+        metrics["reward_std"] = float(np.nanstd(totals))
     # One sample has no others to differ from.
-    if len(samples) > num_groups:
+    if rewards and len(samples) > num_groups:
         metrics["zero_variance_groups"] = collected.num_without_variance / num_groups
         metrics["resampled_groups"] = float(collected.num_left_out)
+    for name, count in collected.reward_failures.items():
+        metrics[name] = float(count)
     for index, reward in enumerate(rewards):
         own_scores = scores[:, index]
         if not np.isnan(own_scores).all():

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from maxlm.rl.advantages import find_zero_variance_groups
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.config import RolloutConfig
 from maxlm.rl.rollouts.episode import Episode, end_episode
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.sampler import RolloutSampler
-from maxlm.rl.rollouts.scoring import collect_scores
+from maxlm.rl.rollouts.scoring import collect_scores, count_reward_failures
 from maxlm.rl.samples import Prompt, Sample
+
+FindWithoutVariance = Callable[
+    [NDArray[np.float64], NDArray[np.integer], NDArray[np.bool_]], NDArray[np.bool_]
+]
 
 
 @dataclass
@@ -26,6 +29,16 @@ class Group:
     scores: NDArray[np.float64]
     """Of each reward, [samples, rewards]; NaN: it gave none."""
 
+    @property
+    def is_complete(self) -> list[bool]:
+        """Whether the policy ended each sample itself."""
+        return [sample.is_complete for sample in self.samples]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that the policy drew of each sample."""
+        return [sample.num_sampled for sample in self.samples]
+
 
 @dataclass
 class CollectedGroups:
@@ -36,6 +49,11 @@ class CollectedGroups:
     """Groups without variance that others took the place of."""
     num_without_variance: int = 0
     """Groups among ``groups`` whose samples all score the same."""
+    environment_errors: list[str] = field(default_factory=list)
+    """What was wrong where an episode ended because the environment failed."""
+    reward_failures: dict[str, int] = field(default_factory=dict)
+    """Samples whose reward failed or took too long and counted as a score, by names of
+    metrics."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time of ``generation``, and of ``scoring`` behind it: what scores took longer."""
     engine_steps: int = 0
@@ -55,8 +73,8 @@ class GroupQueue:
     num_begun: int
     """Prompts of the run that were begun, all before this number."""
     episodes: list[Episode]
-    """Samples of the prompts from ``next_prompt`` on, the oldest first: those that are
-    under way, and those that are drawn."""
+    """Samples of the prompts from ``next_prompt`` on: those that are drawn, and then
+    those that are under way, the oldest first."""
 
 
 class GroupCollector:
@@ -73,6 +91,9 @@ class GroupCollector:
         runner: on process 0; None on others.
         num_samples: of each prompt.
         num_ahead: prompts that are begun behind those of a rollout.
+        find_without_variance: says of each group, by their scores [groups, samples,
+            rewards], their samples' lengths and whether the policy ended them, whether
+            its samples all score the same.
         on_work: called with each dispatch of the engine.
 
     Attributes:
@@ -87,6 +108,7 @@ class GroupCollector:
         config: RolloutConfig,
         num_samples: int,
         num_ahead: int,
+        find_without_variance: FindWithoutVariance,
         on_work: Callable[[], None],
     ):
         self.sampler = sampler
@@ -101,6 +123,7 @@ class GroupCollector:
         self._config = config
         self._num_samples = num_samples
         self._num_ahead = num_ahead
+        self._find_without_variance = find_without_variance
         self._on_work = on_work
 
     def collect(self, num_groups: int) -> CollectedGroups:
@@ -109,10 +132,16 @@ class GroupCollector:
         Raises:
             MaxlmError: a reward or the environment failed.
         """
+        failures_before = count_reward_failures(self._runner)
         steps_before = self.sampler.engine.stats().steps_total
         collected = self._collect(num_groups)
         steps = self.sampler.engine.stats().steps_total
         collected.engine_steps = steps - steps_before
+        collected.environment_errors = self.sampler.take_environment_errors()
+        collected.reward_failures = {
+            name: count - failures_before[name]
+            for name, count in count_reward_failures(self._runner).items()
+        }
         return collected
 
     def _collect(self, num_groups: int) -> CollectedGroups:
@@ -123,8 +152,10 @@ class GroupCollector:
         for _ in range(1 + self._config.max_resamples):
             num_missing = num_groups - len(chosen)
             groups = self._take_groups(num_missing, collected.seconds)
-            is_constant = find_zero_variance_groups(
-                np.stack([group.scores for group in groups])
+            is_constant = self._find_without_variance(
+                np.stack([group.scores for group in groups]),
+                np.array([group.lengths for group in groups]),
+                np.array([group.is_complete for group in groups]),
             )
             if self._config.zero_variance != "resample":
                 collected.groups = groups

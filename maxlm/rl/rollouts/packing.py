@@ -9,18 +9,14 @@ follows from how many samples there are, whatever their lengths.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import Batch, BatchArraySpec
 from maxlm.models.architectures.routes import OWN_CHOICE
 from maxlm.rl.routes import ROUTES
 from maxlm.rl.samples import Sample
-
-LongSamples = Literal["refuse", "cut"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +26,6 @@ class RowLayout:
     seq_len: int
     """Entries of a row."""
     sequences_per_row: int = 1
-    long_samples: LongSamples = "refuse"
-    """A sample with more entries than ``max_entries``: an error, or it loses its last
-    tokens."""
 
     @property
     def max_entries(self) -> int:
@@ -47,66 +40,43 @@ class RowLayout:
 
 def pack_samples(
     samples: Sequence[Sample],
-    advantages: Sequence[float],
     layout: RowLayout,
     *,
-    num_rows: int | None = None,
-    counts: Sequence[bool] | None = None,
     routes: BatchArraySpec | None = None,
 ) -> Batch:
-    """Returns arrays [rows, seq_len] of samples with an advantage each, which all of
-    its drawn tokens get:
+    """Returns arrays [rows, seq_len] of samples:
 
     tokens, targets, segment_ids, positions     int32, as in every batch
-    weights             fp32: 1 where the policy drew the target, and it counts
+    weights             fp32: 1 where the policy drew the target; else 0
     sampled_log_probs   fp32: of the targets, where the policy drew them; else 0
-    advantages          fp32: likewise
     versions            int32: step whose parameters drew the target; else -1
 
     Args:
-        num_rows: rows there are, those past the samples being padding; default: as many
-            as the samples take.
-        counts: whether each sample's tokens count in the loss; default: all do.
         routes: what :func:`~maxlm.rl.routes.declare_routes` returns, where rows have
             the samples' routes besides.
 
     Raises:
-        MaxlmError: a sample that is longer than its share of a row, an advantage that
-            is not finite, or rows too few.
+        MaxlmError: a sample that is longer than its share of a row.
     """
-    if len(advantages) != len(samples):
-        raise ValueError(f"{len(advantages)} advantages of {len(samples)} samples")
-    num_needed = layout.count_rows(len(samples))
-    num_rows = num_needed if num_rows is None else num_rows
-    if num_rows < num_needed:
-        message = f"{len(samples)} samples take {num_needed} rows, and there are "
-        fix = "raise data.batch_size, or sample fewer"
-        raise MaxlmError(f"{message}{num_rows}", where="data.batch_size", fix=fix)
+    num_rows = layout.count_rows(len(samples))
     batch = make_padding_rows(num_rows, layout.seq_len)
     if routes is not None:
         batch[ROUTES] = np.full((num_rows, *routes.shape), OWN_CHOICE, routes.dtype)
     place = 0
-    for number, (sample, advantage) in enumerate(zip(samples, advantages, strict=True)):
+    for number, sample in enumerate(samples):
         row_number, sequence_number = divmod(number, layout.sequences_per_row)
         if sequence_number == 0:
             place = 0
-        if not np.isfinite(advantage):
-            message = f"the advantage of {describe_sample(sample)} is {advantage}"
-            fix = "correct the reward of it"
-            raise MaxlmError(message, where="rewards", fix=fix)
         num_entries = _count_entries(sample, layout)
         row = {name: array[row_number] for name, array in batch.items()}
         entries = slice(place, place + num_entries)
         targets = slice(1, num_entries + 1)
-        is_drawn = np.array(sample.is_sampled[targets], np.float32)
-        is_counted = counts is None or counts[number]
         row["tokens"][entries] = sample.tokens[:num_entries]
         row["targets"][entries] = sample.tokens[targets]
         row["segment_ids"][entries] = sequence_number + 1
         row["positions"][entries] = np.arange(num_entries)
-        row["weights"][entries] = is_drawn * is_counted
+        row["weights"][entries] = sample.is_sampled[targets]
         row["sampled_log_probs"][entries] = sample.log_probs[targets]
-        row["advantages"][entries] = is_drawn * advantage
         row["versions"][entries] = sample.versions[targets]
         if routes is not None and sample.routes:
             num_read = min(num_entries, len(sample.routes))
@@ -119,29 +89,11 @@ def make_padding_rows(num_rows: int, seq_len: int) -> Batch:
     """Returns rows of :func:`pack_samples` without a sample."""
     shape = (num_rows, seq_len)
     integers = ("tokens", "targets", "segment_ids", "positions")
-    numbers = ("weights", "sampled_log_probs", "advantages")
+    numbers = ("weights", "sampled_log_probs")
     batch: Batch = {name: np.zeros(shape, np.int32) for name in integers}
     batch |= {name: np.zeros(shape, np.float32) for name in numbers}
     batch["versions"] = np.full(shape, -1, np.int32)
     return batch
-
-
-def count_cut_samples(samples: Sequence[Sample], layout: RowLayout) -> int:
-    """Counts the samples that lose tokens in rows of a layout."""
-    limit = layout.max_entries + 1
-    return sum(len(sample.tokens) > limit for sample in samples)
-
-
-def spread_over_sequences(
-    values: NDArray[np.floating], segment_ids: NDArray[np.int32], sequences_per_row: int
-) -> NDArray[np.float32]:
-    """Spreads a value of each sample [n] over the entries of its sequence: fp32 [rows,
-    seq_len], 0 in padding. For scores that are known once the rows are packed."""
-    num_rows = len(segment_ids)
-    table = np.zeros((num_rows, sequences_per_row + 1), np.float32)
-    numbers = np.arange(len(values))
-    table[numbers // sequences_per_row, 1 + numbers % sequences_per_row] = values
-    return np.take_along_axis(table, segment_ids, axis=1)
 
 
 def describe_sample(sample: Sample) -> str:
@@ -154,8 +106,6 @@ def _count_entries(sample: Sample, layout: RowLayout) -> int:
     num_entries = len(sample.tokens) - 1
     if num_entries <= layout.max_entries:
         return num_entries
-    if layout.long_samples == "cut":
-        return layout.max_entries
     message = (
         f"{describe_sample(sample)} has {len(sample.tokens):,} tokens, and a row of "
         f"data.seq_len={layout.seq_len} has room for {layout.sequences_per_row} of "

@@ -51,10 +51,6 @@ class RolloutSampler:
         max_length: tokens of a sample at most, such as a row to train on has room for;
             None: as many as the engine has.
 
-    Attributes:
-        environment_errors: what was wrong where the environment failed, and
-            ``config.environment_errors`` ends the episode.
-
     Raises:
         MaxlmError: no room for prompts beside the new tokens, or a chat template that
             rewrites turns, in an environment of several.
@@ -78,10 +74,9 @@ class RolloutSampler:
         self.seed = seed
         self.stream = stream
         self.version = 0
-        self.environment_errors: list[MaxlmError] = []
-        self.max_length = find_max_length(engine.config)
-        if max_length is not None:
-            self.max_length = min(self.max_length, max_length)
+        self._environment_errors: list[str] = []
+        room = find_max_length(engine.config)
+        self.max_length = room if max_length is None else min(room, max_length)
         """Tokens of the longest sample."""
         self.max_prompt_length = find_max_prompt_length(config, self.max_length)
         self.max_turns = environment.max_turns
@@ -109,6 +104,13 @@ class RolloutSampler:
     def num_unfinished(self) -> int:
         """Samples that are under way."""
         return len(self._list_unfinished())
+
+    def take_environment_errors(self) -> list[str]:
+        """Returns what was wrong where the environment failed, since the last call, and
+        ``config.environment_errors`` ended the episode."""
+        errors = self._environment_errors
+        self._environment_errors = []
+        return errors
 
     def set_version(self, step: int) -> None:
         """Says which step's parameters the engine has from now on. Samples that are
@@ -374,7 +376,7 @@ class RolloutSampler:
         if self.config.environment_errors == "stop":
             self._failed.append(episode)
             return error
-        self.environment_errors.append(error)
+        self._environment_errors.append(str(error))
         episode.sample.is_complete = False
         self._end(episode)
         return None
@@ -390,7 +392,7 @@ class RolloutSampler:
             if error is not None:
                 if self.config.environment_errors == "stop":
                     raise error
-                self.environment_errors.append(error)
+                self._environment_errors.append(str(error))
             episode = self._over.pop(0)
             self._finished.append(episode.sample)
 

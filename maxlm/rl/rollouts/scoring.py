@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.rl.advantages import sum_scores
 from maxlm.rl.rewards.reward import Reward
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.records import ScoredSample
@@ -35,6 +36,17 @@ def collect_scores(
     return np.array(rows, np.float64).reshape(len(samples), -1)
 
 
+def count_reward_failures(runner: RewardRunner | None) -> dict[str, int]:
+    """Returns what :meth:`RewardRunner.count_failures` does, on all processes, which
+    call it together. ``runner``: on process 0; None on others."""
+
+    def count() -> dict[str, int]:
+        assert runner is not None
+        return runner.count_failures()
+
+    return count() if jax.process_count() == 1 else run_on_process_0(count)
+
+
 def list_scored(
     samples: Sequence[Sample],
     scores: NDArray[np.float64],
@@ -49,7 +61,7 @@ def list_scored(
         advantages: of each sample; None: they are not learnt from.
     """
     names = [reward.name for reward in rewards]
-    weights = np.array([reward.weight for reward in rewards])
+    totals = sum_scores(scores, [reward.weight for reward in rewards])
     if advantages is None:
         advantages = [0.0] * len(samples)
     return [
@@ -57,10 +69,10 @@ def list_scored(
             sample,
             tokenizer.decode(sample.prompt.tokens),
             dict(zip(names, sample_scores.tolist(), strict=True)),
-            float(np.nansum(sample_scores * weights)),
+            float(total),
             advantage,
         )
-        for sample, sample_scores, advantage in zip(
-            samples, scores, advantages, strict=True
+        for sample, sample_scores, total, advantage in zip(
+            samples, scores, totals, advantages, strict=True
         )
     ]

@@ -245,6 +245,11 @@ class PolicyRollouts:
         arrays |= episodes_to_arrays(queue.episodes)
         arrays[_SETTINGS] = np.frombuffer(self._settings.encode(), np.uint8)
         metrics = describe_groups(collected, self._task.rewards)
+        if collected.environment_errors:
+            self._context.say(
+                f"the environment failed with {len(collected.environment_errors)} "
+                f"samples, which end there: {collected.environment_errors[0]}"
+            )
         if self._task.rollouts.staleness:
             metrics |= describe_staleness(
                 batch, step, self._updates, collector.num_under_way
@@ -289,6 +294,7 @@ class PolicyRollouts:
                 config,
                 self._task.num_samples,
                 config.staleness * self._num_groups,
+                self._task.find_groups_without_variance,
                 self._context.on_work,
             )
         collector = self._collector
@@ -330,16 +336,12 @@ class PolicyRollouts:
     ) -> Batch:
         """Packs samples into rows, and adds what the task makes of them."""
         samples = [sample for group in groups for sample in group.samples]
-        batch = pack_samples(
-            samples, [0.0] * len(samples), self._layout, routes=self._routes
-        )
+        batch = pack_samples(samples, self._layout, routes=self._routes)
         if self._task.reads_models_of_rollouts:
             batch |= self._compute_on_devices(batch, number, state)
         scores = np.stack([group.scores for group in groups])
         weights = [reward.weight for reward in self._task.rewards]
-        is_complete = np.array(
-            [[sample.is_complete for sample in group.samples] for group in groups]
-        )
+        is_complete = np.array([group.is_complete for group in groups])
         return self._task.finish_rollouts(scores, weights, is_complete, batch)
 
     def _compute_on_devices(

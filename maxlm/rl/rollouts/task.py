@@ -70,6 +70,22 @@ class RolloutTask(Protocol):
         has, of what models say of it; by the parameters that it was drawn with."""
         ...
 
+    def find_groups_without_variance(
+        self,
+        scores: NDArray[np.float64],
+        lengths: NDArray[np.integer],
+        is_complete: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
+        """Says of each prompt whether its samples all score the same, so that
+        comparing them says nothing.
+
+        Args:
+            scores: of each reward, [prompts, samples, rewards]; NaN: it gave none.
+            lengths: tokens that the policy drew, [prompts, samples].
+            is_complete: whether the policy ended a sample itself, [prompts, samples].
+        """
+        ...
+
     def finish_rollouts(
         self,
         scores: NDArray[np.float64],
@@ -77,13 +93,13 @@ class RolloutTask(Protocol):
         is_complete: NDArray[np.bool_],
         batch: Batch,
     ) -> Batch:
-        """Returns a rollout's arrays [rows, ...] to train on, on the host.
+        """Returns a rollout's arrays [rows, ...] to train on, on the host. The log of
+        samples has the means of ``advantages`` [rows, S], if there are any.
 
         Args:
             scores: of each reward, [prompts, samples, rewards]; NaN: it gave none.
             weights: of the rewards.
             is_complete: whether the policy ended a sample itself, [prompts, samples].
-            batch: the packed samples, with what :meth:`prepare_rollouts` added; their
-                advantages are 0.
+            batch: the packed samples, with what :meth:`prepare_rollouts` added.
         """
         ...

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
+from maxlm.rl.advantages import sum_scores
 from maxlm.rl.environments import EnvironmentConfig
 from maxlm.rl.rewards.reward import Reward
 from maxlm.rl.samples import Sample
@@ -49,8 +50,7 @@ def describe_validation(
     Args:
         scores: [prompts · num_samples, rewards], samples of a prompt side by side.
     """
-    weights = np.array([reward.weight for reward in rewards])
-    totals = np.nansum(scores * weights, axis=1)
+    totals = sum_scores(scores, [reward.weight for reward in rewards])
     lengths = [sample.num_sampled for sample in samples]
     metrics = {
         "eval_reward": float(totals.mean()),

@@ -18,7 +18,7 @@ from maxlm.inference.engine_config import EngineConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.aux import Aux
 from maxlm.parallel.entropy import compute_log_probs_and_entropies
-from maxlm.rl.advantages import find_zero_variance_groups
+from maxlm.rl.advantages import find_groups_without_variance
 from maxlm.rl.corrections import Correction, CorrectionWeights, compute_correction
 from maxlm.rl.environments import EnvironmentConfig, SingleTurnEnvironment
 from maxlm.rl.environments.addition import AdditionEnvironment
@@ -222,6 +222,7 @@ class PolicyTask(Task):
             "validation": None,
             "generation_mesh": None,
             "num_samples": min(self.num_samples, 2),
+            "sequences_per_row": min(self.sequences_per_row, 2),
             "epochs": min(self.epochs, 2),
             "minibatches": min(self.minibatches, 2),
             "overlong_buffer": self.overlong_buffer and 4,
@@ -339,35 +340,25 @@ class PolicyTask(Task):
             scores: of each reward, [prompts, samples, rewards]; NaN: it gave none.
             weights: of the rewards.
             is_complete: whether the policy ended a sample itself, [prompts, samples].
-            batch: the packed samples, with what :meth:`prepare_rollouts` added; their
-                advantages are 0.
+            batch: the packed samples, with what :meth:`prepare_rollouts` added.
         """
-        sampled_weights = batch["weights"]
-        lengths = self._sum_samples(sampled_weights, batch)
+        lengths = self._sum_samples(batch["weights"], batch)
         lengths = lengths.reshape(is_complete.shape)
         penalties = self.compute_penalties(lengths, is_complete)
-        drops_groups = self.rollouts.zero_variance == "drop"
         is_dropped = np.zeros(len(scores), np.bool_)
-        if drops_groups:
-            counted = scores[..., np.asarray(weights) != 0]
-            with_penalties = np.concatenate([counted, -penalties[..., None]], axis=-1)
-            is_dropped = find_zero_variance_groups(with_penalties)
+        if self.rollouts.zero_variance == "drop":
+            is_dropped = find_groups_without_variance(scores, weights, penalties)
             # Without a score they have no part in means over a batch either.
             scores = np.where(is_dropped[:, None, None], np.nan, scores)
         advantages = self.compute_advantages(scores, weights, penalties, batch)
         batch = batch | advantages
         if self.mask_truncated:
             is_counted = self._spread_samples(is_complete.ravel(), batch)
-            batch["weights"] = (sampled_weights * is_counted).astype(np.float32)
-        if drops_groups:
-            # As though their entries were padding.
-            is_left_out = self._spread_to_entries(
-                np.repeat(is_dropped, scores.shape[1]), batch
-            )
-            is_learnt_from = is_left_out == 0
-            batch["weights"] = batch["weights"] * is_learnt_from
-            batch["segment_ids"] = batch["segment_ids"] * is_learnt_from
-        length = sampled_weights.shape[1]
+            batch["weights"] = batch["weights"] * is_counted
+        if is_dropped.any():
+            is_learnt_from = np.repeat(~is_dropped, scores.shape[1])
+            batch = batch | self._leave_out_samples(is_learnt_from, batch)
+        length = batch["weights"].shape[1]
         rollout = {
             name: np.asarray(batch[name], spec.dtype)
             for name, spec in self.batch_arrays(length).items()
@@ -376,8 +367,28 @@ class PolicyTask(Task):
             rollout[ROUTES] = batch[ROUTES]
         return rollout
 
+    def find_groups_without_variance(
+        self,
+        scores: NDArray[np.float64],
+        lengths: NDArray[np.integer],
+        is_complete: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
+        """Says of each prompt whether its samples all score the same, penalties
+        included.
+
+        Args:
+            scores: of each reward, [prompts, samples, rewards]; NaN: it gave none.
+            lengths: tokens that the policy drew, [prompts, samples].
+            is_complete: whether the policy ended a sample itself, [prompts, samples].
+        """
+        weights = [reward.weight for reward in self.rewards]
+        penalties = self.compute_penalties(lengths, is_complete)
+        return find_groups_without_variance(scores, weights, penalties)
+
     def compute_penalties(
-        self, lengths: NDArray[np.float64], is_complete: NDArray[np.bool_]
+        self,
+        lengths: NDArray[np.floating | np.integer],
+        is_complete: NDArray[np.bool_],
     ) -> NDArray[np.float64]:
         """Returns what is taken from samples' scores for their length and for not
         coming to an end, both [prompts, samples]; 0 or more."""
@@ -404,6 +415,14 @@ class PolicyTask(Task):
         """Returns the advantages of a rollout's tokens [rows, S], and other arrays of
         scores that the batch needs; arguments as of :meth:`finish_rollouts` and
         :meth:`compute_penalties`."""
+
+    def _leave_out_samples(
+        self, is_learnt_from: NDArray[np.bool_], batch: Batch
+    ) -> Batch:
+        """Returns arrays of a batch in which the entries of other samples are as
+        padding. ``is_learnt_from``: of each sample."""
+        is_kept = self._spread_to_entries(is_learnt_from, batch) > 0
+        return {name: batch[name] * is_kept for name in ("weights", "segment_ids")}
 
     def _sum_samples(
         self, values: NDArray[np.floating], batch: Batch

@@ -69,8 +69,8 @@ class PpoTask(ReferencePolicyTask):
     value_model: Literal["head", "separate"] = "head"
     """What says what is to be expected: ``head``: a head of the policy,
     ``model.heads.value``, on the policy's own layers; ``separate``: a model of its own,
-    as large again with its gradients and the optimizer's state, whose loss does not
-    disturb the policy."""
+    as large again with its gradients and the optimizer's state, whose loss moves none
+    of the policy's layers; ``optimizer.clip_norm`` counts the gradients of both."""
     value_run: LocalPath | None = None
     """Run that a separate value model starts from, such as a reward model's; null: a
     copy of the model that training starts from, with a fresh head."""
@@ -118,6 +118,10 @@ class PpoTask(ReferencePolicyTask):
         if self.value_model == "head":
             return {}
         return {VALUE: AuxiliaryModel({VALUE: 1}, self.value_run)}
+
+    def for_small_model(self) -> Self:
+        """Returns the task in small, with values that start as the policy does."""
+        return super().for_small_model().model_copy(update={"value_run": None})
 
     def extra_passes(self) -> tuple[ExtraPass, ...]:
         passes = super().extra_passes()

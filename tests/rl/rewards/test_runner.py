@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.rl.rewards.runner import RewardRunner, sum_scores
+from maxlm.rl.advantages import sum_scores
+from maxlm.rl.rewards.runner import RewardRunner
 from tests.rl.rewards.rewarded import (
     HERE,
     make_function_reward,
@@ -81,6 +82,8 @@ def test_failures_can_count_as_scores_and_are_counted():
         scores = runner.score([make_sample(text) for text in texts])
         assert scores[:, 0].tolist() == [-1, 1, -1, -1, 1]
         assert runner.num_failed == {"python": 3}
+        expected = {"reward_failures/python": 3, "reward_timeouts/python": 0}
+        assert runner.count_failures() == expected
 
 
 @pytest.mark.more
@@ -172,6 +175,6 @@ def test_totals_are_weighted_sums_in_float64():
         scores = runner.score(samples)
     assert scores.dtype == np.float64
     assert scores.tolist() == [[1, -0.5], [0, -0.5]]
-    totals = sum_scores(rewards, scores)
+    totals = sum_scores(scores, [reward.weight for reward in rewards])
     assert totals.tolist() == [0.1 + -0.3 * -0.5, -0.3 * -0.5]
     assert [reward.name for reward in rewards] == ["exact_match", "brief"]

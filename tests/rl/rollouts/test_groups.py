@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
+from maxlm.rl.advantages import find_groups_without_variance
 from maxlm.rl.environments import Reply
 from maxlm.rl.rewards.forms import EnvironmentReward
 from maxlm.rl.rewards.runner import RewardRunner
@@ -21,6 +22,10 @@ from tests.rl.rollouts.conftest import EchoEnvironment, assert_same
 pytestmark = pytest.mark.heavy
 NUM_SAMPLES = 3
 NUM_GROUPS = 2
+
+
+def find_without_variance(scores, lengths, is_complete) -> np.ndarray:
+    return find_groups_without_variance(scores, [1.0], np.zeros(lengths.shape))
 
 
 @pytest.fixture
@@ -49,6 +54,7 @@ def make_collector(make_sampler, chat_tokenizer):
             sampler.config,
             num_samples,
             num_ahead,
+            find_without_variance,
             on_work=lambda: None,
         )
 

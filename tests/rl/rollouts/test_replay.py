@@ -158,7 +158,8 @@ def test_replay_takes_the_routers_difference_away(experts, rollout, one_device_m
     (spec,) = task.list_model_arrays(experts.model.config, seq_len).values()
     samples = rollout.straight
     layout = task.make_layout(seq_len)
-    batch = pack_samples(samples, [1.0] * len(samples), layout, routes=spec)
+    batch = pack_samples(samples, layout, routes=spec)
+    batch["advantages"] = batch["weights"]
     moved = with_other_routers(experts.params)
 
     def prepare(params, reference, batch):
