@@ -28,6 +28,9 @@ _CURVES = {
     "response_length": "tokens of a sample that the policy drew",
     "max_response_length": "tokens of the longest",
     "complete": "share of samples that the policy ended",
+    "environment_errors": "samples of a rollout that the environment failed with",
+    "reward_timeouts/": "samples of a rollout whose score took too long",
+    "reward_failures/": "samples of a rollout whose score failed",
     "entropy": "nats a token",
     "kl": "to the reference, nats a token",
     "sequence_kl": "to the reference, nats a sample",
@@ -49,6 +52,8 @@ _CURVES = {
     "generated_tokens_per_second": "tokens drawn a second",
     "tokens_per_second": "tokens trained on a second, padding included",
 }
+# Where there were none, there is nothing to see.
+_FAILURES = ("environment_errors", "reward_timeouts/", "reward_failures/")
 _SECONDS = "_seconds"
 # Not phases of a step: the sum of the others, and a prediction.
 _NOT_PHASES = frozenset({"rollout_seconds", "planned_seconds"})
@@ -115,7 +120,8 @@ def read_curves(
                 for step, record in sorted(records.items())
                 if _read_number(record.get(name)) is not None
             ]
-            if points:
+            is_empty = key in _FAILURES and not any(value for _, value in points)
+            if points and not is_empty:
                 curves[name] = points
     # One reward is the whole.
     parts = [name for name in curves if name.startswith("reward/")]

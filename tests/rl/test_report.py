@@ -47,6 +47,8 @@ def make_record(step: int) -> dict:
         "entropy": 2.0 if step < 900 else 0.1,
         "engine_difference": float("nan") if step % 2 else 1e-5,
         "zero_variance_groups": 0.9,
+        "reward_timeouts/right": 7.0,
+        "reward_timeouts/short": 0.0,
         "generation_seconds": 2.0 if step % 3 else 8.0,
         "rollout_seconds": 9.0,
         "seconds": 1.5,
@@ -76,6 +78,8 @@ def test_curves_phases_and_what_stands_out(tmp_path):
     notes = " | ".join(report["notes"])
     assert "reward/right is 0 in every rollout" in notes
     assert "90% of the prompts" in notes
+    assert "7 samples of the last rollout took longer" in notes
+    assert "reward_timeouts/short" not in curves
     assert "entropy fell from 2 to 0.1" in notes
     assert "reward/short" not in notes
     assert "engine" not in notes
