@@ -133,12 +133,12 @@ rl-demo-addition:
 	$(bin)/maxlm rl prompts runs/rl-demo-data/wrong_sums.jsonl kind=addition pad=true reverse=true -n 8000 --examples 0.1
 	$(bin)/maxlm train rl/rl_demo_sums_base
 	$(bin)/maxlm train rl/rl_demo_base
-	$(bin)/python benchmarks/rl_demo.py rl_demo
+	$(bin)/python -m benchmarks.rl_demo rl_demo
 
 rl-demo-calculator:
 	$(bin)/maxlm rl prompts runs/calculator-data/products.jsonl kind=calculator 'reply=={result};' -n 4000 --examples 0.12
 	$(bin)/maxlm train rl/calculator_base
-	$(bin)/python benchmarks/rl_demo.py calculator
+	$(bin)/python -m benchmarks.rl_demo calculator
 
 corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token store, 50 steps and a report
 	$(bin)/python benchmarks/demo_crawl.py corpora/demo-crawl --fetch corpora/demo-pages

@@ -1,7 +1,7 @@
 """Train a policy by reinforcement learning, kill it once on the way, and say what it
 learnt.
 
-    python benchmarks/rl_demo.py RECIPE [KEY=VALUE ...]
+    python -m benchmarks.rl_demo RECIPE [KEY=VALUE ...]
 
 `maxlm rl RECIPE` is killed (SIGKILL) once half of its steps are done, and started
 again. Then the model that it began with and the one that it ended with answer the same
@@ -18,20 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from maxlm.data.tokenizer.codec import Tokenizer
-from maxlm.inference.engine import Engine
-from maxlm.rl.rewards.runner import RewardRunner
-from maxlm.rl.rollouts.config import RolloutConfig
-from maxlm.rl.rollouts.prompts import PromptOrder
-from maxlm.rl.rollouts.sampler import RolloutSampler
-from maxlm.rl.tasks.policy import PolicyTask
-from maxlm.run.config import RunConfig
-from maxlm.run.load import load_model
+from benchmarks.policy_answers import AnsweringPolicy, get_policy_task
 from maxlm.run.load_config import load_run_config
 from maxlm.train.records import read_records
-
-SEED = 1_000_003
-"""Of the prompts that both models answer: no recipe's seed."""
 
 
 def main() -> None:
@@ -46,9 +35,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     config = load_run_config(args.recipe, args.settings)
-    task = config.task
-    if not isinstance(task, PolicyTask):
-        parser.error(f"task.kind={task.kind} learns of no rollouts")
+    task = get_policy_task(config)
     base = config.train.start_from
     if base is None:
         parser.error("the recipe starts from no run: set train.start_from")
@@ -56,8 +43,12 @@ def main() -> None:
     if not args.measure_only:
         train_and_kill(args.recipe, args.settings, folder, config.train.steps // 2)
     report_rewards(folder)
-    before = measure_accuracy(base, task, config, args.prompts)
-    after = measure_accuracy(folder, task, config, args.prompts)
+    shares = []
+    for model in (base, folder):
+        policy = AnsweringPolicy(model, config)
+        samples = policy.answer(policy.draw_prompts(args.prompts), temperature=0.0)
+        shares.append(float(policy.score(samples).mean()))
+    before, after = shares
     print(f"right answers to {args.prompts} other prompts, by the likeliest tokens:")
     print(f"  before  {before:6.1%}  {base}")
     print(f"  after   {after:6.1%}  {folder}")
@@ -112,41 +103,6 @@ def report_rewards(folder: Path) -> None:
     print(
         f"reward of sampled answers: {rewards[1]:.3f} in the first rollout, "
         f"{sum(last) / len(last):.3f} in the last {len(last)} of {len(steps)}"
-    )
-
-
-def measure_accuracy(
-    folder: str | Path, task: PolicyTask, config: RunConfig, num_prompts: int
-) -> float:
-    """Returns the mean reward of the likeliest answers of a run's model to prompts of a
-    task's environment that the seed ``SEED`` draws."""
-    loaded = load_model(folder)
-    max_tokens = config.data.seq_len + 1
-    engine_config = task.engine.model_copy(update={"max_length": max_tokens})
-    engine = Engine(loaded.model, loaded.params, engine_config, loaded.tokenizer)
-    sampling = task.rollouts.sampling.model_copy(update={"temperature": 0.0})
-    rollouts = task.rollouts.model_copy(update={"sampling": sampling})
-    sampler = RolloutSampler(
-        engine, loaded.tokenizer, task.environment, rollouts, seed=SEED
-    )
-    order = open_prompts(task, loaded.tokenizer, rollouts, sampler.max_prompt_length)
-    samples = list(sampler.sample(order.take(0, num_prompts), 1))
-    with RewardRunner(task.rewards) as runner:
-        for sample in samples:
-            runner.submit(sample)
-        scores = runner.collect(samples)
-    return float(scores.sum(1).mean())
-
-
-def open_prompts(
-    task: PolicyTask, tokenizer: Tokenizer, rollouts: RolloutConfig, max_length: int
-) -> PromptOrder:
-    return PromptOrder(
-        task.environment,
-        tokenizer,
-        seed=SEED,
-        max_prompt_length=max_length,
-        long_prompts=rollouts.long_prompts,
     )
 
 

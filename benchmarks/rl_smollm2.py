@@ -16,25 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.config.sampling import SamplingConfig
-from maxlm.data.tokenizer.codec import Tokenizer
-from maxlm.inference.engine import Engine
-from maxlm.inference.requests import GenerationRequest
-from maxlm.rl.advantages import sum_scores
+from benchmarks.policy_answers import AnsweringPolicy
 from maxlm.rl.program import train_policy
-from maxlm.rl.rewards.runner import RewardRunner
-from maxlm.rl.rollouts.prompts import PromptOrder
-from maxlm.rl.samples import Prompt, Sample
-from maxlm.rl.tasks.policy import PolicyTask
 from maxlm.run.config import RunConfig
-from maxlm.run.load import load_model
 from maxlm.run.load_config import load_run_config
 from maxlm.run.setup import use_compilation_cache
 
 RECIPE = "rl/smollm2_135m_reasoning_gym"
 TEMPERATURES = (0.0, 1.0)
-HELD_OUT_SEED = 1_000_000_007
-"""Entry i of reasoning-gym follows from seed + i: near seeds have the same entries."""
 
 
 def describe_mean(values: np.ndarray) -> str:
@@ -43,97 +32,23 @@ def describe_mean(values: np.ndarray) -> str:
     return f"{100 * values.mean():.1f} ± {100 * error:.1f}%"
 
 
-def draw_held_out_prompts(
-    config: RunConfig, task: PolicyTask, tokenizer: Tokenizer, count: int
-) -> list[Prompt]:
-    """Draws prompts of the recipe's environment that its run does not train on."""
-    layout = task.make_layout(config.data.seq_len)
-    max_prompt_length = layout.max_entries + 1 - task.max_new_tokens
-
-    def open_order(seed: int) -> PromptOrder:
-        return PromptOrder(
-            task.environment,
-            tokenizer,
-            seed=seed,
-            max_prompt_length=max_prompt_length,
-            shuffle=config.data.shuffle,
-        )
-
-    num_rollouts = config.train.steps // task.updates_per_rollout
-    num_samples = config.data.batch_size * task.minibatches * task.sequences_per_row
-    num_drawn = num_rollouts * num_samples // task.num_samples
-    trained = {prompt.tokens for prompt in open_order(config.seed).take(0, num_drawn)}
-    prompts: dict[tuple[int, ...], Prompt] = {}
-    for prompt in open_order(HELD_OUT_SEED).take(0, 4 * count):
-        if prompt.tokens not in trained:
-            prompts.setdefault(prompt.tokens, prompt)
-    assert len(prompts) >= count, f"{len(prompts)} questions are new"
-    return list(prompts.values())[:count]
-
-
 def score_model(
-    folder: Path, config: RunConfig, task: PolicyTask, count: int
+    folder: Path, config: RunConfig, num_prompts: int
 ) -> dict[float, np.ndarray]:
     """Returns the rewards of a model's answers to held-out prompts, float64 [prompts],
     by the temperature."""
-    loaded = load_model(folder)
-    tokenizer = loaded.tokenizer
-    # As training's engine, so that it is compiled once.
-    max_length = task.make_layout(config.data.seq_len).max_entries + 1
-    engine_config = task.engine.model_copy(update={"max_length": max_length})
-    engine = Engine(loaded.model, loaded.params, engine_config, tokenizer)
-    prompts = draw_held_out_prompts(config, task, tokenizer, count)
+    policy = AnsweringPolicy(folder, config)
+    prompts = policy.draw_prompts(num_prompts)
     scores = {}
     for temperature in TEMPERATURES:
-        texts = answer(engine, prompts, temperature, task.max_new_tokens)
-        scores[temperature] = score_texts(task, prompts, texts)
+        samples = policy.answer(prompts, temperature)
+        scores[temperature] = policy.score(samples)
         share = describe_mean(scores[temperature])
         print(f"{folder}, temperature {temperature:g}: {share} right, such as")
-        for prompt, text in zip(prompts[:3], texts, strict=False):
-            print("  ", repr(tokenizer.decode(prompt.tokens) + text), flush=True)
+        for sample in samples[:3]:
+            question = policy.tokenizer.decode(sample.prompt.tokens)
+            print("  ", repr(question + sample.last_answer), flush=True)
     return scores
-
-
-def answer(
-    engine: Engine, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int
-) -> list[str]:
-    """Draws an answer to each prompt."""
-    requests = [
-        GenerationRequest(
-            str(number),
-            prompt.tokens,
-            SamplingConfig(
-                temperature=temperature, max_new_tokens=max_new_tokens, seed=number
-            ),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-    texts = [""] * len(prompts)
-    for output in engine.run(requests):
-        texts[int(output.request_id)] += output.text
-    return texts
-
-
-def score_texts(
-    task: PolicyTask, prompts: Sequence[Prompt], texts: Sequence[str]
-) -> np.ndarray:
-    """Returns the recipe's rewards of answers, float64 [answers]."""
-    samples = [
-        Sample(
-            prompt,
-            number=0,
-            tokens=[*prompt.tokens],
-            is_sampled=[False] * len(prompt.tokens),
-            log_probs=[0.0] * len(prompt.tokens),
-            versions=[-1] * len(prompt.tokens),
-            is_complete=True,
-            turns=[("assistant", text)],
-        )
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    with RewardRunner(task.rewards) as runner:
-        scores = runner.score(samples)
-    return sum_scores(scores, [reward.weight for reward in task.rewards])
 
 
 def load_recipe(base: Path, folder: Path, settings: Sequence[str]) -> RunConfig:
@@ -150,15 +65,13 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     shutil.rmtree(options.folder / "tuned", ignore_errors=True)
     config = load_recipe(options.base, options.folder, options.settings)
-    task = config.task
-    assert isinstance(task, PolicyTask)
     use_compilation_cache(config)
     count = options.prompts
-    before = score_model(options.base, config, task, count)
+    before = score_model(options.base, config, count)
     began = time.perf_counter()
     run = train_policy(config).folder
     seconds = time.perf_counter() - began
-    after = score_model(run, config, task, count)
+    after = score_model(run, config, count)
     for temperature in TEMPERATURES:
         gains = after[temperature] - before[temperature]
         print(
