@@ -131,7 +131,7 @@ def find_groups_without_variance(
     is_scored = ~np.isnan(parts)
     deviation = _deviate(parts, is_scored, 1, 0)
     is_constant = _is_constant(deviation, parts, is_scored)
-    return is_constant[:, 0].all(-1)
+    return np.asarray(is_constant[:, 0].all(-1))
 
 
 def _average(

@@ -397,7 +397,7 @@ class PolicyTask(Task):
             buffer = self.overlong_buffer
             overlong = [
                 compute_overlong_penalty(length, self.max_new_tokens, buffer)
-                for length in lengths.ravel()
+                for length in lengths.ravel().tolist()
             ]
             penalties = penalties - self.overlong_penalty * np.reshape(
                 overlong, lengths.shape
