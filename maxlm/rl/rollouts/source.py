@@ -10,12 +10,11 @@ before. Without a rollback batch and step have the same number.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from maxlm.checkpoint.folder import list_checkpoint_steps
 from maxlm.checkpoint.skips import Skips
@@ -23,9 +22,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.keys import select_leaves
 from maxlm.data.batch_source import Batch
 from maxlm.data.loader.permutation import derive_key, permute
-from maxlm.models.params import Params, bind, fold_in_name
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import bind_frozen
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.description import (
     describe_engine_work,
@@ -36,6 +33,7 @@ from maxlm.rl.rollouts.generation import PolicyEngine
 from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
 from maxlm.rl.rollouts.history import RolloutHistory
 from maxlm.rl.rollouts.packing import pack_samples
+from maxlm.rl.rollouts.preparation import RolloutPreparation
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.records import (
     RolloutFiles,
@@ -50,10 +48,8 @@ from maxlm.rl.rollouts.validator import PolicyValidator
 from maxlm.rl.routes import ROUTES
 from maxlm.run.config import INCIDENTAL, RunConfig
 from maxlm.run.rollout_source import RolloutContext
-from maxlm.run.setup import BatchPlacement, RunSetup
 from maxlm.runtime.collectives import run_on_process_0
-from maxlm.sharding import bind_mesh
-from maxlm.tasks.task import DeviceBatch, SourceInputs, TaskModels
+from maxlm.tasks.task import SourceInputs
 
 # Settings that decide what rollouts hold, but for those that a run may change as it goes
 # on. A rollout that was drawn under others is drawn again, unless training stands in the
@@ -175,7 +171,7 @@ class PolicyRollouts:
         is_lead = jax.process_index() == 0
         self._log = SampleLog(context.folder, write=is_lead)
         self._settings = _digest_settings(setup.config, context.skips)
-        self._prepare = _jit_preparation(setup, source.task)
+        self._preparation = RolloutPreparation(source.task, setup)
         self._number: int | None = None
         """The rollout that the next arrays are of."""
         self._batch: Batch = {}
@@ -382,33 +378,13 @@ class PolicyRollouts:
             samples, [0.0] * len(samples), self._layout, routes=self._routes
         )
         if self._task.reads_models_of_rollouts:
-            batch |= self._compute_on_devices(batch, number, state)
+            batch |= self._preparation.compute(batch, number, state)
         scores = np.stack([group.scores for group in groups])
         weights = [reward.weight for reward in self._task.rewards]
         is_complete = np.array(
             [[sample.is_complete for sample in group.samples] for group in groups]
         )
         return self._task.finish_rollouts(scores, weights, is_complete, batch)
-
-    def _compute_on_devices(
-        self, batch: Batch, number: int, state: TrainState
-    ) -> dict[str, np.ndarray]:
-        """Returns what models say of a rollout, arrays [rows, ...] on the host."""
-        setup = self._context.setup
-        placement = BatchPlacement.of_run(setup, self._task.minibatches)
-        local_batch = {
-            name: array[placement.local_rows] for name, array in batch.items()
-        }
-        added = self._prepare(state, placement.put(local_batch), np.uint32(number))
-        arrays: dict[str, np.ndarray] = {}
-        for name, array in added.items():
-            value = np.asarray(process_allgather(array, tiled=True))
-            value = value.reshape(-1, *value.shape[2:])
-            if placement.token_order is not None:
-                # In the sequence's own order, as rows are on the host.
-                value = value[:, np.argsort(placement.token_order)]
-            arrays[name] = value
-        return arrays
 
     def _average_advantages(self, batch: Batch) -> list[float]:
         """Returns the mean advantage of each sample's tokens, in the order in which
@@ -421,37 +397,6 @@ class PolicyRollouts:
                 values = batch["advantages"][row][is_own]
                 advantages.append(float(values.mean()) if values.size else 0.0)
         return advantages
-
-
-def _jit_preparation(
-    setup: RunSetup, task: RolloutTask
-) -> Callable[[TrainState, DeviceBatch, np.uint32], DeviceBatch]:
-    """Returns ``prepare(state, batch, rollout number)``: what models say of a rollout,
-    compiled at its first call."""
-    modules = setup.frozen_modules
-    seed = setup.config.seed
-
-    def prepare(
-        params: Params,
-        frozen: Mapping[str, Params],
-        task_state: Mapping[str, jax.Array],
-        batch: DeviceBatch,
-        number: jax.Array,
-    ) -> DeviceBatch:
-        key = fold_in_name(jax.random.key(seed), "rollouts")
-        models = TaskModels(
-            bind(setup.model, params), bind_frozen(modules, frozen, params), task_state
-        )
-        return task.prepare_rollouts(models, batch, jax.random.fold_in(key, number))
-
-    run = bind_mesh(setup.mesh, jax.jit(prepare))
-
-    def prepare_state(
-        state: TrainState, batch: DeviceBatch, number: np.uint32
-    ) -> DeviceBatch:
-        return run(state.params, state.frozen, state.task, batch, number)
-
-    return prepare_state
 
 
 def _digest_settings(config: RunConfig, skips: Skips) -> str:
