@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,6 +25,7 @@ from jax.typing import DTypeLike
 
 from maxlm import __version__
 from maxlm.config import MaxlmError
+from maxlm.config.keys import select_leaves
 from maxlm.config.show import compare_configs
 from maxlm.models.params import AUXILIARY, flatten_names
 from maxlm.parallel.layers import PyTree
@@ -415,12 +415,13 @@ def check_same_settings(
         action: what was done with the saved config, for the message.
         ignored: patterns of keys among them that may differ ("data.sources.*.weight").
     """
-    different = []
-    for key, saved_value, value in compare_configs(saved, current):
-        is_compared = any(key == top or key.startswith(f"{top}.") for top in keys)
-        is_ignored = any(fnmatchcase(key, pattern) for pattern in ignored)
-        if is_compared and not is_ignored:
-            different.append(f"{key}={saved_value!r} became {value!r}")
+    differences = compare_configs(
+        select_leaves(saved, keys, ignored), select_leaves(current, keys, ignored)
+    )
+    different = [
+        f"{key}={saved_value!r} became {value!r}"
+        for key, saved_value, value in differences
+    ]
     if different:
         message = f"{action} with another config: {', '.join(different)}"
         raise MaxlmError(

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def flatten(data: object, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
             yield from flatten(value, (*prefix, index))
     else:
         yield prefix, data
+
+
+def select_leaves(
+    config: Mapping[str, Any], keys: Sequence[str], ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns leaves of a config by their dotted keys.
+
+    Args:
+        keys: dotted keys, each with all below it ("model", "data.seed").
+        ignored: patterns of keys that are left out ("data.sources.*.weight").
+    """
+    leaves: dict[str, Any] = {}
+    for key, value in flatten(config):
+        name = join_key(key)
+        is_below = any(name == top or name.startswith(f"{top}.") for top in keys)
+        is_ignored = any(fnmatchcase(name, pattern) for pattern in ignored)
+        if is_below and not is_ignored:
+            leaves[name] = value
+    return leaves
 
 
 def get_descendant(node: object, key: Key) -> Any:

@@ -351,7 +351,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return bool(self._aborted or self.scheduler.running or self.scheduler.waiting)
+        return bool(self._aborted) or self.has_unfinished
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether sequences run, or wait to."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self, *, limit_seconds: bool = True) -> list[SequenceOutput]:
         """Runs one dispatch; returns what it added to sequences, nothing where none was

@@ -40,7 +40,8 @@ IDENTITY = (
     "optimizer",
     "train.ema_decay",
 )
-# ... but for these, which change how fast batches come and not which.
+# ... but for these, which change how fast batches come and not which, what happens where
+# something fails, and what is tried beside training.
 INCIDENTAL = (
     "model.remat",
     "data.workers",
@@ -48,6 +49,34 @@ INCIDENTAL = (
     "data.verify",
     "data.build_workers",
     "data.sources.*.store_segments",  # what a store then holds is compared
+    "task.validation",  # it may be null
+    "task.validation.*",
+    "task.generation_mesh",
+    "task.generation_mesh.*",
+    *(
+        f"task.rollouts.{name}"
+        for name in (
+            "environment_errors",
+            "keep_records",
+            "reply_seconds",
+            "reply_threads",
+        )
+    ),
+    *(
+        f"task.rewards.*.{name}"
+        for name in (
+            "time_limit",
+            "on_timeout",
+            "on_error",
+            "num_programs",
+            "num_requests",
+            "max_retries",
+            "mesh",
+            "mesh.*",
+            "address",  # where a judge is
+            "key_variable",
+        )
+    ),
 )
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")

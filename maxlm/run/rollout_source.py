@@ -24,6 +24,9 @@ class RolloutContext:
     tokenizer: Tokenizer
     folder: Path
     """The run's, in which rollouts are kept."""
+    other_folder: Path | None
+    """That of the run whose checkpoint the state is of; None: of this run's, or of
+    none."""
     start_step: int
     """Updates made before."""
     skips: Skips
@@ -43,13 +46,14 @@ class OpenRollouts(Protocol):
         """See :class:`BatchSource`."""
         ...
 
-    def roll_out(self, step: int, state: TrainState) -> Mapping[str, float]:
-        """Makes the batch of ``step``, if it is not made yet, with the state that the
-        step begins with, and keeps it in the run's folder; a batch that is kept there
-        is read. Returns what is to be logged with the step."""
+    def roll_out(self, batch_number: int, state: TrainState) -> Mapping[str, float]:
+        """Makes a batch, if it is not made yet, with the state that its step begins
+        with, and keeps it in the run's folder; a batch that is kept there is read.
+        Returns what is to be logged with the step. Numbers that the run skips are not
+        asked for."""
         ...
 
-    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
+    def rows(self, batch_number: int, row_numbers: Sequence[int], /) -> Batch:
         """Returns rows of the batch that :meth:`roll_out` made last."""
         ...
 
@@ -66,7 +70,9 @@ class ValidatedRollouts(OpenRollouts, Protocol):
 
     def validate(self, state: TrainState) -> dict[str, float]:
         """Returns a metrics record, whose names begin with ``eval_``. Batches are the
-        same with and without it."""
+        same with and without it, but where samples under way keep the caches of older
+        parameters (``rollouts.update_in_flight``): these are computed anew behind
+        it."""
         ...
 
 
@@ -74,6 +80,11 @@ class ValidatedRollouts(OpenRollouts, Protocol):
 class RolloutSource(BatchSource, Protocol):
     """A batch source whose batches the trainer asks for between steps, with the state;
     none is made ahead, but for what the source itself says."""
+
+    @property
+    def batches_per_rollout(self) -> int:
+        """Batches that are made together; a rollback skips all of them, or none."""
+        ...
 
     def open(self, context: RolloutContext) -> AbstractContextManager[OpenRollouts]:
         """Opens what makes the batches of a run, and closes it at the end."""

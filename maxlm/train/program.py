@@ -24,6 +24,7 @@ from maxlm.run.prepare import (
 )
 from maxlm.run.rollout_source import (
     RolloutContext,
+    RolloutSource,
     ValidatedRollouts,
     open_step_batches,
 )
@@ -228,6 +229,7 @@ def _train_from(
         setup=setup,
         tokenizer=run.data.tokenizer,
         folder=run.folder,
+        other_folder=position.other_folder,
         start_step=position.step,
         skips=position.skips,
         say=run.say,
@@ -498,7 +500,13 @@ def _roll_back(
             "raise faults.max_rollbacks",
         )
     run.watchdog.start_timer(decision.first_bad_step, "restore")
-    position = run.state_restorer.rollback(decision, position.skips, run.log.event)
+    batch_source = run.data.train_batch_source
+    batches_per_rollout = 1
+    if isinstance(batch_source, RolloutSource):
+        batches_per_rollout = batch_source.batches_per_rollout
+    position = run.state_restorer.rollback(
+        decision, position.skips, run.log.event, batches_per_rollout
+    )
     run.state_restorer.checkpointer.copy_newest_to_remote()
     run.log.rewind(position.step)
     first_batch, last_batch = position.skips[-1]

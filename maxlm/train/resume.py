@@ -60,6 +60,8 @@ class TrainingPosition:
     skips: Skips
     checkpoint_place: str = ""
     """Place of the checkpoint; empty: the run starts."""
+    other_folder: Path | None = None
+    """Folder of the run that the checkpoint is of; None: this one, or there is none."""
     detector_state: JsonMapping | None = None
     """Memory of the loss spike detector."""
     skipped: Sequence[SkippedCheckpoint] = ()
@@ -132,14 +134,19 @@ class StateRestorer:
         return replace(position, state=replace(position.state, frozen=frozen))
 
     def rollback(
-        self, decision: RollbackDecision, skips: Skips, log_event: Callable[..., None]
+        self,
+        decision: RollbackDecision,
+        skips: Skips,
+        log_event: Callable[..., None],
+        batches_per_rollout: int = 1,
     ) -> TrainingPosition:
         """Restores the newest checkpoint from before the bad steps, else the position
         that the run began at, and skips the batches since, as Chowdhery et al. 2022
         (PaLM, section 5.1) did.
 
         ``log_event`` takes ("discard", step) before all checkpoints after ``step`` are
-        deleted.
+        deleted. ``batches_per_rollout``: batches that are made together, of which none
+        is trained on once another is bad.
         """
         checkpointer = self.checkpointer
         checkpointer.wait()
@@ -160,6 +167,7 @@ class StateRestorer:
             base_step = start_position.step
         first_batch = get_batch_index(base_step, skips)
         last_batch = get_batch_index(decision.last_bad_step - 1, skips)
+        last_batch += -(last_batch + 1) % batches_per_rollout
         skip = (first_batch, last_batch)
         if start_position:
             # Before the record: a run killed between the two would refuse all its
@@ -209,7 +217,16 @@ class StateRestorer:
         ]
         where = restored_from.tier.place
         losses = restored_from.metadata.get("losses")
-        return TrainingPosition(state, restored_from.step, skips, where, losses, newer)
+        other_folder = None if source.is_own_run else checkpointer.folder.parent
+        return TrainingPosition(
+            state,
+            restored_from.step,
+            skips,
+            where,
+            other_folder,
+            losses,
+            newer,
+        )
 
 
 def make_run_metadata(

@@ -300,6 +300,7 @@ def _train(
         setup=setup,
         tokenizer=tokenizer,
         folder=folder,
+        other_folder=None,
         start_step=first_step,
         skips=(),
         say=lambda line: None,

@@ -60,10 +60,11 @@ def write_config(
     return str(path)
 
 
-def train(path: str, *overrides: str) -> Any:
-    """Trains a run in this process."""
+def train(path: str, *overrides: str, resume: Path | None = None) -> Any:
+    """Trains a run in this process; ``resume``: see
+    :func:`~maxlm.rl.program.train_policy`."""
     config = load_config(RunConfig, path, overrides).value
-    return train_policy(config, say=lambda _: None)
+    return train_policy(config, resume=resume, say=lambda _: None)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 the last bit, also where samples are under way; and what is begun ahead changes nothing
 but how old the parameters are."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from maxlm.rl.rollouts.records import RolloutFiles
+from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.records import read_records
+from maxlm.train.trainer import RollbackDecision
 from tests.rl import policy_runs
 from tests.rl.killed_run import PLACES
 from tests.train import tiny
@@ -83,8 +87,66 @@ def test_a_run_that_stops_goes_on_as_it_was(tmp_path, parts, monkeypatch):
         patch.setattr(RolloutFiles, "write", write_and_stop)
         with pytest.raises(StopsHere):
             policy_runs.train(stopped)
+    # In another folder, from the checkpoint of step 2: its samples go on.
+    branch = policy_runs.write_config(tmp_path / "c", parts, rollouts=rollouts)
+    policy_runs.train(branch, resume=tmp_path / "b/tiny")
+    branched = policy_runs.read_run(tmp_path / "c")
+    assert branched["samples"][0]["step"] == 2
+    for name in branched.keys() - {"samples"}:
+        np.testing.assert_equal(branched[name], expected[name], name)
     policy_runs.train(stopped)
     policy_runs.assert_same_run(policy_runs.read_run(tmp_path / "b"), expected)
+
+
+def read_history(folder: Path) -> dict[str, Any]:
+    """Returns what a run is but for the record of its settings, which has its skips."""
+    run = policy_runs.read_run(folder)
+    return {name: run[name] for name in run if not name.endswith("settings")}
+
+
+def test_a_rollback_skips_prompts_with_their_batches(tmp_path, parts, monkeypatch):
+    """The third of three checkpoints is of bad steps; and the run is the same from the
+    first, which is from before what it skips."""
+    path = policy_runs.write_config(
+        tmp_path,
+        parts | {"checkpoint": {"every_steps": 2, "keep_last": 9}},
+        rollouts={"staleness": 2},
+    )
+    run = tmp_path / "tiny"
+    seen: dict[str, list] = {}
+    update = LossSpikeDetector.update
+
+    def find_bad_step(detector, step, metrics):
+        if step == 5 and "before" not in seen:
+            seen["before"] = policy_runs.read_run(tmp_path)["samples"]
+            return RollbackDecision(5, 5, "a test")
+        return update(detector, step, metrics)
+
+    monkeypatch.setattr(LossSpikeDetector, "update", find_bad_step)
+    policy_runs.train(path)
+    # Step 5 was of rollout 4, with a fifth one begun ahead.
+    actual = read_history(tmp_path)
+    rollouts = {s["step"]: s["rollout"] for s in actual["samples"]}
+    assert rollouts == {0: 0, 1: 1, 2: 2, 3: 3, 4: 5, 5: 6}
+    assert len(actual["samples"]) == 6 * 24
+    bad_rows = {s["row"] for s in seen["before"] if s["rollout"] == 4}
+    assert len(bad_rows) == 8
+    rows = {s["row"] for s in actual["samples"]}
+    assert not rows & bad_rows
+    ages = {s["step"] - s["versions"][0] for s in actual["samples"]}
+    assert min(ages) == 0
+    assert max(ages) in (1, 2)
+    for record in read_records(run / "metrics.jsonl"):
+        assert record.get("max_staleness", 0) <= 2
+
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"{step}")
+    policy_runs.train(path)
+    again = read_history(tmp_path)
+    skipped = {name for name in actual if name.startswith("rollout 4 ")}
+    assert again.keys() == actual.keys() - skipped
+    for name in again:
+        np.testing.assert_equal(again[name], actual[name], name)
 
 
 @pytest.mark.more

@@ -42,7 +42,8 @@ class RolloutConfig(Config):
     """Samples that are under way when the parameters are replaced: ``recompute``: the
     new ones read what is there anew, so that they draw from their own distribution, and
     a run that is killed and resumed is the same run; ``keep_caches``: they go on over
-    the keys and values of the old ones, which costs nothing."""
+    the keys and values of the old ones, which costs nothing, but behind a resume or a
+    validation, which have them computed anew as above."""
     keep_records: int | None = Field(default=None, gt=0)
     """Newest rollouts whose arrays stay in the run's folder, besides those that its
     checkpoints need; null: all."""

@@ -86,13 +86,19 @@ class PolicyEngine:
     ) -> RolloutSampler:
         """Returns a sampler of another environment's prompts, which draws with
         ``params``: those that ``step`` begins with. Samples of the run that are under
-        way wait meanwhile. ``stream``: tells its samples from those of the run."""
+        way wait meanwhile, and then compute anew what is there of them. ``stream``: tells its samples from those of the run."""
         engine = self._open_engine(params)
         if self._sampler is not None:
             self._sampler.pause()
         sampler = self._make_sampler(engine, environment, config, stream)
         sampler.set_version(step)
         return sampler
+
+    def drop_sampler(self) -> None:
+        """Gives up the samples of the run that are under way."""
+        if self._sampler is not None:
+            self._sampler.pause()
+            self._sampler = None
 
     def _open_engine(self, params: Params) -> Engine:
         params = drop_auxiliary(params)
@@ -129,13 +135,15 @@ class PolicyEngine:
         """Frees what generation alone needs; parameters that are shared are let go, so
         that a training step may take them. Samples that are under way keep their caches
         where ``rollouts.update_in_flight`` says so."""
-        if self._engine is None or self._sampler is None:
+        if self._engine is None:
             return
         self._engine.release_params()
         keeps_caches = self._task.rollouts.update_in_flight == "keep_caches"
-        if keeps_caches and self._sampler.num_unfinished:
+        # A pause, such as for a validation, has left nothing in the caches to keep.
+        if keeps_caches and self._engine.has_unfinished:
             return
-        self._sampler.pause()
+        if self._sampler is not None:
+            self._sampler.pause()
         self._engine.release_caches()
 
 

@@ -250,7 +250,8 @@ class SampleLog:
 
     A rollout's lines are appended before its arrays are written: so a rollout with
     arrays has its lines. Where it is drawn again, such as after a kill between the two,
-    its new lines take the place of the old ones and of those of later rollouts.
+    its new lines take the place of the old ones and of those of later steps; those of
+    rollouts that a rollback skips give way to the next.
 
     Args:
         folder: the run's.
@@ -263,7 +264,7 @@ class SampleLog:
     ):
         self.path = Path(folder) / file
         self._write = write
-        self._next_rollout = 0
+        self._next_step = 0
         if not write:
             return
         with convert_write_errors(self.path):
@@ -273,7 +274,7 @@ class SampleLog:
             end_of_whole_lines = self.path.read_bytes().rfind(b"\n") + 1
             os.truncate(self.path, end_of_whole_lines)
         for record in read_records(self.path):
-            self._next_rollout = max(self._next_rollout, _get_rollout(record) + 1)
+            self._next_step = max(self._next_step, _get_step(record) + 1)
 
     def append(
         self, step: int, rollout_number: int, samples: Sequence[ScoredSample]
@@ -282,9 +283,9 @@ class SampleLog:
         written."""
         if not self._write:
             return
-        if rollout_number < self._next_rollout:
-            self._drop_from(rollout_number)
-        self._next_rollout = rollout_number + 1
+        if step < self._next_step:
+            self._drop_from(step)
+        self._next_step = step + 1
         records = [_make_record(step, rollout_number, sample) for sample in samples]
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         with convert_write_errors(self.path):
@@ -297,19 +298,18 @@ class SampleLog:
                 os.truncate(self.path, size)
                 raise
 
-    def _drop_from(self, rollout_number: int) -> None:
-        """Drops the lines of a rollout and later ones, and those that hold no
-        record."""
+    def _drop_from(self, step: int) -> None:
+        """Drops the lines of a step and later ones, and those that hold no record."""
         with replace_file(self.path) as temporary, temporary.open("w") as file:
             for record in read_records(self.path):
-                if _get_rollout(record) < rollout_number:
+                if _get_step(record) < step:
                     file.write(f"{json.dumps(record)}\n")
 
 
-def _get_rollout(record: JsonObject) -> int:
-    """The rollout of a line; -1: it names none."""
-    number = record.get("rollout")
-    return number if isinstance(number, int) else -1
+def _get_step(record: JsonObject) -> int:
+    """The step of a line; -1: it names none."""
+    step = record.get("step")
+    return step if isinstance(step, int) else -1
 
 
 def read_sample_log(folder: str | Path) -> Iterator[JsonObject]:

@@ -1,30 +1,28 @@
 """Batches that are made of rollouts: the policy answers prompts, rewards score the
 answers, and what came of it is kept in the run's folder and trained on.
 
-Rollout r serves the steps r·U to r·U + U − 1, U being epochs · minibatches. It is drawn
-with the parameters that the first of them begins with; with ``rollouts.staleness`` the
-first tokens of its samples may be of up to so many rollouts before.
+Rollout r serves the batches r·U to r·U + U − 1, U being epochs · minibatches. It is
+drawn with the parameters that the first of them is trained on with; with
+``rollouts.staleness`` the first tokens of its samples may be of up to so many rollouts
+before. Without a rollback batch and step have the same number.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from maxlm.checkpoint.folder import list_checkpoint_steps
-from maxlm.checkpoint.skips import get_batch_index
+from maxlm.checkpoint.skips import Skips
 from maxlm.config import MaxlmError
+from maxlm.config.keys import select_leaves
 from maxlm.data.batch_source import Batch
 from maxlm.data.loader.permutation import derive_key, permute
-from maxlm.models.params import Params, bind, fold_in_name
 from maxlm.optim.state import TrainState
-from maxlm.optim.step import bind_frozen
 from maxlm.rl.rewards.runner import RewardRunner
 from maxlm.rl.rollouts.description import (
     describe_engine_work,
@@ -33,7 +31,9 @@ from maxlm.rl.rollouts.description import (
 )
 from maxlm.rl.rollouts.generation import PolicyEngine
 from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
+from maxlm.rl.rollouts.history import RolloutHistory
 from maxlm.rl.rollouts.packing import pack_samples
+from maxlm.rl.rollouts.preparation import RolloutPreparation
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.records import (
     RolloutFiles,
@@ -46,14 +46,24 @@ from maxlm.rl.rollouts.scoring import list_scored
 from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.rl.rollouts.validator import PolicyValidator
 from maxlm.rl.routes import ROUTES
+from maxlm.run.config import INCIDENTAL, RunConfig
 from maxlm.run.rollout_source import RolloutContext
-from maxlm.run.setup import BatchPlacement, RunSetup
-from maxlm.sharding import bind_mesh
-from maxlm.tasks.task import DeviceBatch, SourceInputs, TaskModels
+from maxlm.runtime.collectives import run_on_process_0
+from maxlm.tasks.task import SourceInputs
 
-# Settings that decide what rollouts hold. A rollout that was drawn under others is drawn
-# again, unless training stands in the middle of it.
-_DECIDING = ("seed", "model", "adapter", "task", "optimizer", "schedule")
+# Settings that decide what rollouts hold, but for those that a run may change as it goes
+# on. A rollout that was drawn under others is drawn again, unless training stands in the
+# middle of it.
+_DECIDING = (
+    "seed",
+    "model",
+    "adapter",
+    "task",
+    "optimizer",
+    "schedule",
+    "train.steps",
+    "train.start_from",
+)
 _NEXT_PROMPT = "next_prompt"
 _NUM_BEGUN = "num_begun"
 _SETTINGS = "settings"
@@ -87,6 +97,7 @@ class PolicyRolloutSource:
             fix = "make data.batch_size · task.minibatches a multiple of it"
             raise MaxlmError(message, where="data.batch_size", fix=fix)
         self.num_groups = num_samples // task.num_samples
+        self.batches_per_rollout = task.epochs * task.minibatches
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
         raise ValueError("rollouts are made of a run's state: open them first")
@@ -147,38 +158,36 @@ class PolicyRollouts:
         self._runner = runner
         self._collector: GroupCollector | None = None
         self._collected: int | None = None
-        """The rollout that the collector collected last; None: it has yet to find out
-        where the run's groups stand."""
+        """The rollout that the collector collected last."""
         self._validator: PolicyValidator | None = None
         if source.task.validation is not None:
             self._validator = PolicyValidator(
                 source.task, source.task.validation, context, self._engine, runner
             )
+        self._updates = source.batches_per_rollout
+        self._history = RolloutHistory(self._updates, context.skips)
         self._files = RolloutFiles(context.folder)
+        self._copy_record()
         is_lead = jax.process_index() == 0
         self._log = SampleLog(context.folder, write=is_lead)
-        self._settings = _digest_settings(setup, context.skips)
-        self._updates = source.task.epochs * source.task.minibatches
-        self._prepare = _jit_preparation(setup, source.task)
+        self._settings = _digest_settings(setup.config, context.skips)
+        self._preparation = RolloutPreparation(source.task, setup)
         self._number: int | None = None
         """The rollout that the next arrays are of."""
         self._batch: Batch = {}
 
-    def roll_out(self, step: int, state: TrainState) -> Mapping[str, float]:
+    def roll_out(self, batch_number: int, state: TrainState) -> Mapping[str, float]:
         """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
-        number, update = divmod(step, self._updates)
+        number, update = divmod(batch_number, self._updates)
         if number == self._number:
             return {}
         arrays = self._read(number, is_under_way=update > 0)
         timings: Mapping[str, float] = {}
         if arrays is None:
             if update:
-                message = f"the record of rollout {number} is not there, and training "
-                message += "stands in the middle of it"
-                fix = "resume from an older checkpoint"
-                where = str(self._files.get_path(number))
-                raise MaxlmError(message, where=where, fix=fix)
-            arrays, timings = self._make(number, step, state)
+                purpose = "training stands in the middle of it"
+                raise self._make_missing_error(number, purpose)
+            arrays, timings = self._make(number, state)
         self._number = number
         self._batch = {
             name.removeprefix("batch_"): array
@@ -190,9 +199,9 @@ class PolicyRollouts:
         # A rollout that was kept is logged as it was, but for the time it took.
         return json.loads(arrays[_METRICS].tobytes()) | timings
 
-    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
+    def rows(self, batch_number: int, row_numbers: Sequence[int], /) -> Batch:
         """See :class:`~maxlm.run.rollout_source.OpenRollouts`."""
-        number, update = divmod(step, self._updates)
+        number, update = divmod(batch_number, self._updates)
         assert number == self._number, "roll_out makes the batch first"
         epoch, minibatch = divmod(update, self._task.minibatches)
         batch_size = self._context.setup.config.data.batch_size
@@ -224,12 +233,12 @@ class PolicyRollouts:
         return arrays if is_same else None
 
     def _make(
-        self, number: int, step: int, state: TrainState
+        self, number: int, state: TrainState
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Draws and scores a rollout, and keeps it; returns its arrays, and what is
         logged of the time that it took."""
-        sampler = self._engine.open_sampler(state.params, step)
-        collector = self._get_collector(sampler, number)
+        step = int(state.step)
+        collector = self._open_collector(number, step, state)
         collected = collector.collect(self._num_groups)
         self._collected = number
         # The step needs the memory of the engine's caches.
@@ -277,59 +286,94 @@ class PolicyRollouts:
         if num_kept is None:
             return
         steps = list_checkpoint_steps(self._context.folder / "checkpoints")
-        first_batch = get_batch_index(min(steps, default=0), self._context.skips)
-        # The one before says which samples come next.
-        first_needed = first_batch // self._updates - 1
-        self._files.delete_old(num_kept, first_needed)
+        first_needed = self._history.find_needed(min(steps, default=0))
+        self._files.delete_old(num_kept, first_needed or 0)
 
-    def _get_collector(self, sampler: RolloutSampler, number: int) -> GroupCollector:
-        """Returns what collects a rollout, standing where the rollout before left it,
-        in this process or another."""
-        config = self._task.rollouts
+    def _copy_record(self) -> None:
+        """Takes over the record that this run begins with, where it goes on from another
+        run's checkpoint."""
+        other_folder = self._context.other_folder
+        number = self._history.find_needed(self._context.start_step)
+        if other_folder is None or number is None:
+            return
+
+        def copy() -> None:
+            if self._files.get_path(number).exists():
+                return
+            arrays = RolloutFiles(other_folder).read(number)
+            if arrays is not None:
+                self._files.write(number, arrays)
+
+        run_on_process_0(copy)
+
+    def _open_collector(
+        self, number: int, step: int, state: TrainState
+    ) -> GroupCollector:
+        """Returns what collects a rollout, with the parameters that ``step`` begins
+        with, standing where the rollout before left it, in this process or another."""
+        goes_on = (
+            self._collector is not None
+            and self._history.find_before(number) == self._collected
+            and not self._history.is_behind_skips(number)
+        )
+        if not goes_on:
+            # What is under way follows from a rollout that does not lead to this one.
+            self._engine.drop_sampler()
+            self._collector = None
+        sampler = self._engine.open_sampler(state.params, step)
         if self._collector is None:
-            self._collector = GroupCollector(
-                sampler,
-                self._runner,
-                self._order,
-                config,
-                self._task.num_samples,
-                config.staleness * self._num_groups,
-                self._task.find_groups_without_variance,
-                self._context.on_work,
-            )
-        collector = self._collector
-        before = self._find_rollout_before(number)
-        if before == self._collected and before is not None:
-            return collector
+            self._collector = self._make_collector(sampler, number)
+        return self._collector
+
+    def _make_collector(self, sampler: RolloutSampler, number: int) -> GroupCollector:
+        config = self._task.rollouts
+        collector = GroupCollector(
+            sampler,
+            self._runner,
+            self._order,
+            config,
+            self._task.num_samples,
+            config.staleness * self._num_groups,
+            self._task.find_groups_without_variance,
+            self._context.on_work,
+        )
         resamples = config.zero_variance == "resample"
-        if before is None or not (resamples or config.staleness):
+        if not (resamples or config.staleness):
             collector.skip_to(number * self._num_groups)
             return collector
-        collector.restore(self._read_queue(before))
+        before = self._history.find_before(number)
+        queue = GroupQueue(0, 0, [])
+        if before is not None:
+            queue = self._read_queue(before)
+        if not self._history.is_behind_skips(number):
+            collector.restore(queue)
+            return collector
+        # A rollback skips prompts with their batches: all that a rollout between may
+        # have taken, and what was begun ahead with parameters that are gone.
+        prompts_per_rollout = self._num_groups
+        if resamples:
+            prompts_per_rollout *= 1 + config.max_resamples
+        num_skipped = self._history.count_skipped(number) * prompts_per_rollout
+        collector.skip_to(queue.num_begun + num_skipped)
         return collector
-
-    def _find_rollout_before(self, number: int) -> int | None:
-        """Returns the rollout that the run trained on before this one; None: it is the
-        first."""
-        batch = number * self._updates - 1
-        for first, last in sorted(self._context.skips, reverse=True):
-            if first <= batch <= last:
-                batch = first - 1
-        return batch // self._updates if batch >= 0 else None
 
     def _read_queue(self, number: int) -> GroupQueue:
         """Returns where groups stand behind a rollout. Raises MaxlmError: its record is
         not there."""
         arrays = self._files.read_on_all_hosts(number)
         if arrays is None:
-            message = f"the record of rollout {number} is not there, and it says "
-            message += "which samples come next"
-            fix = "resume from an older checkpoint"
-            where = str(self._files.get_path(number))
-            raise MaxlmError(message, where=where, fix=fix)
+            raise self._make_missing_error(number, "it says which samples come next")
         episodes = episodes_from_arrays(arrays, self._order)
         next_prompt = int(arrays[_NEXT_PROMPT])
         return GroupQueue(next_prompt, int(arrays[_NUM_BEGUN]), episodes)
+
+    def _make_missing_error(self, number: int, purpose: str) -> MaxlmError:
+        message = f"the record of rollout {number} is not there, and {purpose}"
+        step = self._context.start_step
+        fix = f"put it back, or move checkpoint {step} away to resume from an older one"
+        other_folder = self._context.other_folder
+        files = self._files if other_folder is None else RolloutFiles(other_folder)
+        return MaxlmError(message, where=str(files.get_path(number)), fix=fix)
 
     def _make_batch(
         self, groups: Sequence[Group], number: int, state: TrainState
@@ -338,31 +382,11 @@ class PolicyRollouts:
         samples = [sample for group in groups for sample in group.samples]
         batch = pack_samples(samples, self._layout, routes=self._routes)
         if self._task.reads_models_of_rollouts:
-            batch |= self._compute_on_devices(batch, number, state)
+            batch |= self._preparation.compute(batch, number, state)
         scores = np.stack([group.scores for group in groups])
         weights = [reward.weight for reward in self._task.rewards]
         is_complete = np.array([group.is_complete for group in groups])
         return self._task.finish_rollouts(scores, weights, is_complete, batch)
-
-    def _compute_on_devices(
-        self, batch: Batch, number: int, state: TrainState
-    ) -> dict[str, np.ndarray]:
-        """Returns what models say of a rollout, arrays [rows, ...] on the host."""
-        setup = self._context.setup
-        placement = BatchPlacement.of_run(setup, self._task.minibatches)
-        local_batch = {
-            name: array[placement.local_rows] for name, array in batch.items()
-        }
-        added = self._prepare(state, placement.put(local_batch), np.uint32(number))
-        arrays: dict[str, np.ndarray] = {}
-        for name, array in added.items():
-            value = np.asarray(process_allgather(array, tiled=True))
-            value = value.reshape(-1, *value.shape[2:])
-            if placement.token_order is not None:
-                # In the sequence's own order, as rows are on the host.
-                value = value[:, np.argsort(placement.token_order)]
-            arrays[name] = value
-        return arrays
 
     def _average_advantages(self, batch: Batch) -> list[float]:
         """Returns the mean advantage of each sample's tokens, in the order in which
@@ -377,45 +401,9 @@ class PolicyRollouts:
         return advantages
 
 
-def _jit_preparation(
-    setup: RunSetup, task: RolloutTask
-) -> Callable[[TrainState, DeviceBatch, np.uint32], DeviceBatch]:
-    """Returns ``prepare(state, batch, rollout number)``: what models say of a rollout,
-    compiled at its first call."""
-    modules = setup.frozen_modules
-    seed = setup.config.seed
-
-    def prepare(
-        params: Params,
-        frozen: Mapping[str, Params],
-        task_state: Mapping[str, jax.Array],
-        batch: DeviceBatch,
-        number: jax.Array,
-    ) -> DeviceBatch:
-        key = fold_in_name(jax.random.key(seed), "rollouts")
-        models = TaskModels(
-            bind(setup.model, params), bind_frozen(modules, frozen, params), task_state
-        )
-        return task.prepare_rollouts(models, batch, jax.random.fold_in(key, number))
-
-    run = bind_mesh(setup.mesh, jax.jit(prepare))
-
-    def prepare_state(
-        state: TrainState, batch: DeviceBatch, number: np.uint32
-    ) -> DeviceBatch:
-        return run(state.params, state.frozen, state.task, batch, number)
-
-    return prepare_state
-
-
-def _digest_settings(setup: RunSetup, skips: Any) -> str:
-    """Returns a digest of the settings that decide what rollouts hold."""
-    config = setup.config.model_dump(mode="json")
-    deciding: dict[str, Any] = {name: config[name] for name in _DECIDING}
-    # What is validated on draws nothing that is learnt from.
-    deciding["task"] = {**config["task"], "validation": None}
-    deciding["steps"] = config["train"]["steps"]
-    deciding["start_from"] = config["train"]["start_from"]
-    deciding["skips"] = skips
-    text = json.dumps(deciding, sort_keys=True)
+def _digest_settings(config: RunConfig, skips: Skips) -> str:
+    """Returns a digest of what decides what rollouts hold."""
+    settings = config.model_dump(mode="json")
+    deciding = select_leaves(settings, _DECIDING, ignored=INCIDENTAL)
+    text = json.dumps([deciding, skips], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -106,12 +106,14 @@ class PolicyValidator:
             "validation",
         )
         num_samples = self._validation.num_samples
-        places = {id(prompt): place for place, prompt in enumerate(self._prompts)}
+        sampler.add(self._prompts, num_samples)
         samples_by_place: dict[int, Sample] = {}
-        for sample in sampler.sample(self._prompts, num_samples):
-            place = places[id(sample.prompt)] * num_samples + sample.number
-            samples_by_place[place] = sample
-            if self._runner is not None:
-                self._runner.submit(sample)
+        while len(samples_by_place) < len(self._prompts) * num_samples:
+            for sample in sampler.advance(1):
+                place = sample.prompt.number * num_samples + sample.number
+                samples_by_place[place] = sample
+                if self._runner is not None:
+                    self._runner.submit(sample)
+            # With each dispatch: an answer may take longer than a step may.
             self._context.on_work()
         return [samples_by_place[place] for place in sorted(samples_by_place)]
