@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from maxlm.train.program import TrainingProgram
 
 RecipeArgument = Annotated[
-    str, Argument(help="A YAML file, or a recipe of configs/rl: rl_demo, grpo, ppo.")
+    str,
+    Argument(
+        help="A YAML file, a recipe of configs/rl, such as qwen3_0_6b_grpo, or a method "
+        "of configs/methods: grpo, grpo_lora, rloo, ppo, on_policy_distill."
+    ),
 ]
 
 
@@ -50,10 +54,18 @@ def command(
     maxlm rl grpo --base SmolLM2-135M --prompts questions.jsonl name=solver
 
     A recipe is a run's config: `maxlm plan` and `maxlm launch` take it too.
+
+    `maxlm rl report RUN` writes a page of a run: curves, and samples with their rewards.
+    `maxlm rl prompts FILE` writes an environment's prompts: each has its own --help.
     """
+    from maxlm.config import MaxlmError
     from maxlm.run.load_config import load_run_config
 
     all_settings = []
+    if base and not Path(base).expanduser().is_dir():
+        message = f"no such folder: {base}"
+        fix = "name a run's folder, or a downloaded Hugging Face one"
+        raise MaxlmError(message, where="--base", fix=fix)
     if base:
         all_settings.append(f"train.start_from={base}")
     if prompts:
@@ -76,7 +88,13 @@ def prompts(
     settings: SettingsArgument = None,
     count: Annotated[
         int | None,
-        Option("-n", "--count", min=1, help="Rows; default: all that there are."),
+        Option(
+            "-n",
+            "--count",
+            min=1,
+            help="Rows; default: all. Needed where an environment draws prompts "
+            "without end.",
+        ),
     ] = None,
     seed: Annotated[int, Option(help="Of rows that are drawn.")] = 0,
     examples: Annotated[

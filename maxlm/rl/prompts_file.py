@@ -5,7 +5,7 @@ from itertools import count as count_from
 from itertools import islice
 from pathlib import Path
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.data.loader.permutation import derive_key
 from maxlm.rl.environments import Environment, EnvironmentConfig
 from maxlm.runtime.files import replace_file
@@ -31,13 +31,18 @@ def write_prompts(
     Args:
         seed: of rows that are drawn.
         examples: rows get a column ``completion`` to tune a model on: this share of
-            them, drawn, the environment's example, others the bare ``answer``. None:
-            no row gets it.
+            them, drawn, the environment's example, others its flawed one. None: no row
+            gets it.
 
     Raises:
-        MaxlmError: rows that cannot be read or written, or have no example.
+        MaxlmError: rows that cannot be read or written, have no example, or have no end
+            and are not counted.
     """
     rows = environment.open_prompts(seed)
+    if rows.num_rows is None and count is None:
+        message = f"kind={environment.kind} draws prompts without end"
+        fix = "say how many to write: --count 2000"
+        raise MaxlmError(message, where="--count", fix=fix)
     numbers = count_from() if rows.num_rows is None else range(rows.num_rows)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

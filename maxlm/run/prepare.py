@@ -257,6 +257,11 @@ def _read_training_texts(config: RunConfig) -> Iterator[bytes]:
         message = "a store was made with a tokenizer, and none is named"
         fix = "name the folder of the tokenizer the stores were built with"
         raise MaxlmError(message, where="tokenizer.path", fix=fix)
+    if not sources:
+        message = "no tokenizer, and no model to start from"
+        fix = "name a run's or a Hugging Face folder: --base FOLDER, or "
+        fix += "train.start_from=FOLDER"
+        raise MaxlmError(message, where="train.start_from", fix=fix)
     for source in sources:
         for document in read_documents(source):
             if not is_heldout(document.text, config.data.heldout_fraction):

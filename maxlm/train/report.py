@@ -149,6 +149,8 @@ def _list_files(run: TrainingResult) -> str:
         "plots/rollouts.png": "rewards, lengths and entropy",
         "samples": "what is printed above",
     }
+    if config.task.command == "rl":
+        descriptions["samples"] = "answers with their rewards"
     names = [name for name in descriptions if (folder / name).exists()]
     width = max(len(str(folder / name)) for name in names)
     lines = [f"  {folder / name!s:<{width}}  {descriptions[name]}" for name in names]
@@ -157,4 +159,6 @@ def _list_files(run: TrainingResult) -> str:
         chats = "chat_template.jinja" in run.data.tokenizer.extra_files
         verb = f"chat {folder}" if chats else f'generate {folder} "your prompt"'
         lines.append(f"Try: maxlm {verb}")
+    if config.task.command == "rl":
+        lines.append(f"Look at it: maxlm rl report {folder}")
     return "\n".join(["Everything is in", *lines])

@@ -226,6 +226,38 @@ def test_prompts_that_are_too_long_end_a_run_before_anything_is_drawn(home, part
     )
     assert re.search(pattern + "; 2 prompts are too long; ", line), line
     assert not RolloutFiles(home / "long").list_numbers()
+    # Every row is checked, and not those of the first rollout alone.
+    rows = [{"prompt": "the sun", "answer": "x"}] * 40
+    text = "\n".join(map(json.dumps, [*rows, {"prompt": "a sea"}]))
+    (home / "rows.jsonl").write_text(text)
+    prompts = f"{{kind: single_turn, files: ['{home}/rows.jsonl']}}"
+    settings = (f"task.environment={prompts}", "data.shuffle=false", rewards)
+    line = refuse(train, path, "name=unanswered", *settings)
+    assert re.search(r"exact_match, .*rows.jsonl: row 40: no column 'answer'", line), (
+        line
+    )
+
+
+def test_prompts_that_are_not_there_are_refused_before_models_are_read(tmp_path):
+    path = write(tmp_path, {})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("of Hugging Face, and damaged")
+    settings = (f"train.start_from={tmp_path}/base", "task.rewards=[{kind: letters}]")
+    prompts = "{kind: single_turn}"
+    line = refuse(train, path, *settings, f"task.environment={prompts}")
+    assert line.startswith("task.environment.files: environment.kind=single_turn")
+    assert line.endswith("--prompts FILE")
+    prompts = "{kind: single_turn, files: [nowhere.jsonl]}"
+    line = refuse(train, path, *settings, f"task.validation={{environment: {prompts}}}")
+    assert line.startswith("task.validation.environment.files, ")
+    assert "nowhere.jsonl: no such file" in line
+
+
+def test_a_run_from_nothing_has_no_tokenizer(tmp_path):
+    path = write(tmp_path, {"data": {"seq_len": 16}})
+    line = refuse(train, path)
+    assert line.startswith("train.start_from: no tokenizer, and no model to start from")
+    assert "--base FOLDER" in line
 
 
 def test_a_reference_has_the_policy_s_vocabulary(tmp_path):

@@ -94,6 +94,15 @@ class Environment(Config):
     """Texts that end a turn of the policy, such as the end of a call; they stay in
     it."""
 
+    def check_files(self, setting: str, way: str) -> None:
+        """Checks that files of prompts are named where they are needed, and are there;
+        reads none. Raises MaxlmError.
+
+        Args:
+            setting: the one that names them, for messages.
+            way: how a user names them: ``--prompts FILE``.
+        """
+
     @abstractmethod
     def open_prompts(self, seed: int) -> PromptRows:
         """Opens the rows of prompts. Raises MaxlmError: they cannot be read.

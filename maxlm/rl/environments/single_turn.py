@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import Field
 
@@ -42,10 +43,17 @@ class SingleTurnEnvironment(Environment):
     """Names of columns in the files, by the names that environments and rewards read:
     {prompt: question, answer: solution}."""
 
-    def open_prompts(self, seed: int) -> PromptRows:
-        if not self.files:
+    def check_files(self, setting: str, way: str) -> None:
+        if self.needs_files and not self.files:
             message = f"environment.kind={self.kind} reads prompts of files, and none "
             message += "is named"
-            fix = "name a .jsonl or .parquet file"
-            raise MaxlmError(message, where="environment.files", fix=fix)
+            fix = f"name a .jsonl or .parquet file: {way}"
+            raise MaxlmError(message, where=setting, fix=fix)
+        for file in self.files:
+            if not Path(file).exists():
+                fix = f"name a .jsonl or .parquet file, or a dataset's folder: {way}"
+                raise MaxlmError("no such file", where=f"{setting}, {file}", fix=fix)
+
+    def open_prompts(self, seed: int) -> PromptRows:
+        self.check_files("environment.files", "files=[FILE]")
         return FileRows(open_rows(*self.files, columns=self.columns))

@@ -19,6 +19,7 @@ from maxlm.rl.rewards.workers import (
     start_threads,
 )
 from maxlm.rl.samples import Prompt, Sample
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.pool import count_usable_cores
 
 SampleKey = tuple[int, int, int]
@@ -34,6 +35,16 @@ def check_rewards(rewards: Sequence[Reward]) -> None:
             message = f"two rewards are called {name}"
             fix = "give each a name of its own, which metrics have"
             raise MaxlmError(message, where="rewards", fix=fix)
+
+
+def check_row(rewards: Sequence[Reward], row: JsonMapping, place: str) -> None:
+    """Checks that a prompt's row, at a place, has what rewards read. Raises MaxlmError
+    naming the reward and the place."""
+    for reward in rewards:
+        try:
+            reward.check_row(row)
+        except MaxlmError as error:
+            raise _locate(error, f"reward {reward.name}, {place}") from None
 
 
 class RewardRunner(AbstractContextManager["RewardRunner"]):
@@ -94,18 +105,17 @@ class RewardRunner(AbstractContextManager["RewardRunner"]):
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Checks this machine, and that the rows of prompts have what rewards read.
         Raises MaxlmError naming the reward and the row."""
+        self.check_setup()
+        for prompt in prompts:
+            check_row(self.rewards, prompt.row, f"row {prompt.row_number}")
+
+    def check_setup(self) -> None:
+        """Checks this machine. Raises MaxlmError naming the reward."""
         for reward in self.rewards:
             try:
                 reward.check_setup()
             except MaxlmError as error:
                 raise _locate(error, f"reward {reward.name}") from None
-        for prompt in prompts:
-            for reward in self.rewards:
-                try:
-                    reward.check_row(prompt.row)
-                except MaxlmError as error:
-                    where = f"reward {reward.name}, row {prompt.row_number}"
-                    raise _locate(error, where) from None
 
     def submit(self, sample: Sample) -> None:
         """Begins to score a sample, whose scores :meth:`collect` returns."""

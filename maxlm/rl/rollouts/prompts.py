@@ -1,6 +1,6 @@
 """Which prompt comes when: a pure function of the run's seed and a number."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -12,10 +12,13 @@ from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.rl.environments.environment import Environment, PromptRows
 from maxlm.rl.samples import Prompt
+from maxlm.runtime.json_types import JsonMapping
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import Progress, ignore_progress
 
 LongPrompts = Literal["refuse", "leave_out"]
+RowCheck = Callable[[JsonMapping, str], None]
+"""Raises MaxlmError of a prompt's row, whose place it is told."""
 _MANY_ROWS = 16384
 """So many prompts take longer to encode than processes to start: seconds."""
 _PART_ROWS = 1024
@@ -35,12 +38,15 @@ class PromptOrder:
         shuffle: false: every epoch is in the order of the rows.
         workers: processes that encode many prompts once to know their lengths; None:
             one a core.
+        check_row: called with every row and its place, unless there is no end of them;
+            raises MaxlmError of one that rewards cannot read.
 
     Attributes:
         num_left_out: prompts of an epoch that are too long.
 
     Raises:
-        MaxlmError: prompts that cannot be read or are too long; before anything runs.
+        MaxlmError: prompts that cannot be read, are too long or that ``check_row``
+            refuses; before anything runs.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class PromptOrder:
         shuffle: bool = True,
         workers: int | None = 1,
         on_progress: Progress = ignore_progress,
+        check_row: RowCheck | None = None,
     ):
         self.rows = environment.open_prompts(seed)
         self.num_left_out = 0
@@ -66,7 +73,7 @@ class PromptOrder:
         num_rows = self.rows.num_rows
         if num_rows is None:
             return
-        lengths = self._measure(num_rows, workers, on_progress)
+        lengths = self._measure(num_rows, workers, on_progress, check_row)
         too_long = np.flatnonzero(lengths > max_prompt_length)
         if too_long.size and long_prompts == "refuse":
             first = int(too_long[0])
@@ -109,16 +116,22 @@ class PromptOrder:
         return self._row_numbers[places].tolist()
 
     def _measure(
-        self, num_rows: int, workers: int | None, on_progress: Progress
+        self,
+        num_rows: int,
+        workers: int | None,
+        on_progress: Progress,
+        check_row: RowCheck | None,
     ) -> NDArray[np.int64]:
-        """Counts the tokens of each row's prompt."""
+        """Counts the tokens of each row's prompt, and checks the row."""
         num_parts = max(1, num_rows // _PART_ROWS)
         parts = [
             part.tolist() for part in np.array_split(np.arange(num_rows), num_parts)
         ]
         lengths = np.zeros(num_rows, np.int64)
         num_done = 0
-        measure = partial(_measure_part, self._environment, self._tokenizer, self.rows)
+        measure = partial(
+            _measure_part, self._environment, self._tokenizer, self.rows, check_row
+        )
         with WorkerPool(workers if num_rows >= _MANY_ROWS else 1) as pool:
             for numbers, part_lengths in pool.map_unordered(measure, parts):
                 lengths[numbers] = part_lengths
@@ -144,11 +157,14 @@ def _measure_part(
     environment: Environment,
     tokenizer: Tokenizer,
     rows: PromptRows,
+    check_row: RowCheck | None,
     numbers: Sequence[int],
 ) -> tuple[Sequence[int], list[int]]:
-    lengths = [
-        len(_encode_row(environment, tokenizer, rows, number)) for number in numbers
-    ]
+    lengths = []
+    for number in numbers:
+        lengths.append(len(_encode_row(environment, tokenizer, rows, number)))
+        if check_row is not None:
+            check_row(rows[number], rows.locate(number))
     return numbers, lengths
 
 

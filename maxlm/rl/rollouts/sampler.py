@@ -412,12 +412,14 @@ def find_max_prompt_length(config: RolloutConfig, max_length: int) -> int:
     ``max_length``. Raises MaxlmError: the settings leave no room for the answer."""
     max_new_tokens = config.sampling.max_new_tokens
     room = max_length - max_new_tokens
-    wanted_length = config.max_prompt_length or max(room, 1)
-    if wanted_length > room:
-        message = (
-            f"prompts of {wanted_length:,} tokens and max_new_tokens={max_new_tokens} "
-            f"are more than the {max_length:,} of the longest sequence"
-        )
-        fix = "lower one of them, or raise the engine's max_length"
-        raise MaxlmError(message, where="max_prompt_length", fix=fix)
-    return wanted_length
+    if room < (config.max_prompt_length or 1):
+        prompts = f"max_prompt_length={config.max_prompt_length}"
+        if config.max_prompt_length is None:
+            prompts = "a prompt"
+        message = f"{max_new_tokens:,} leave no room for {prompts} in the "
+        message += f"{max_length:,} tokens of the longest sequence"
+        fix = "raise data.seq_len (and task.engine.max_length, if it is set), or lower "
+        fix += "max_new_tokens or max_prompt_length"
+        where = "task.rollouts.sampling.max_new_tokens"
+        raise MaxlmError(message, where=where, fix=fix)
+    return config.max_prompt_length or room

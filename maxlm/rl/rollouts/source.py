@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from maxlm.config.keys import select_leaves
 from maxlm.data.batch_source import Batch
 from maxlm.data.loader.permutation import derive_key, permute
 from maxlm.optim.state import TrainState
-from maxlm.rl.rewards.runner import RewardRunner
+from maxlm.rl.rewards.runner import RewardRunner, check_row
 from maxlm.rl.rollouts.description import (
     describe_engine_work,
     describe_groups,
@@ -33,6 +34,7 @@ from maxlm.rl.rollouts.generation import PolicyEngine
 from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
 from maxlm.rl.rollouts.history import RolloutHistory
 from maxlm.rl.rollouts.packing import pack_samples
+from maxlm.rl.rollouts.planned_work import count_groups
 from maxlm.rl.rollouts.preparation import RolloutPreparation
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.records import (
@@ -86,17 +88,8 @@ class PolicyRolloutSource:
     def __init__(self, task: RolloutTask, inputs: SourceInputs):
         self.task = task
         self.inputs = inputs
-        num_rows = inputs.loader.batch_size * task.minibatches
-        layout = task.make_layout(inputs.loader.seq_len)
-        num_samples = num_rows * layout.sequences_per_row
-        if num_samples % task.num_samples:
-            message = (
-                f"{num_samples} samples a rollout are no whole number of groups of "
-                f"task.num_samples={task.num_samples}"
-            )
-            fix = "make data.batch_size · task.minibatches a multiple of it"
-            raise MaxlmError(message, where="data.batch_size", fix=fix)
-        self.num_groups = num_samples // task.num_samples
+        loader = inputs.loader
+        self.num_groups = count_groups(task, loader.seq_len, loader.batch_size)
         self.batches_per_rollout = task.epochs * task.minibatches
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
@@ -139,6 +132,8 @@ class PolicyRollouts:
         self._engine = PolicyEngine(
             source.task, setup, context.tokenizer, self._layout.max_entries + 1
         )
+        if runner is not None:
+            runner.check_setup()
         self._order = PromptOrder(
             source.task.environment,
             context.tokenizer,
@@ -147,13 +142,15 @@ class PolicyRollouts:
             long_prompts=source.task.rollouts.long_prompts,
             shuffle=setup.config.data.shuffle,
             workers=setup.config.data.build_workers,
+            check_row=None if runner is None else partial(check_row, runner.rewards),
         )
         if self._order.num_left_out:
             context.say(
                 f"{self._order.num_left_out:,} prompts are left out: longer than "
                 f"{self._engine.max_prompt_length:,} tokens"
             )
-        if runner is not None:
+        # Rows without end are not read beforehand: those of the first rollout.
+        if runner is not None and self._order.prompts_per_epoch is None:
             runner.check(self._order.take(0, self._num_groups))
         self._runner = runner
         self._collector: GroupCollector | None = None

@@ -164,6 +164,10 @@ def test_a_share_of_the_rows_that_are_written_are_examples(tmp_path):
         assert has_call or row["completion"] == row["answer"]
     assert write_prompts(AdditionEnvironment(), path, 7) == 7
     assert all("completion" not in line for line in path.read_text().splitlines())
+    error = message(write_prompts, AdditionEnvironment(), path, None)
+    assert error.startswith("--count: kind=addition draws prompts without end; ")
+    assert len(path.read_text().splitlines()) == 7
+    assert write_prompts(AdditionEnvironment(num_rows=5), path, None) == 5
 
     source = tmp_path / "questions.jsonl"
     source.write_text(json.dumps({"prompt": "?"}))

@@ -17,6 +17,7 @@ from maxlm.rl.tasks.ppo import PpoTask
 from maxlm.rl.tasks.rloo import RlooTask
 from maxlm.sharding import MeshConfig
 from maxlm.tasks.extra_work import ScoringModel
+from tests.errors import message
 
 POLICY = "log-probabilities of the policy"
 REFERENCE = "log-probabilities of the reference"
@@ -54,6 +55,9 @@ def test_sequences_are_those_that_the_source_draws():
     roomy = task.engine.model_copy(update={"max_length": 29})
     shorter = task.model_copy(update={"engine": roomy})
     assert shorter.generation(60, 6).room_tokens == 29
+    # What a run refuses, its plan does.
+    error = message(task.generation, 60, 5)
+    assert error.startswith("data.batch_size: 20 samples a rollout are no whole number")
 
 
 def test_a_model_that_scores_is_told_to_the_plan():

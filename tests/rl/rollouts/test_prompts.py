@@ -2,12 +2,16 @@
 wrong with a prompt is one line."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 from maxlm.rl.environments import SingleTurnEnvironment
 from maxlm.rl.environments.addition import AdditionEnvironment
+from maxlm.rl.environments.calculator import CalculatorEnvironment
+from maxlm.rl.rewards.exact_match import ExactMatchReward
+from maxlm.rl.rewards.runner import check_row
 from maxlm.rl.rollouts.prompts import PromptOrder
 from tests.errors import message
 
@@ -31,6 +35,7 @@ def order(chat_tokenizer):
         max_prompt_length=30,
         long_prompts="refuse",
         shuffle=True,
+        check_row=None,
     ) -> PromptOrder:
         return PromptOrder(
             environment,
@@ -39,6 +44,7 @@ def order(chat_tokenizer):
             max_prompt_length=max_prompt_length,
             long_prompts=long_prompts,
             shuffle=shuffle,
+            check_row=check_row,
         )
 
     return make
@@ -99,10 +105,30 @@ def test_bad_rows_are_one_line(write_rows, order, row, expected):
     assert "row 1" in error
 
 
+def test_every_row_of_files_has_what_rewards_read(write_rows, order):
+    rows = [{"question": f"{i}?", "answer": "x"} for i in range(9)]
+    del rows[7]["answer"]
+    check = partial(check_row, [ExactMatchReward(), ExactMatchReward(name="again")])
+    error = message(order, write_rows(*rows), check_row=check)
+    assert error.startswith("reward exact_match, ")
+    assert "rows.jsonl: row 7: no column 'answer'" in error
+    del rows[7]
+    assert order(write_rows(*rows), check_row=check).prompts_per_epoch == 8
+    # Rows without end are not read.
+    order(AdditionEnvironment(template="{a}"), check_row=check)
+
+
 def test_no_files(order):
+    environment = SingleTurnEnvironment()
     assert "environment.files: environment.kind=single_turn" in message(
-        order, SingleTurnEnvironment()
+        order, environment
     )
+    error = message(environment.check_files, "task.environment.files", "--prompts FILE")
+    assert error.endswith("name a .jsonl or .parquet file: --prompts FILE")
+    missing = SingleTurnEnvironment(files=("nowhere/rows.jsonl",))
+    error = message(missing.check_files, "task.environment.files", "--prompts FILE")
+    assert error.startswith("task.environment.files, nowhere/rows.jsonl: no such file")
+    CalculatorEnvironment().check_files("task.environment.files", "--prompts FILE")
 
 
 def test_messages_and_texts_are_written_by_the_template(

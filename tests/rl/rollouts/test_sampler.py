@@ -289,7 +289,12 @@ def test_settings_that_leave_no_room(make_sampler, prompts):
     assert "row 1 of prompts: a prompt of" in error
     assert not sampler.num_unfinished
     config = RolloutConfig(max_prompt_length=100)
-    assert "100 tokens and max_new_tokens=256" in message(
-        find_max_prompt_length, config, 300
-    )
+    where = "task.rollouts.sampling.max_new_tokens: 256 leave no room for"
+    error = message(find_max_prompt_length, config, 300)
+    assert f"{where} max_prompt_length=100 in the 300 tokens" in error
+    error = message(find_max_prompt_length, RolloutConfig(), 256)
+    assert f"{where} a prompt in the 256 tokens" in error
+    assert "raise data.seq_len" in error
+    assert find_max_prompt_length(config, 356) == 100
     assert find_max_prompt_length(RolloutConfig(), 300) == 44
+    assert find_max_prompt_length(RolloutConfig(), 257) == 1
