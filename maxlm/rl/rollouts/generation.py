@@ -86,7 +86,8 @@ class PolicyEngine:
     ) -> RolloutSampler:
         """Returns a sampler of another environment's prompts, which draws with
         ``params``: those that ``step`` begins with. Samples of the run that are under
-        way wait meanwhile, and then compute anew what is there of them. ``stream``: tells its samples from those of the run."""
+        way wait meanwhile, and then compute anew what is there of them. ``stream``:
+        tells its samples from those of the run."""
         engine = self._open_engine(params)
         if self._sampler is not None:
             self._sampler.pause()
