@@ -104,6 +104,7 @@ def read_history(folder: Path) -> dict[str, Any]:
     return {name: run[name] for name in run if not name.endswith("settings")}
 
 
+@pytest.mark.more
 def test_a_rollback_skips_prompts_with_their_batches(tmp_path, parts, monkeypatch):
     """The third of three checkpoints is of bad steps; and the run is the same from the
     first, which is from before what it skips."""
@@ -164,6 +165,7 @@ def test_a_run_that_is_killed_anywhere_is_the_same(tmp_path, parts):
     policy_runs.assert_same_run(policy_runs.read_run(tmp_path / "b"), expected)
 
 
+@pytest.mark.more
 def test_records_that_no_checkpoint_needs_are_deleted(tmp_path, parts):
     path = policy_runs.write_config(tmp_path, parts, rollouts={"keep_records": 1})
     policy_runs.train(path)
