@@ -227,7 +227,8 @@ def differentiate(cell: cells.Cell, model_name: str) -> dict[str, np.ndarray]:
     lead = (cells.MICRO, cells.ROWS)
     rules = setup.placed.compute
     rows = get_local_row_indices(batch_sharding(rules, setup.mesh, ()), lead)
-    host_batch = cells.batches(config.vocab_size)[0] | {"routes": routes}
+    drawn = cells.batches(config.vocab_size)[0] | {"routes": routes}
+    host_batch = {name: drawn[name] for name in arrays}
     batch = make_global_batch(
         host_batch, arrays, rows, rules, setup.mesh, lead, setup.token_order
     )

@@ -47,8 +47,8 @@ def test_rollouts_are_drawn_once_and_teach(monkeypatch):
     advantages = []
     make = source.PolicyRollouts._make
 
-    def record(self, number, step, state):
-        arrays, metrics = make(self, number, step, state)
+    def record(self, number, state):
+        arrays, metrics = make(self, number, state)
         advantages.append((number, arrays["batch_advantages"]))
         return arrays, metrics
 

@@ -89,7 +89,7 @@ def test_failures_can_count_as_scores_and_are_counted():
 @pytest.mark.more
 def test_samples_behind_hung_workers_get_one_more():
     """The one worker there is hangs for all of the test."""
-    reward = make_function_reward("tell_time", {"time_limit": 6, "on_timeout": None})
+    reward = make_function_reward("tell_time", {"time_limit": 15, "on_timeout": None})
     with RewardRunner([reward], workers=1) as runner:
         runner.score([make_sample("warm")])
         began = time.monotonic()
@@ -97,8 +97,8 @@ def test_samples_behind_hung_workers_get_one_more():
         runner.submit(hung)
         others = [make_sample("a", number=n) for n in range(3)]
         scores = runner.score(others)
-        assert (scores[:, 0] - began < 5).all()
-        with pytest.raises(MaxlmError, match="sample 0: took longer than 6 s"):
+        assert (scores[:, 0] - began < 14).all()
+        with pytest.raises(MaxlmError, match="sample 0: took longer than 15 s"):
             runner.collect([hung])
 
 
