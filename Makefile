@@ -147,7 +147,8 @@ corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token
 	$(bin)/maxlm corpus report corpora/demo --tokenizer runs/corpus-demo/tokenizer
 
 torture: $(ready) ## kill runs on one and two hosts 100 times, and compare their ends (half an hour)
-	$(bin)/python -m pytest -q tests/train/test_torture.py tests/train/test_processes.py
+	$(bin)/python -m pytest -q $(addprefix tests/,train/test_torture.py train/test_processes.py \
+		rl/test_killed_runs.py)
 	$(bin)/python benchmarks/torture.py --kills 100
 
 check: $(ready) ## formatting, lint, types, directions of imports, names

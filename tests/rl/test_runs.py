@@ -1,10 +1,8 @@
-"""Promise: a run of ``maxlm rl`` that is killed anywhere and resumed is the same run to
-the last bit, also where samples are under way; and what is begun ahead changes nothing
-but how old the parameters are."""
+"""Promise: a run of ``maxlm rl`` that stops and is resumed is the same run to the last
+bit, also where samples are under way; and what is begun ahead changes nothing but how
+old the parameters are."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.records import read_records
 from maxlm.train.trainer import RollbackDecision
 from tests.rl import policy_runs
-from tests.rl.killed_run import PLACES
-from tests.train import tiny
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("compiled_once")]
 
@@ -59,13 +55,6 @@ def test_what_is_begun_ahead_is_what_would_be_drawn(tmp_path, parts):
 
 class StopsHere(Exception):
     """Ends a run at a place."""
-
-
-def run_process(path: str, *place_and_count: str, folder: Path) -> None:
-    """Trains in another process, which is killed at a place."""
-    command = [sys.executable, "-m", "tests.rl.killed_run", path, *place_and_count]
-    process = subprocess.run(command, env=tiny.environment(folder), check=False)
-    assert process.returncode == (-9 if place_and_count else 0), place_and_count
 
 
 def test_a_run_that_stops_goes_on_as_it_was(tmp_path, parts, monkeypatch):
@@ -148,21 +137,6 @@ def test_a_rollback_skips_prompts_with_their_batches(tmp_path, parts, monkeypatc
     assert again.keys() == actual.keys() - skipped
     for name in again:
         np.testing.assert_equal(again[name], actual[name], name)
-
-
-@pytest.mark.more
-def test_a_run_that_is_killed_anywhere_is_the_same(tmp_path, parts):
-    """Killed at every place, one after the other, on the way."""
-    settings = {"rollouts": {"staleness": 2}, "epochs": 2}
-    longer = parts | {"train": {"steps": 20}}
-    straight = policy_runs.write_config(tmp_path / "a", longer, **settings)
-    run_process(straight, folder=tmp_path)
-    expected = policy_runs.read_run(tmp_path / "a")
-    killed = policy_runs.write_config(tmp_path / "b", longer, **settings)
-    for place in PLACES:
-        run_process(killed, place, "2", folder=tmp_path)
-    run_process(killed, folder=tmp_path)
-    policy_runs.assert_same_run(policy_runs.read_run(tmp_path / "b"), expected)
 
 
 @pytest.mark.more
