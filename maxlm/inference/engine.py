@@ -351,10 +351,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return bool(self._aborted) or self.has_unfinished
+        return bool(self._aborted) or self.has_unfinished_requests
 
     @property
-    def has_unfinished(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         """Whether sequences run, or wait to."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 

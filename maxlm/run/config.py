@@ -53,30 +53,20 @@ INCIDENTAL = (
     "task.validation.*",
     "task.generation_mesh",
     "task.generation_mesh.*",
-    *(
-        f"task.rollouts.{name}"
-        for name in (
-            "environment_errors",
-            "keep_records",
-            "reply_seconds",
-            "reply_threads",
-        )
-    ),
-    *(
-        f"task.rewards.*.{name}"
-        for name in (
-            "time_limit",
-            "on_timeout",
-            "on_error",
-            "num_programs",
-            "num_requests",
-            "max_retries",
-            "mesh",
-            "mesh.*",
-            "address",  # where a judge is
-            "key_variable",
-        )
-    ),
+    "task.rollouts.environment_errors",
+    "task.rollouts.keep_records",
+    "task.rollouts.reply_seconds",
+    "task.rollouts.reply_threads",
+    "task.rewards.*.time_limit",
+    "task.rewards.*.on_timeout",
+    "task.rewards.*.on_error",
+    "task.rewards.*.num_programs",
+    "task.rewards.*.num_requests",
+    "task.rewards.*.max_retries",
+    "task.rewards.*.mesh",
+    "task.rewards.*.mesh.*",
+    "task.rewards.*.address",  # where a judge is
+    "task.rewards.*.key_variable",
 )
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")

@@ -137,6 +137,7 @@ def generate_samples(run: TrainingResult) -> str:
 def _list_files(run: TrainingResult) -> str:
     folder = run.folder
     config = run.setup.config
+    is_rl = config.task.command == "rl"
     descriptions = {
         "config.yaml": "the run, resolved",
         "plan.json": "what was planned",
@@ -147,10 +148,8 @@ def _list_files(run: TrainingResult) -> str:
         "tensorboard": f"the same: tensorboard --logdir {folder}",
         "plots/loss.png": "the loss",
         "plots/rollouts.png": "rewards, lengths and entropy",
-        "samples": "what is printed above",
+        "samples": "answers with their rewards" if is_rl else "what is printed above",
     }
-    if config.task.command == "rl":
-        descriptions["samples"] = "answers with their rewards"
     names = [name for name in descriptions if (folder / name).exists()]
     width = max(len(str(folder / name)) for name in names)
     lines = [f"  {folder / name!s:<{width}}  {descriptions[name]}" for name in names]
@@ -159,6 +158,6 @@ def _list_files(run: TrainingResult) -> str:
         chats = "chat_template.jinja" in run.data.tokenizer.extra_files
         verb = f"chat {folder}" if chats else f'generate {folder} "your prompt"'
         lines.append(f"Try: maxlm {verb}")
-    if config.task.command == "rl":
+    if is_rl:
         lines.append(f"Look at it: maxlm rl report {folder}")
     return "\n".join(["Everything is in", *lines])

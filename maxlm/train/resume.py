@@ -167,6 +167,7 @@ class StateRestorer:
             base_step = start_position.step
         first_batch = get_batch_index(base_step, skips)
         last_batch = get_batch_index(decision.last_bad_step - 1, skips)
+        # To the end of its rollout: the rest of it is of the same bad samples.
         last_batch += -(last_batch + 1) % batches_per_rollout
         skip = (first_batch, last_batch)
         if start_position:
@@ -222,10 +223,10 @@ class StateRestorer:
             state,
             restored_from.step,
             skips,
-            where,
-            other_folder,
-            losses,
-            newer,
+            checkpoint_place=where,
+            other_folder=other_folder,
+            detector_state=losses,
+            skipped=newer,
         )
 
 

@@ -94,13 +94,13 @@ class Environment(Config):
     """Texts that end a turn of the policy, such as the end of a call; they stay in
     it."""
 
-    def check_files(self, setting: str, way: str) -> None:
+    def check_files(self, setting: str, example: str) -> None:
         """Checks that files of prompts are named where they are needed, and are there;
         reads none. Raises MaxlmError.
 
         Args:
             setting: the one that names them, for messages.
-            way: how a user names them: ``--prompts FILE``.
+            example: how a user names them: ``--prompts FILE``.
         """
 
     @abstractmethod

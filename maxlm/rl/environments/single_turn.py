@@ -43,15 +43,17 @@ class SingleTurnEnvironment(Environment):
     """Names of columns in the files, by the names that environments and rewards read:
     {prompt: question, answer: solution}."""
 
-    def check_files(self, setting: str, way: str) -> None:
+    def check_files(self, setting: str, example: str) -> None:
         if self.needs_files and not self.files:
             message = f"environment.kind={self.kind} reads prompts of files, and none "
             message += "is named"
-            fix = f"name a .jsonl or .parquet file: {way}"
+            fix = f"name a .jsonl or .parquet file: {example}"
             raise MaxlmError(message, where=setting, fix=fix)
         for file in self.files:
             if not Path(file).exists():
-                fix = f"name a .jsonl or .parquet file, or a dataset's folder: {way}"
+                fix = (
+                    f"name a .jsonl or .parquet file, or a dataset's folder: {example}"
+                )
                 raise MaxlmError("no such file", where=f"{setting}, {file}", fix=fix)
 
     def open_prompts(self, seed: int) -> PromptRows:

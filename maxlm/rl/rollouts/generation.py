@@ -141,7 +141,7 @@ class PolicyEngine:
         self._engine.release_params()
         keeps_caches = self._task.rollouts.update_in_flight == "keep_caches"
         # A pause, such as for a validation, has left nothing in the caches to keep.
-        if keeps_caches and self._engine.has_unfinished:
+        if keeps_caches and self._engine.has_unfinished_requests:
             return
         if self._sampler is not None:
             self._sampler.pause()

@@ -35,7 +35,7 @@ class Group:
         return [sample.is_complete for sample in self.samples]
 
     @property
-    def lengths(self) -> list[int]:
+    def response_lengths(self) -> list[int]:
         """Tokens that the policy drew of each sample."""
         return [sample.num_sampled for sample in self.samples]
 
@@ -154,7 +154,7 @@ class GroupCollector:
             groups = self._take_groups(num_missing, collected.seconds)
             is_constant = self._find_without_variance(
                 np.stack([group.scores for group in groups]),
-                np.array([group.lengths for group in groups]),
+                np.array([group.response_lengths for group in groups]),
                 np.array([group.is_complete for group in groups]),
             )
             if self._config.zero_variance != "resample":

@@ -16,7 +16,7 @@ class RolloutHistory:
     batches_per_rollout: int
     skips: Skips
 
-    def find_before(self, number: int) -> int | None:
+    def find_previous(self, number: int) -> int | None:
         """Returns the rollout that the run trained on before this one; None: it is the
         first."""
         batch = number * self.batches_per_rollout - 1
@@ -25,22 +25,22 @@ class RolloutHistory:
                 batch = first - 1
         return batch // self.batches_per_rollout if batch >= 0 else None
 
-    def count_skipped(self, number: int) -> int:
+    def count_skipped_before(self, number: int) -> int:
         """Returns how many rollouts lie between one and the one before it."""
-        before = self.find_before(number)
+        before = self.find_previous(number)
         return number - (-1 if before is None else before) - 1
 
-    def is_behind_skips(self, number: int) -> bool:
+    def is_after_skips(self, number: int) -> bool:
         """Whether the run skips a batch from the beginning of the rollout before to
         that of this one."""
-        begin = (self.find_before(number) or 0) * self.batches_per_rollout
+        begin = (self.find_previous(number) or 0) * self.batches_per_rollout
         end = number * self.batches_per_rollout
         return any(first < end and last >= begin for first, last in self.skips)
 
-    def find_needed(self, step: int) -> int | None:
+    def find_needed_record(self, step: int) -> int | None:
         """Returns the rollout whose record a run begins with that goes on behind so
         many updates: the one that it stands in the middle of, or the one before, which
         says where its prompts stand; None: it begins."""
         batch = get_batch_index(step, self.skips)
         number, num_trained = divmod(batch, self.batches_per_rollout)
-        return number if num_trained else self.find_before(number)
+        return number if num_trained else self.find_previous(number)

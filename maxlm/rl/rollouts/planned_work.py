@@ -6,7 +6,7 @@ from maxlm.rl.rollouts.task import RolloutTask
 from maxlm.tasks.extra_work import GenerationWork
 
 
-def count_groups(task: RolloutTask, seq_len: int, batch_size: int) -> int:
+def count_groups_per_rollout(task: RolloutTask, seq_len: int, batch_size: int) -> int:
     """Returns the prompts of a rollout, for steps of ``batch_size`` rows of ``seq_len``.
     Raises MaxlmError: its samples do not divide into groups."""
     layout = task.make_layout(seq_len)
@@ -27,7 +27,7 @@ def describe_generation(
     """Describes the rollouts for steps of ``batch_size`` rows of ``seq_len``: sequences
     as long as they may get. Raises MaxlmError: settings leave no room for answers, or a
     batch does not divide into groups of samples."""
-    num_groups = count_groups(task, seq_len, batch_size)
+    num_groups = count_groups_per_rollout(task, seq_len, batch_size)
     layout = task.make_layout(seq_len)
     engine = task.engine
     # As the engine is set up (rollouts/generation.py).

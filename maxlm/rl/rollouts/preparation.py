@@ -25,7 +25,7 @@ class RolloutPreparation:
         self._setup = setup
         self._prepare = _jit_preparation(setup, task)
 
-    def compute(
+    def compute_arrays(
         self, batch: Batch, number: int, state: TrainState
     ) -> dict[str, np.ndarray]:
         """Returns arrays [rows, ...] on the host.

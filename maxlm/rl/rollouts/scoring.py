@@ -40,11 +40,13 @@ def count_reward_failures(runner: RewardRunner | None) -> dict[str, int]:
     """Returns what :meth:`RewardRunner.count_failures` does, on all processes, which
     call it together. ``runner``: on process 0; None on others."""
 
-    def count() -> dict[str, int]:
+    def count_failures() -> dict[str, int]:
         assert runner is not None
         return runner.count_failures()
 
-    return count() if jax.process_count() == 1 else run_on_process_0(count)
+    if jax.process_count() == 1:
+        return count_failures()
+    return run_on_process_0(count_failures)
 
 
 def list_scored(

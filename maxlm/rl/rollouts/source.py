@@ -34,7 +34,7 @@ from maxlm.rl.rollouts.generation import PolicyEngine
 from maxlm.rl.rollouts.groups import Group, GroupCollector, GroupQueue
 from maxlm.rl.rollouts.history import RolloutHistory
 from maxlm.rl.rollouts.packing import pack_samples
-from maxlm.rl.rollouts.planned_work import count_groups
+from maxlm.rl.rollouts.planned_work import count_groups_per_rollout
 from maxlm.rl.rollouts.preparation import RolloutPreparation
 from maxlm.rl.rollouts.prompts import PromptOrder
 from maxlm.rl.rollouts.records import (
@@ -89,7 +89,9 @@ class PolicyRolloutSource:
         self.task = task
         self.inputs = inputs
         loader = inputs.loader
-        self.num_groups = count_groups(task, loader.seq_len, loader.batch_size)
+        self.num_groups = count_groups_per_rollout(
+            task, loader.seq_len, loader.batch_size
+        )
         self.batches_per_rollout = task.epochs * task.minibatches
 
     def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
@@ -283,25 +285,25 @@ class PolicyRollouts:
         if num_kept is None:
             return
         steps = list_checkpoint_steps(self._context.folder / "checkpoints")
-        first_needed = self._history.find_needed(min(steps, default=0))
+        first_needed = self._history.find_needed_record(min(steps, default=0))
         self._files.delete_old(num_kept, first_needed or 0)
 
     def _copy_record(self) -> None:
         """Takes over the record that this run begins with, where it goes on from another
         run's checkpoint."""
         other_folder = self._context.other_folder
-        number = self._history.find_needed(self._context.start_step)
+        number = self._history.find_needed_record(self._context.start_step)
         if other_folder is None or number is None:
             return
 
-        def copy() -> None:
+        def copy_record() -> None:
             if self._files.get_path(number).exists():
                 return
             arrays = RolloutFiles(other_folder).read(number)
             if arrays is not None:
                 self._files.write(number, arrays)
 
-        run_on_process_0(copy)
+        run_on_process_0(copy_record)
 
     def _open_collector(
         self, number: int, step: int, state: TrainState
@@ -310,8 +312,8 @@ class PolicyRollouts:
         with, standing where the rollout before left it, in this process or another."""
         goes_on = (
             self._collector is not None
-            and self._history.find_before(number) == self._collected
-            and not self._history.is_behind_skips(number)
+            and self._history.find_previous(number) == self._collected
+            and not self._history.is_after_skips(number)
         )
         if not goes_on:
             # What is under way follows from a rollout that does not lead to this one.
@@ -338,11 +340,11 @@ class PolicyRollouts:
         if not (resamples or config.staleness):
             collector.skip_to(number * self._num_groups)
             return collector
-        before = self._history.find_before(number)
+        before = self._history.find_previous(number)
         queue = GroupQueue(0, 0, [])
         if before is not None:
             queue = self._read_queue(before)
-        if not self._history.is_behind_skips(number):
+        if not self._history.is_after_skips(number):
             collector.restore(queue)
             return collector
         # A rollback skips prompts with their batches: all that a rollout between may
@@ -350,7 +352,7 @@ class PolicyRollouts:
         prompts_per_rollout = self._num_groups
         if resamples:
             prompts_per_rollout *= 1 + config.max_resamples
-        num_skipped = self._history.count_skipped(number) * prompts_per_rollout
+        num_skipped = self._history.count_skipped_before(number) * prompts_per_rollout
         collector.skip_to(queue.num_begun + num_skipped)
         return collector
 
@@ -379,7 +381,7 @@ class PolicyRollouts:
         samples = [sample for group in groups for sample in group.samples]
         batch = pack_samples(samples, self._layout, routes=self._routes)
         if self._task.reads_models_of_rollouts:
-            batch |= self._preparation.compute(batch, number, state)
+            batch |= self._preparation.compute_arrays(batch, number, state)
         scores = np.stack([group.scores for group in groups])
         weights = [reward.weight for reward in self._task.rewards]
         is_complete = np.array([group.is_complete for group in groups])

@@ -13,8 +13,8 @@ from maxlm.rl.samples import Prompt, Sample
 class NotingEngine:
     """Notes what is freed."""
 
-    def __init__(self, *, has_unfinished: bool):
-        self.has_unfinished = has_unfinished
+    def __init__(self, *, has_unfinished_requests: bool):
+        self.has_unfinished_requests = has_unfinished_requests
         self.freed: list[str] = []
 
     def release_params(self) -> None:
@@ -34,7 +34,7 @@ def make_policy_engine(update_in_flight: str, engine: NotingEngine) -> PolicyEng
 
 @pytest.mark.parametrize("update_in_flight", ["recompute", "keep_caches"])
 def test_what_a_validation_before_the_first_rollout_holds_is_freed(update_in_flight):
-    engine = NotingEngine(has_unfinished=False)
+    engine = NotingEngine(has_unfinished_requests=False)
     make_policy_engine(update_in_flight, engine).release()
     assert engine.freed == ["params", "caches"]
 
@@ -43,12 +43,12 @@ def test_caches_are_freed_unless_samples_run_in_them():
     """A validation pauses samples: they are under way, and have no caches."""
     pauses: list[int] = []
     sampler = SimpleNamespace(num_unfinished=3, pause=lambda: pauses.append(1))
-    for has_unfinished in (False, True):
-        engine = NotingEngine(has_unfinished=has_unfinished)
+    for has_unfinished_requests in (False, True):
+        engine = NotingEngine(has_unfinished_requests=has_unfinished_requests)
         policy_engine = make_policy_engine("keep_caches", engine)
         vars(policy_engine)["_sampler"] = sampler
         policy_engine.release()
-        assert ("caches" in engine.freed) == (not has_unfinished)
+        assert ("caches" in engine.freed) == (not has_unfinished_requests)
     assert len(pauses) == 1
 
 

@@ -23,13 +23,13 @@ def test_history_is_that_of_the_batches_that_are_trained_on(updates: int, skips:
         number, num_trained = divmod(batch, updates)
         trained = {earlier // updates for earlier in batches[:step]}
         expected = max(trained, default=None)
-        assert history.find_needed(step) == expected
+        assert history.find_needed_record(step) == expected
         if num_trained:
             continue
-        assert history.find_before(number) == expected
+        assert history.find_previous(number) == expected
         skipped = set(range(number)) - trained
         since = {other for other in skipped if expected is None or other > expected}
-        assert history.count_skipped(number) == len(since)
+        assert history.count_skipped_before(number) == len(since)
         begin = 0 if expected is None else expected * updates
         is_whole = [*range(begin, batch)] == [b for b in batches if begin <= b < batch]
-        assert history.is_behind_skips(number) == (not is_whole)
+        assert history.is_after_skips(number) == (not is_whole)
