@@ -32,6 +32,7 @@ def read_sampled(folder) -> list:
     ]
 
 
+@pytest.mark.more
 def test_what_is_begun_ahead_is_what_would_be_drawn(tmp_path, parts):
     """With parameters that stay: the same samples, and the same gradients."""
     stays = {"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-12}
