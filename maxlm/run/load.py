@@ -21,6 +21,7 @@ from maxlm.models.params import (
     Params,
     bind_specs,
     flatten_names,
+    get_base,
     is_leaf,
     join_path,
 )
@@ -87,7 +88,8 @@ def _merge_loaded_adapter(loaded: LoadedRun, specs: Params) -> LoadedRun:
     with jax.set_mesh(loaded.mesh):
         specs, params = merge_adapter(specs, loaded.params)
     # Maps that cannot be merged stay beside the base, and the adapter with them.
-    stays = any(is_leaf(spec) for spec in flatten_names(specs, is_leaf).values())
+    flat_specs = flatten_names(specs, is_leaf)
+    stays = any(get_base(spec) is not spec for spec in flat_specs.values())
     if not stays:
         config = config.model_copy(update={"adapter": None})
     model = bind_specs(loaded.model, specs)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from maxlm.adapters.lora import LoraAdapter
-from maxlm.adapters.targets import split_dims
 from maxlm.huggingface.arrays import Shape
 from maxlm.huggingface.convert import ParamWriter
 from maxlm.huggingface.families.names import ParamSlice
 from maxlm.huggingface.peft.reading import PeftAdapter
 from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
+from maxlm.models.targets import split_dims
 
 
 @dataclass
