@@ -51,6 +51,7 @@ from maxlm.parallel.operands import (
     MapOperand,
     MatrixProduct,
     OperandArrays,
+    PackedOperand,
 )
 
 
@@ -358,6 +359,33 @@ def multiply_head(
 
     run = map_shards(local, (hidden_spec, head_spec), spec)
     return run(reshard(hidden, hidden_spec), reshard(head, head_spec))
+
+
+def multiply_packed_head(
+    hidden: jax.Array,
+    arrays: OperandArrays,
+    operand: PackedOperand,
+    spec: PartitionSpec,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Returns ``hidden · head`` as :func:`multiply_head` does, for a packed head;
+    without gradient."""
+    batch, seq, vocab = parse_spec(spec, 3)
+    hidden_spec = make_spec((batch, seq, ()))
+    stored = {name: get_layout(array) for name, array in arrays.items()}
+    used = operand.array_layouts
+    axes = MapAxes(_flatten((batch, seq)), (), vocab)
+
+    def local(hidden: jax.Array, arrays: OperandArrays) -> jax.Array:
+        whole = {
+            name: gather(array, stored[name], used[name])
+            for name, array in arrays.items()
+        }
+        return operand.product.multiply(hidden, whole, axes, dtype)
+
+    array_specs = {name: make_spec(layout) for name, layout in stored.items()}
+    run = map_shards(local, (hidden_spec, array_specs), spec)
+    return run(reshard(hidden, hidden_spec), dict(arrays))
 
 
 def fuse_kernels(kernels: Sequence[jax.Array]) -> jax.Array:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.local import Axes, Dims
@@ -25,9 +26,14 @@ class MatrixProduct(Protocol):
     on one device's shards. Compared by value: programs are compiled for it."""
 
     def multiply(
-        self, x: jax.Array, arrays: Mapping[str, jax.Array], axes: MapAxes
+        self,
+        x: jax.Array,
+        arrays: Mapping[str, jax.Array],
+        axes: MapAxes,
+        dtype: DTypeLike | None = None,
     ) -> jax.Array:
-        """Multiplies x [B, S, in] by the matrix: [B, S, out] in x's dtype."""
+        """Multiplies x [B, S, in] by the matrix: [B, S, out] in ``dtype``; None: in
+        x's."""
         ...
 
     def multiply_transposed(

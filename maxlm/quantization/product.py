@@ -7,6 +7,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from maxlm.parallel.operands import MapAxes
 from maxlm.quantization.formats.format import Format, Planes
@@ -30,7 +31,11 @@ class QuantizedProduct:
     """Whether planes are [out', in'], as those of a table are."""
 
     def multiply(
-        self, x: jax.Array, arrays: Mapping[str, jax.Array], axes: MapAxes
+        self,
+        x: jax.Array,
+        arrays: Mapping[str, jax.Array],
+        axes: MapAxes,
+        dtype: DTypeLike | None = None,
     ) -> jax.Array:
         num_inputs = x.shape[-1]
 
@@ -38,7 +43,9 @@ class QuantizedProduct:
             """[..., in] · the decoded part [R, in] → [..., R]."""
             rows = self.format.decode(planes, x.dtype)
             inputs = ((x.ndim - 1,), (1,))
-            return lax.dot_general(x, rows, (inputs, ((), ())))
+            return lax.dot_general(
+                x, rows, (inputs, ((), ())), preferred_element_type=dtype
+            )
 
         parts = self._split_rows(arrays, num_inputs * x.dtype.itemsize)
         if parts is None:

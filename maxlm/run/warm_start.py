@@ -313,13 +313,13 @@ def _restore_start(
     for param_name, spec in packed_specs.items():
         dense = tier.restore(None, select({param_name}), name)
         (array,) = jax.tree.leaves(dense)
-        values[param_name] = _pack(setup, spec, array)
+        values[param_name] = pack_array(setup, spec, array)
     ordered = [values[param_name] for param_name in flatten_names(stored)]
     return jax.tree.unflatten(jax.tree.structure(stored), ordered)
 
 
-def _pack(setup: RunSetup, spec: PackedParam, dense: jax.Array) -> PackedParam:
-    """Packs an array, in the layouts of what it is stored as."""
+def pack_array(setup: RunSetup, spec: PackedParam, dense: jax.Array) -> PackedParam:
+    """Packs an array, which is gone then, in the layouts of what it is stored as."""
     storage = setup.placed.storage
     layouts = jax.tree.map(lambda part: storage.spec(*part.axes), spec)
     pack = jax.sharding.auto_axes(spec.from_dense, out_sharding=layouts)
