@@ -1,6 +1,7 @@
 """The setting that says in which number formats a model's matrices are stored."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 from pydantic import Field, field_validator
@@ -33,6 +34,10 @@ class QuantizationConfig(ParamTransform):
     formats: Mapping[str, str] = Field(default_factory=dict)
     """Other formats of some matrices, by their full names or patterns of these; the
     last that matches counts. `none`: the matrix stays as it is."""
+
+    activations: Literal["int8"] | None = None
+    """What inputs of products with quantized matrices are rounded to, each token by
+    itself: products of int8 with int8 (W8A8). null: they stay in the compute dtype."""
 
     @field_validator("format")
     @classmethod
