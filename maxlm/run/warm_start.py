@@ -319,9 +319,9 @@ def _restore_start(
 
 
 def pack_array(setup: RunSetup, spec: PackedParam, dense: jax.Array) -> PackedParam:
-    """Packs an array, which is gone then, in the layouts of what it is stored as."""
+    """Packs an array, in the layouts of what it is stored as."""
     storage = setup.placed.storage
     layouts = jax.tree.map(lambda part: storage.spec(*part.axes), spec)
     pack = jax.sharding.auto_axes(spec.from_dense, out_sharding=layouts)
     with jax.set_mesh(setup.mesh):
-        return jax.jit(pack, donate_argnums=0)(dense)
+        return jax.jit(pack)(dense)
