@@ -114,11 +114,14 @@ class QuantizedProduct:
         split_counts = [
             count for name, count in row_counts.items() if name not in shared
         ]
+        # A part is whole blocks of rows.
+        block_rows, _ = self.format.block_shape
+        num_blocks = num_rows // block_rows if num_rows % block_rows == 0 else 1
         fewest = -(-num_rows * row_bytes // DENSE_BYTES)
         fitting = (
             parts
-            for parts in range(max(fewest, 1), num_rows + 1)
-            if all(count % parts == 0 for count in (num_rows, *split_counts))
+            for parts in range(max(fewest, 1), num_blocks + 1)
+            if all(count % parts == 0 for count in (num_blocks, *split_counts))
         )
         num_parts = next(fitting, 1)
         if num_parts == 1:
