@@ -1,252 +1,242 @@
-"""Integers with a scale for each row, group of columns, or block.
+"""Integers of two to eight bits with scales of rows, groups and square blocks.
 
-Scales follow compressed-tensors (0.20, ``calculate_qparams``), with which files are
-exchanged. Of b bits, codes are -2^(b-1) .. 2^(b-1) - 1:
+Ranges and scales are those of compressed-tensors 0.20 (``calculate_qparams``): codes
+-2^(b-1) .. 2^(b-1) - 1, and
 
-- symmetric: scale = max |x| / ((2^b - 1) / 2), code = round(x / scale);
-- asymmetric: scale = (max - min) / (2^b - 1), zero = -2^(b-1) - min / scale rounded, code
-  = round(x / scale + zero), with 0 within min .. max.
+- symmetric: scale = max |x| / (2^b - 1) · 2, value = scale · code,
+- asymmetric: scale = (max - min) / (2^b - 1) with zero inside the range, zero point
+  -2^(b-1) - min / scale, value = scale · (code - zero point).
 
-Codes are stored unsigned, 2^(b-1) added, where they have fewer than eight bits.
+Scales are rounded to the type that they are stored in, and zero points and codes to
+nearest (half to even) by the stored scales. A scale of zero becomes the type's epsilon.
 """
 
+import re
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from maxlm.config import MaxlmError
-from maxlm.quantization.formats.format import Format, Planes, PlaneSpec
-from maxlm.quantization.formats.packing import (
-    PACK,
-    list_packed_widths,
-    pack_codes,
-    unpack_codes,
+from maxlm.quantization.formats.arithmetic import divide_exactly
+from maxlm.quantization.formats.blocks import (
+    BlockSize,
+    check_whole_blocks,
+    count_blocks,
+    split_blocks,
+    spread_over_blocks,
 )
+from maxlm.quantization.formats.code_planes import (
+    describe_code_planes,
+    join_codes,
+    split_codes,
+)
+from maxlm.quantization.formats.format import Format, Planes, PlaneSpec
+from maxlm.quantization.formats.names import build_name_error
+from maxlm.quantization.formats.packing import PACK
 
-ScaleDtype = Literal["float32", "bfloat16", "float16"]
-_SUFFIXES: dict[str, ScaleDtype] = {
-    "f32": "float32",
-    "bf16": "bfloat16",
-    "f16": "float16",
+ScaleDtype = Literal["bfloat16", "float16", "float32"]
+
+_DTYPE_ENDINGS: dict[ScaleDtype, str] = {
+    "bfloat16": "",
+    "float16": "-f16",
+    "float32": "-f32",
 }
-EXAMPLES = ("int8", "int8-g128", "int8-b128", "int4-g32", "int4-g128", "int4-g32-asym")
+_KNOWN_NAMES = (
+    "int8",
+    "int8-asym",
+    "int8-g128",
+    "int8-b128",
+    "int4",
+    "int4-g32",
+    "int4-g128",
+    "int4-g32-asym",
+    "int4-g128-asym",
+    "int3-g32",
+    "int2-g32",
+)
+_NAME = re.compile(
+    r"int(?P<bits>[2-8])"
+    r"(-g(?P<group>[1-9]\d*)|-b(?P<rows>[1-9]\d*)(x(?P<columns>[1-9]\d*))?)?"
+    r"(?P<asymmetric>-asym)?(?P<dtype>-f16|-f32)?"
+)
 
 
 @dataclass(frozen=True)
 class IntegerFormat(Format):
-    """Integers in blocks of ``block_rows`` rows and ``group`` columns."""
+    """Integers whose blocks share a scale, and a zero point if they are asymmetric.
 
-    bits: int = 8
+    Planes: ``codes`` int8 [R, C] of eight bits, else ``codes4``, ``codes2``, ``codes1``
+    with 2^(b-1) added to each code; ``scales``; ``zeros`` int8.
+
+    Args:
+        bits: of a code, 2 to 8.
+        group: columns that share a scale; None: all of a row.
+        symmetric: without zero points.
+        block_rows: rows that share a scale; blocks of several may be cut off at the
+            edges of a matrix.
+        scale_dtype: what scales are stored in: ``bfloat16``, ``float16``, ``float32``.
+    """
+
+    bits: int
     group: int | None = None
-    """Columns that share a scale; None: all of a row."""
+    symmetric: bool = True
     block_rows: int = 1
-    """Rows that share a scale."""
-    is_symmetric: bool = True
-    scale_dtype: ScaleDtype = "float32"
+    scale_dtype: ScaleDtype = "bfloat16"
 
     @property
     def name(self) -> str:
-        parts = [f"int{self.bits}"]
         if self.block_rows > 1:
-            parts.append(f"b{self.block_rows}")
-        elif self.group is not None:
-            parts.append(f"g{self.group}")
-        if not self.is_symmetric:
-            parts.append("asym")
-        if self.scale_dtype != _get_default_scale_dtype(self.group):
-            suffixes = {dtype: suffix for suffix, dtype in _SUFFIXES.items()}
-            parts.append(suffixes[self.scale_dtype])
-        return "-".join(parts)
+            is_square = self.block_rows == self.group
+            columns = "" if is_square else f"x{self.group}"
+            block = f"-b{self.block_rows}{columns}"
+        else:
+            block = "" if self.group is None else f"-g{self.group}"
+        asymmetric = "" if self.symmetric else "-asym"
+        return f"int{self.bits}{block}{asymmetric}{_DTYPE_ENDINGS[self.scale_dtype]}"
+
+    @property
+    def scale_block(self) -> BlockSize:
+        """Rows and columns that share a scale."""
+        return self.block_rows, self.group
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        columns = 1 if self.group is None else self.group
+        """Rows and columns that share a scale or a byte. A scale of a whole row asks
+        for no number of columns: all devices' parts of the row share it."""
+        columns = self.group or 1
         if self.bits < 8:
-            columns = max(columns, PACK)
+            columns = lcm(columns, PACK)
         return self.block_rows, columns
 
     @property
-    def lowest(self) -> int:
-        """The least code."""
-        return -(2 ** (self.bits - 1))
-
-    @property
-    def highest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        half = 1 << (self.bits - 1)
+        return -half, half - 1
 
     def describe_planes(self, rows: int, columns: int) -> dict[str, PlaneSpec]:
-        block_rows, block_columns = self.block_shape
-        group = columns if self.group is None else self.group
-        if rows % block_rows or columns % block_columns or columns % group:
-            message = f"a matrix of {rows} x {columns} is no whole number of blocks of "
-            message += f"{block_rows} x {max(block_columns, self.group or 1)}"
-            raise MaxlmError(
-                message, fix="use a format with other blocks, such as int8"
-            )
-        planes = {}
-        if self.bits == 8:
-            planes["codes"] = PlaneSpec(rows, columns, jnp.int8)
+        if self.bits < 8:
+            check_whole_blocks(self.name, rows, columns, self.block_shape[1])
+            planes = describe_code_planes(self.bits, rows, columns)
         else:
-            for width in list_packed_widths(self.bits):
-                planes[f"codes{width}"] = PlaneSpec(
-                    rows, columns * width // 8, jnp.uint8
-                )
-        counts = rows // block_rows, columns // group
-        planes["scales"] = PlaneSpec(*counts, jnp.dtype(self.scale_dtype))
-        if not self.is_symmetric:
-            planes["zeros"] = PlaneSpec(*counts, jnp.int8)
+            if self.block_rows == 1:
+                check_whole_blocks(self.name, rows, columns, self.group or columns)
+            planes = {"codes": PlaneSpec(rows, columns, "int8")}
+        blocks = count_blocks(rows, columns, self.scale_block)
+        planes["scales"] = PlaneSpec(*blocks, self.scale_dtype)
+        if not self.symmetric:
+            planes["zeros"] = PlaneSpec(*blocks, "int8")
         return planes
 
     def encode(self, values: jax.Array) -> Planes:
-        blocks = self.split_blocks(values)
-        # [..., R / r, r, C / c, c] → [..., R / r, C / c, r · c]
-        by_block = jnp.swapaxes(blocks, -3, -2)
-        by_block = by_block.reshape(*by_block.shape[:-2], -1)
-        scales, zeros = self.compute_scales(by_block)
-        codes = self.round_to_codes(
-            blocks, _spread(scales), None if zeros is None else _spread(zeros)
-        )
-        return self.pack(codes.reshape(values.shape), scales, zeros)
+        rows, columns = values.shape[-2:]
+        self.describe_planes(rows, columns)
+        values = values.astype(jnp.float32)
+        scales, zeros = self.compute_scales(split_blocks(values, self.scale_block))
+        spread_scales, spread_zeros = self._spread(scales, zeros, rows, columns)
+        codes = self.round_to_codes(values, spread_scales, spread_zeros)
+        return self.pack(codes, scales, zeros)
 
     def decode(self, planes: Planes, dtype: DTypeLike = jnp.float32) -> jax.Array:
         codes = self.unpack(planes)
-        zeros = planes.get("zeros")
-        blocks = self.split_blocks(codes)
-        values = self.decode_codes(
-            blocks,
-            _spread(planes["scales"]),
-            None if zeros is None else _spread(zeros),
-        )
-        return values.reshape(codes.shape).astype(dtype)
+        rows, columns = codes.shape[-2:]
+        zeros = None if self.symmetric else planes["zeros"]
+        scales, zeros = self._spread(planes["scales"], zeros, rows, columns)
+        return self.decode_codes(codes, scales, zeros).astype(dtype)
 
     def compute_scales(self, blocks: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the scales, in their dtype, and zeros, int8, of fp32 blocks [..., n]:
-        [...] each; no zeros where the format is symmetric."""
-        low = jnp.minimum(blocks.min(-1), 0)
-        high = jnp.maximum(blocks.max(-1), 0)
-        num_steps = 2**self.bits - 1
-        # Not a product with the reciprocal, to which a compiler turns a division by a
-        # constant: that rounds otherwise.
-        if self.is_symmetric:
-            half = jax.lax.optimization_barrier(jnp.float32(num_steps / 2))
-            scales = jnp.maximum(high, -low) / half
-        else:
-            steps = jax.lax.optimization_barrier(jnp.float32(num_steps))
-            scales = (high - low) / steps
-        dtype = jnp.dtype(self.scale_dtype)
-        scales = scales.astype(dtype)
-        scales = jnp.where(scales == 0, jnp.finfo(dtype).eps, scales)
-        if self.is_symmetric:
-            return scales, None
-        zeros = self.lowest - low / scales.astype(jnp.float32)
-        zeros = jnp.clip(jnp.round(zeros), self.lowest, self.highest)
+        """Returns the scales [...], in the type that they are stored in, and int8 zero
+        points [...] of blocks [..., n]; None: codes are symmetric."""
+        steps = (1 << self.bits) - 1
+        smallest_code, largest_code = self.code_range
+        blocks = blocks.astype(jnp.float32)
+        if self.symmetric:
+            maxima = jnp.abs(blocks).max(-1)
+            return self._round_scales(divide_exactly(maxima, steps / 2)), None
+        minima = jnp.minimum(blocks.min(-1), 0)
+        maxima = jnp.maximum(blocks.max(-1), 0)
+        scales = self._round_scales(divide_exactly(maxima - minima, float(steps)))
+        below_zero = divide_exactly(minima, scales.astype(jnp.float32))
+        zeros = jnp.clip(smallest_code - below_zero, smallest_code, largest_code)
+        # A block of zeros has any zero point; compressed-tensors gives it 0.
+        zeros = jnp.where(maxima == minima, 0, jnp.round(zeros))
         return scales, zeros.astype(jnp.int8)
 
     def round_to_codes(
-        self, values: jax.Array, scales: jax.Array, zeros: jax.Array | None
+        self, values: jax.Array, scales: jax.Array, zeros: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the nearest codes, int8, of values, with scales and zeros that
-        broadcast against them."""
-        steps = values / scales.astype(jnp.float32)
+        """Returns the int8 codes of values, with scales and zero points that broadcast
+        against them."""
+        values = values.astype(jnp.float32)
+        codes = divide_exactly(values, scales.astype(jnp.float32))
         if zeros is not None:
-            steps = steps + zeros.astype(jnp.float32)
-        codes = jnp.clip(jnp.round(steps), self.lowest, self.highest)
-        return codes.astype(jnp.int8)
+            codes = codes + zeros.astype(jnp.float32)
+        return jnp.round(jnp.clip(codes, *self.code_range)).astype(jnp.int8)
 
     def decode_codes(
-        self, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None
+        self, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the fp32 values of codes int8, with scales and zeros that broadcast
-        against them."""
-        steps = codes.astype(jnp.float32)
+        """Returns the fp32 values of int8 codes, with scales and zero points that
+        broadcast against them."""
+        levels = codes.astype(jnp.float32)
         if zeros is not None:
-            steps = steps - zeros.astype(jnp.float32)
-        return steps * scales.astype(jnp.float32)
+            levels = levels - zeros.astype(jnp.float32)
+        return levels * scales.astype(jnp.float32)
 
     def pack(
-        self, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None
+        self, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None = None
     ) -> Planes:
-        """Returns the planes of codes int8 [..., R, C], scales and zeros [..., R / r, C
-        / c]."""
-        planes: dict[str, jax.Array] = {}
+        """Returns the planes of int8 codes [..., R, C] and scales and zero points of
+        blocks, [..., blocks in R, blocks in C]."""
         if self.bits == 8:
-            planes["codes"] = codes
+            planes = {"codes": codes.astype(jnp.int8)}
         else:
-            unsigned = (codes - self.lowest).astype(jnp.uint8)
-            start = 0
-            for width in list_packed_widths(self.bits):
-                part = (unsigned >> start) & ((1 << width) - 1)
-                planes[f"codes{width}"] = pack_codes(part, width)
-                start += width
-        planes["scales"] = scales
+            raised = codes - self.code_range[0]
+            planes = split_codes(raised.astype(jnp.uint8), self.bits)
+        planes["scales"] = scales.astype(self.scale_dtype)
         if zeros is not None:
-            planes["zeros"] = zeros
+            planes["zeros"] = zeros.astype(jnp.int8)
         return planes
 
     def unpack(self, planes: Planes) -> jax.Array:
-        """Returns the codes int8 [..., R, C]."""
+        """Returns the int8 codes [..., R, C]."""
         if self.bits == 8:
             return planes["codes"]
-        unsigned: jax.Array | None = None
-        start = 0
-        for width in list_packed_widths(self.bits):
-            part = unpack_codes(planes[f"codes{width}"], width) << start
-            unsigned = part if unsigned is None else unsigned | part
-            start += width
-        assert unsigned is not None
-        return (unsigned.astype(jnp.int8) + self.lowest).astype(jnp.int8)
+        codes = join_codes(planes, self.bits).astype(jnp.int8)
+        return codes + jnp.int8(self.code_range[0])
 
-    def split_blocks(self, values: jax.Array) -> jax.Array:
-        """Returns [..., R, C] as [..., R / r, r, C / c, c]."""
-        *lead, rows, columns = values.shape
-        group = columns if self.group is None else self.group
-        return values.reshape(
-            *lead, rows // self.block_rows, self.block_rows, columns // group, group
-        )
+    def _round_scales(self, scales: jax.Array) -> jax.Array:
+        limits = jnp.finfo(self.scale_dtype)
+        rounded = jnp.minimum(scales, limits.max).astype(self.scale_dtype)
+        return jnp.where(rounded == 0, limits.eps, rounded)
 
-
-def parse_integer_format(name: str) -> IntegerFormat:
-    """Returns the format of a name such as ``int4-g32-asym``. Raises MaxlmError."""
-    kind, *parts = name.split("-")
-    bits = kind.removeprefix("int")
-    if not (bits.isdigit() and 2 <= int(bits) <= 8):
-        raise _unknown(name)
-    group: int | None = None
-    block_rows = 1
-    is_symmetric = True
-    scale_dtype: ScaleDtype | None = None
-    for part in parts:
-        size = part[1:]
-        if part[:1] == "g" and size.isdigit() and int(size):
-            group = int(size)
-        elif part[:1] == "b" and size.isdigit() and int(size):
-            group = int(size)
-            block_rows = int(size)
-        elif part == "asym":
-            is_symmetric = False
-        elif part in _SUFFIXES:
-            scale_dtype = _SUFFIXES[part]
-        else:
-            raise _unknown(name)
-    if scale_dtype is None:
-        scale_dtype = _get_default_scale_dtype(group)
-    return IntegerFormat(int(bits), group, block_rows, is_symmetric, scale_dtype)
+    def _spread(
+        self, scales: jax.Array, zeros: jax.Array | None, rows: int, columns: int
+    ) -> tuple[jax.Array, jax.Array | None]:
+        block = self.scale_block
+        spread_scales = spread_over_blocks(scales, block, rows, columns)
+        if zeros is None:
+            return spread_scales, None
+        return spread_scales, spread_over_blocks(zeros, block, rows, columns)
 
 
-def _get_default_scale_dtype(group: int | None) -> ScaleDtype:
-    """A row's scale is a small part of it; a group's is not."""
-    return "float32" if group is None else "bfloat16"
-
-
-def _spread(scales: jax.Array) -> jax.Array:
-    """Returns [..., R / r, C / c] as [..., R / r, 1, C / c, 1], which broadcasts against
-    blocks."""
-    return scales[..., :, None, :, None]
-
-
-def _unknown(name: str) -> MaxlmError:
-    fix = f"use one such as {', '.join(EXAMPLES)}"
-    return MaxlmError(f"no weight format {name!r}", where="format", fix=fix)
+def read_integer_format(name: str) -> IntegerFormat:
+    """Returns the format of a name ``int4-g32-asym``: bits; a group of columns (``g``)
+    or a square block (``b``, ``b64x128``), else whole rows; ``asym``; scales' type
+    (``f16``, ``f32``), else bfloat16. Raises MaxlmError, with near names."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise build_name_error(name, _KNOWN_NAMES)
+    rows = match["rows"]
+    columns = match["columns"] or rows or match["group"]
+    dtypes = {ending: dtype for dtype, ending in _DTYPE_ENDINGS.items()}
+    return IntegerFormat(
+        bits=int(match["bits"]),
+        group=int(columns) if columns else None,
+        symmetric=not match["asymmetric"],
+        block_rows=int(rows) if rows else 1,
+        scale_dtype=dtypes[match["dtype"] or ""],
+    )
