@@ -1,7 +1,6 @@
 """The setting that says in which number formats a model's matrices are stored."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 from pydantic import Field, field_validator
@@ -16,6 +15,7 @@ from maxlm.models.params import (
 )
 from maxlm.models.targets import find_layer_maps, find_target
 from maxlm.models.transforms import ParamTransform
+from maxlm.quantization.activations import ActivationRounding
 from maxlm.quantization.formats.registry import parse_format
 from maxlm.quantization.leaf import QuantizedParam
 
@@ -35,9 +35,10 @@ class QuantizationConfig(ParamTransform):
     """Other formats of some matrices, by their full names or patterns of these; the
     last that matches counts. `none`: the matrix stays as it is."""
 
-    activations: Literal["int8"] | None = None
+    activations: ActivationRounding | None = None
     """What inputs of products with quantized matrices are rounded to, each token by
-    itself: products of int8 with int8 (W8A8). null: they stay in the compute dtype."""
+    itself: `int8` beside the format int8 (W8A8), `fp8` beside fp8, which chips multiply
+    as they are. null: they stay in the compute dtype."""
 
     @field_validator("format")
     @classmethod
@@ -63,7 +64,9 @@ class QuantizationConfig(ParamTransform):
                 stored.append(spec)
                 continue
             try:
-                leaf = QuantizedParam.declare(spec, parse_format(format_name))
+                leaf = QuantizedParam.declare(
+                    spec, parse_format(format_name), self.activations
+                )
             except MaxlmError as error:
                 where = f"quantization of {name}"
                 raise MaxlmError(error.message, where=where, fix=error.fix) from None

@@ -6,7 +6,7 @@ Letters: R outputs, C inputs of a matrix; V vocabulary, D model.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from typing import Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from maxlm.parallel.local import (
     parse_spec,
 )
 from maxlm.parallel.operands import PackedOperand
+from maxlm.quantization.activations import ActivationRounding
 from maxlm.quantization.formats.format import Format, Planes
 from maxlm.quantization.product import QuantizedProduct
 
@@ -49,6 +50,8 @@ class MatrixForm:
     format: Format
     dense: ParamSpec
     """The declaration of the array that they stand for."""
+    activations: ActivationRounding | None = None
+    """What inputs of products with it are rounded to; None: they are not."""
 
     @property
     def rows_first(self) -> bool:
@@ -158,13 +161,19 @@ class QuantizedParam(PackedParam):
 
     @property
     def product(self) -> QuantizedProduct:
-        return QuantizedProduct(self.form.format, self.form.rows_first)
+        form = self.form
+        return QuantizedProduct(form.format, form.rows_first, form.activations)
 
     @classmethod
-    def declare(cls, spec: ParamSpec, format: Format) -> Self:
+    def declare(
+        cls,
+        spec: ParamSpec,
+        format: Format,
+        activations: ActivationRounding | None = None,
+    ) -> Self:
         """Returns the leaf of declarations of a matrix or table in a format. Raises
         MaxlmError: it is no whole number of blocks."""
-        form = MatrixForm(format, spec)
+        form = MatrixForm(format, spec, activations)
         return cls(form.declare_planes(), form)
 
     def from_dense(self, dense: jax.Array) -> Self:
@@ -254,7 +263,7 @@ class QuantizedParam(PackedParam):
 
     def stand_beside(self, others: Sequence[Self]) -> Self | None:
         leaves = (self, *others)
-        if any(leaf.form.format != self.form.format for leaf in leaves):
+        if any(leaf.product != self.product for leaf in leaves):
             return None
         # What all outputs share has no place of its own for each map.
         for leaf in leaves:
@@ -315,7 +324,7 @@ class QuantizedParam(PackedParam):
                 raise MaxlmError(message, where="quantization", fix=fix)
 
 
-_Static = tuple[tuple[str, ...], MatrixForm]
+_Static: TypeAlias = tuple[tuple[str, ...], MatrixForm]
 
 
 def _flatten(leaf: QuantizedParam) -> tuple[tuple[StoredParam, ...], _Static]:

@@ -1,7 +1,7 @@
 """Products with quantized matrices, on one device's shards."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import jax
@@ -10,7 +10,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from maxlm.parallel.operands import MapAxes
+from maxlm.quantization.activations import (
+    ActivationRounding,
+    RoundedTokens,
+    round_tokens,
+)
+from maxlm.quantization.formats.floats8 import Float8Format
 from maxlm.quantization.formats.format import Format, Planes
+from maxlm.quantization.formats.integer import IntegerFormat
 
 DENSE_BYTES = 4 << 20
 """Most bytes of a matrix that are decoded at a time: a product is made of as many parts
@@ -29,6 +36,10 @@ class QuantizedProduct:
     format: Format
     rows_first: bool
     """Whether planes are [out', in'], as those of a table are."""
+    activations: ActivationRounding | None = None
+    """What x is rounded to, each token by itself: int8 beside int8 weights with a scale
+    for each output, or fp8 beside such in E4M3, are multiplied as codes. None: it is
+    not."""
 
     def multiply(
         self,
@@ -38,6 +49,11 @@ class QuantizedProduct:
         dtype: DTypeLike | None = None,
     ) -> jax.Array:
         num_inputs = x.shape[-1]
+        if self.activations is not None:
+            tokens = round_tokens(x, self.activations, axes.inputs)
+            if self._multiplies_codes:
+                return self._multiply_codes(tokens, arrays, dtype or x.dtype)
+            x = tokens.decode().astype(x.dtype)
 
         def multiply_part(planes: Planes) -> jax.Array:
             """[..., in] · the decoded part [R, in] → [..., R]."""
@@ -90,6 +106,40 @@ class QuantizedProduct:
         self, x: jax.Array, d_y: jax.Array, axes: MapAxes
     ) -> dict[str, jax.Array]:
         raise NotImplementedError("quantized matrices are not trained")
+
+    @property
+    def _multiplies_codes(self) -> bool:
+        """Whether codes of the weights are of the same type as those of tokens, and all
+        inputs of an output share a scale."""
+        if self.activations == "int8":
+            expected = IntegerFormat(8, scale_dtype="float32")
+            format = self.format
+            return (
+                isinstance(format, IntegerFormat)
+                and replace(format, scale_dtype="float32") == expected
+            )
+        return self.format == Float8Format()
+
+    def _multiply_codes(
+        self,
+        tokens: RoundedTokens,
+        arrays: Mapping[str, jax.Array],
+        dtype: DTypeLike,
+    ) -> jax.Array:
+        """Multiplies codes [..., in] by the weights' codes, summed in int32 or fp32:
+        what a chip's int8 or fp8 units compute."""
+        planes = self._get_planes(arrays)
+        inputs = ((tokens.codes.ndim - 1,), (1,))
+        sums = lax.dot_general(
+            tokens.codes,
+            planes["codes"],
+            (inputs, ((), ())),
+            preferred_element_type=(
+                jnp.int32 if self.activations == "int8" else jnp.float32
+            ),
+        )
+        scales = planes["scales"].astype(jnp.float32)[:, 0]
+        return (sums.astype(jnp.float32) * tokens.scales * scales).astype(dtype)
 
     def _get_planes(self, arrays: Mapping[str, jax.Array]) -> Planes:
         """Returns the format's planes, [..., rows', columns']."""

@@ -175,7 +175,7 @@ def refine_rounding(
     Returns:
         Values [C, R] of which each block rounds to what it should be.
     """
-    columns, rows = weight.shape
+    columns = weight.shape[0]
     run = min(RUN, columns) // width * width
     padding = -columns % run
     weight = jnp.pad(weight, ((0, padding), (0, 0)))

@@ -134,7 +134,9 @@ def _quantize(
         decoded = _decode(_encode(rounded, scale, codebook), codebook).T
         products = matmul(damped.matrix, decoded)
         # Of all scales of these codes, the one with the least loss.
-        best = (products * values).sum() / jnp.maximum((products * decoded).sum(), 1e-30)
+        best = (products * values).sum() / jnp.maximum(
+            (products * decoded).sum(), 1e-30
+        )
         best = jnp.where(best > 0, best, scale)
         # Codes stay what they are with the new scale.
         rounded = decoded * best

@@ -24,8 +24,8 @@ class ScaledFormat(Protocol):
     """A format whose codes are rounded one by one, given the scales of their block."""
 
     @property
-    def block_shape(self) -> tuple[int, int]:
-        """One row, and the columns that share a scale."""
+    def scale_block(self) -> tuple[int | None, int | None]:
+        """One row, and the columns that share a scale; None: all of a row."""
         ...
 
     def compute_scales(self, blocks: jax.Array) -> Scales:
@@ -98,7 +98,6 @@ def search_scales(
     return scales
 
 
-
 def split_blocks(values: jax.Array, block: int) -> jax.Array:
     """Returns [..., R, C] as [..., R, C / block, block]."""
     return values.reshape(*values.shape[:-1], -1, block)
@@ -128,6 +127,22 @@ def fake_quantize(
     return round_values(blocks, add_block_dim(scales), rounding).reshape(values.shape)
 
 
+def round_to_nearest(
+    values: jax.Array,
+    rounding: ScaledFormat,
+    importance: jax.Array | None = None,
+    clip_ratios: tuple[float, ...] = (1.0,),
+) -> Planes:
+    """Returns the planes of fp32 values [..., R, C], each rounded to the nearest code;
+    arguments are those of :func:`fake_quantize`."""
+    block = get_block(rounding, values.shape[-1])
+    blocks = split_blocks(values, block)
+    weights = 1.0 if importance is None else importance.reshape(-1, block)
+    scales = search_scales(blocks, rounding, weights, clip_ratios)
+    codes = rounding.round_to_codes(blocks, *add_block_dim(scales))
+    return rounding.pack(codes.reshape(values.shape), *scales)
+
+
 def get_block(rounding: ScaledFormat, columns: int) -> int:
     """Returns how many of a row's ``columns`` share a scale."""
-    return rounding.block_shape[1] or columns
+    return rounding.scale_block[1] or columns

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import Params, flatten_names, is_leaf
+from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
 from maxlm.quantization.config import QuantizationConfig
 from maxlm.quantization.formats.registry import parse_format
 from maxlm.quantization.leaf import QuantizedParam
@@ -60,7 +60,7 @@ def choose_formats(
     return ChosenFormats(config.model_copy(update={"formats": formats}), tuple(notes))
 
 
-def _fits(spec: object, format_name: str) -> bool:
+def _fits(spec: ParamSpec, format_name: str) -> bool:
     if format_name == "none":
         return True
     try:

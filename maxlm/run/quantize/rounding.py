@@ -61,7 +61,9 @@ class LayerQuantizer:
         forms: of all quantized parameters of the model, by canonical name.
     """
 
-    def __init__(self, walk: LayerWalk, scheme: Scheme, forms: Mapping[str, MatrixForm]):
+    def __init__(
+        self, walk: LayerWalk, scheme: Scheme, forms: Mapping[str, MatrixForm]
+    ):
         self.walk = walk
         self.scheme = scheme
         self.forms = forms
@@ -197,7 +199,8 @@ class LayerQuantizer:
         if self.scheme.algorithm == "smoothquant":
             assert statistics.maximum is not None
             return compute_smoothing_scales(matrices, statistics.maximum.maximum)
-        assert statistics.hessian is not None and statistics.magnitude is not None
+        assert statistics.hessian is not None
+        assert statistics.magnitude is not None
         found = search_channel_scales(
             matrices,
             statistics.hessian.mean,

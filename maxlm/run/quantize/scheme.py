@@ -2,15 +2,15 @@
 
 A name is the algorithm, if it is another than rounding to the nearest, and the format:
 ``int8``, ``gptq-int4-g128``, ``awq-int4-g32``, ``awq-gptq-int4-g32``. ``w8a8`` and
-``smoothquant`` round activations to int8, too.
+``smoothquant`` round activations to int8, too, ``w8a8-fp8`` both to fp8.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
 from maxlm.config import MaxlmError
+from maxlm.quantization.activations import ActivationRounding
 from maxlm.quantization.formats.format import Format
 from maxlm.quantization.formats.registry import FORMATS, parse_format
 
@@ -25,6 +25,7 @@ EXAMPLES = (
     "awq-int4-g128",
     "awq-gptq-int4-g32",
     "w8a8",
+    "w8a8-fp8",
     "smoothquant",
 )
 """Schemes that messages and help name."""
@@ -37,7 +38,7 @@ class Scheme:
     name: str
     algorithm: Algorithm
     format: Format
-    activations: Literal["int8"] | None = None
+    activations: ActivationRounding | None = None
     """What inputs of products are rounded to, each token by itself."""
 
     @property
@@ -48,9 +49,12 @@ class Scheme:
 
 def parse_scheme(name: str) -> Scheme:
     """Returns the scheme of a name. Raises MaxlmError, with near names."""
-    named: Mapping[str, Algorithm] = {"w8a8": "round", "smoothquant": "smoothquant"}
-    if name in named:
-        return Scheme(name, named[name], parse_format("int8"), activations="int8")
+    if name == "w8a8":
+        return Scheme(name, "round", parse_format("int8"), activations="int8")
+    if name == "w8a8-fp8":
+        return Scheme(name, "round", parse_format("fp8"), activations="fp8")
+    if name == "smoothquant":
+        return Scheme(name, "smoothquant", parse_format("int8"), activations="int8")
     algorithms: tuple[Algorithm, ...] = ("awq-gptq", "gptq", "awq")
     for algorithm in algorithms:
         prefix = f"{algorithm}-"
