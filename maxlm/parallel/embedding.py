@@ -103,8 +103,8 @@ def embed_tokens(
         # A token's row is on one device of those that split the vocabulary; the others
         # add zeros.
         rows, is_here = _find_rows(ids, len(table), vocab_index)
-        found = table[jnp.where(is_here, rows, 0)].astype(dtype)
-        y = jnp.where(is_here[..., None], found, 0)
+        values = table[jnp.where(is_here, rows, 0)].astype(dtype)
+        y = jnp.where(is_here[..., None], values, 0)
         y = reduce(y, layouts.vocab_axes, (*layouts.ids, table_layout[1]), out_layout)
         # Each gets back all columns of its own tokens.
         for axis, dim in reversed(layouts.exchanged):

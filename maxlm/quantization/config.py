@@ -97,4 +97,8 @@ class QuantizationConfig(ParamTransform):
         for pattern, format_name in self.formats.items():
             for name in find_target(candidates, pattern, "quantization.formats"):
                 formats[name] = format_name
-        return {name: found for name, found in formats.items() if found != "none"}
+        return {
+            name: format_name
+            for name, format_name in formats.items()
+            if format_name != "none"
+        }

@@ -6,7 +6,7 @@ Letters: R outputs, C inputs of a matrix; V vocabulary, D model.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -257,8 +257,8 @@ class QuantizedParam(PackedParam):
                 planes[name] = array
                 continue
             axes = form.list_plane_axes(rows, columns)
-            found = read_rows(array, axes, jnp.float32)
-            planes[name] = found.astype(array.dtype)
+            plane_rows = read_rows(array, axes, jnp.float32)
+            planes[name] = plane_rows.astype(array.dtype)
         return form.format.decode(planes, reader.dtype)
 
     def stand_beside(self, others: Sequence[Self]) -> Self | None:
@@ -335,7 +335,7 @@ def _flatten(leaf: QuantizedParam) -> tuple[tuple[StoredParam, ...], _Static]:
 
 def _flatten_with_keys(
     leaf: QuantizedParam,
-) -> tuple[list[tuple[jax.tree_util.GetAttrKey, StoredParam]], _Static]:
+) -> tuple[list[tuple[Any, StoredParam]], _Static]:
     arrays, static = _flatten(leaf)
     names, _ = static
     children = [

@@ -35,12 +35,12 @@ def read_calibration_rows(
         MaxlmError: there is no such text, or it fills no row.
     """
     row_tokens = min(settings.row_tokens, max_row_tokens)
-    wanted = settings.num_rows * row_tokens
+    max_tokens = settings.num_rows * row_tokens
     path = Path(settings.source)
     if (path / "manifest.json").exists():
-        tokens = _read_store(path, wanted)
+        tokens = _read_store(path, max_tokens)
     else:
-        tokens = _read_text(settings.source, tokenizer, wanted)
+        tokens = _read_text(settings.source, tokenizer, max_tokens)
     num_rows = min(len(tokens) // row_tokens, settings.num_rows)
     if not num_rows:
         message = f"a text of {len(tokens):,} tokens, and a row has {row_tokens:,}"
@@ -49,7 +49,7 @@ def read_calibration_rows(
     return tokens[: num_rows * row_tokens].reshape(num_rows, row_tokens)
 
 
-def _read_text(source: str, tokenizer: Tokenizer, wanted: int) -> np.ndarray:
+def _read_text(source: str, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
     parts: list[np.ndarray] = []
     num_tokens = 0
     for document in read_documents(SourceConfig(documents=(source,))):
@@ -57,13 +57,13 @@ def _read_text(source: str, tokenizer: Tokenizer, wanted: int) -> np.ndarray:
         tokens = np.asarray([*ids, tokenizer.eos_id], np.int32)
         parts.append(tokens)
         num_tokens += len(tokens)
-        if num_tokens >= wanted:
+        if num_tokens >= max_tokens:
             break
     if not parts:
         return np.zeros(0, np.int32)
     return np.concatenate(parts)
 
 
-def _read_store(path: Path, wanted: int) -> np.ndarray:
+def _read_store(path: Path, max_tokens: int) -> np.ndarray:
     store = TokenStore.open(path)
-    return np.asarray(store.read(0, min(wanted, store.num_tokens)), np.int32)
+    return np.asarray(store.read(0, min(max_tokens, store.num_tokens)), np.int32)

@@ -134,8 +134,8 @@ def _list_candidates(
 
 def _draw_factors(num_inputs: int) -> jax.Array:
     random = np.random.default_rng(0)
-    low, high = 1 / _LARGEST_FACTOR, _LARGEST_FACTOR
-    return jnp.asarray(random.uniform(low, high, num_inputs), jnp.float32)
+    factors = random.uniform(1 / _LARGEST_FACTOR, _LARGEST_FACTOR, num_inputs)
+    return jnp.asarray(factors, jnp.float32)
 
 
 def _count_inputs(spec: ParamSpec) -> int:

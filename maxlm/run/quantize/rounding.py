@@ -201,14 +201,14 @@ class LayerQuantizer:
             return compute_smoothing_scales(matrices, statistics.maximum.maximum)
         assert statistics.hessian is not None
         assert statistics.magnitude is not None
-        found = search_channel_scales(
+        searched = search_channel_scales(
             matrices,
             statistics.hessian.mean,
             statistics.magnitude.mean,
             cast(ScaledFormat, self.scheme.format),
             AwqConfig(),
         )
-        return found.scales
+        return searched.scales
 
 
 def check_format(scheme: Scheme) -> None:
