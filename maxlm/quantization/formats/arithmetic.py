@@ -13,8 +13,8 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def divide_exactly(values: jax.Array, divisors: ArrayLike) -> jax.Array:
-    """Returns fp32 values / divisors, each quotient rounded once; divisors are positive
-    and broadcast against the values."""
+    """Returns fp32 values / divisors, each quotient rounded once where the device's
+    division is; divisors are positive and broadcast against the values."""
     # XLA makes a division by a constant or a broadcast value a product with its
     # reciprocal, which rounds twice. It cannot tell that this maximum is the divisor.
     return values / jnp.maximum(divisors, -jnp.abs(values))
