@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 SMALLEST_NORMAL = 2.0**-126
@@ -12,8 +13,8 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def divide_exactly(values: jax.Array, divisors: ArrayLike) -> jax.Array:
-    """Returns fp32 values / divisors, each quotient rounded once; divisors are positive
-    and broadcast against the values."""
+    """Returns fp32 values / divisors, each quotient rounded once where the device's
+    division is; divisors are positive and broadcast against the values."""
     # XLA makes a division by a constant or a broadcast value a product with its
     # reciprocal, which rounds twice. It cannot tell that this maximum is the divisor.
     return values / jnp.maximum(divisors, -jnp.abs(values))
@@ -34,9 +35,9 @@ def look_up_codes(codes: jax.Array, table: Sequence[float]) -> jax.Array:
     return entries[0]
 
 
-def count_below(values: jax.Array, bounds: Sequence[float]) -> jax.Array:
-    """Returns uint8: how many of the bounds are less than each value."""
+def count_below(values: jax.Array, bounds: np.ndarray) -> jax.Array:
+    """Returns uint8: how many of a few fp32 bounds are less than each value."""
     below = jnp.zeros(values.shape, jnp.uint8)
     for bound in bounds:
-        below += (values > jnp.float32(bound)).astype(jnp.uint8)
+        below += (values > bound).astype(jnp.uint8)
     return below

@@ -76,7 +76,8 @@ class E8pFormat(Format):
         self.describe_planes(rows, columns)
         values = values.astype(jnp.float32)
         scales = self.compute_scales(values)
-        vectors = (values / scales).reshape(*values.shape[:-1], -1, VECTOR)
+        divisors = jnp.where(scales == 0, 1, scales)
+        vectors = (values / divisors).reshape(*values.shape[:-1], -1, VECTOR)
         return {"codes": encode_vectors(vectors), "scales": scales}
 
     def decode(self, planes: Planes, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -86,10 +87,9 @@ class E8pFormat(Format):
         return (values * planes["scales"]).astype(dtype)
 
     def compute_scales(self, values: jax.Array) -> jax.Array:
-        """Returns the fp32 scales [..., 1, 1] of matrices [..., R, C]; 1 of zeros."""
+        """Returns the fp32 scales [..., 1, 1] of matrices [..., R, C]."""
         mean_square = jnp.square(values).mean((-2, -1), keepdims=True)
-        scale = jnp.sqrt(mean_square) / BEST_DEVIATION
-        return jnp.where(scale == 0, 1, scale)
+        return jnp.sqrt(mean_square) / BEST_DEVIATION
 
 
 @cache

@@ -143,8 +143,10 @@ def read_float8_format(name: str) -> Float8Format:
         if match["block"]:
             blocks["block"] = (int(match["block"]), int(match["block"]))
     if match is None or len(blocks) > 1:
-        kinds = _KIND_NAMES.values()
-        raise build_name_error(name, [k + end for k in kinds for end in _ENDINGS])
+        known = [kind + end for kind in _KIND_NAMES.values() for end in _ENDINGS]
+        raise build_name_error(name, known)
     block = next(iter(blocks.values()), (1, None))
-    kinds = {kind_name: kind for kind, kind_name in _KIND_NAMES.items()}
+    kinds: dict[str, Float8] = {
+        kind_name: kind for kind, kind_name in _KIND_NAMES.items()
+    }
     return Float8Format(kinds[match["kind"]], block, bool(match["power"]))

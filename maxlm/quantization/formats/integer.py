@@ -7,8 +7,9 @@ Ranges and scales are those of compressed-tensors 0.20 (``calculate_qparams``): 
 - asymmetric: scale = (max - min) / (2^b - 1) with zero inside the range, zero point
   -2^(b-1) - min / scale, value = scale · (code - zero point).
 
-Scales are rounded to the type that they are stored in, and zero points and codes to
-nearest (half to even) by the stored scales. A scale of zero becomes the type's epsilon.
+Zero points and codes are rounded to nearest, half to even: zero points by the scale in
+fp32, codes by the scale as it is stored. A scale of zero becomes the epsilon of its
+type.
 """
 
 import re
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from maxlm.quantization.formats.arithmetic import divide_exactly
+from maxlm.quantization.formats.arithmetic import SMALLEST_NORMAL, divide_exactly
 from maxlm.quantization.formats.blocks import (
     BlockSize,
     check_whole_blocks,
@@ -158,11 +159,13 @@ class IntegerFormat(Format):
             return self._round_scales(divide_exactly(maxima, steps / 2)), None
         minima = jnp.minimum(blocks.min(-1), 0)
         maxima = jnp.maximum(blocks.max(-1), 0)
-        scales = self._round_scales(divide_exactly(maxima - minima, float(steps)))
-        below_zero = divide_exactly(minima, scales.astype(jnp.float32))
+        exact_scales = divide_exactly(maxima - minima, float(steps))
+        is_empty = exact_scales < SMALLEST_NORMAL
+        below_zero = divide_exactly(minima, jnp.where(is_empty, 1, exact_scales))
         zeros = jnp.clip(smallest_code - below_zero, smallest_code, largest_code)
         # A block of zeros has any zero point; compressed-tensors gives it 0.
-        zeros = jnp.where(maxima == minima, 0, jnp.round(zeros))
+        zeros = jnp.where(is_empty, 0, jnp.round(zeros))
+        scales = self._round_scales(exact_scales)
         return scales, zeros.astype(jnp.int8)
 
     def round_to_codes(
@@ -232,7 +235,9 @@ def read_integer_format(name: str) -> IntegerFormat:
         raise build_name_error(name, _KNOWN_NAMES)
     rows = match["rows"]
     columns = match["columns"] or rows or match["group"]
-    dtypes = {ending: dtype for dtype, ending in _DTYPE_ENDINGS.items()}
+    dtypes: dict[str, ScaleDtype] = {
+        ending: dtype for dtype, ending in _DTYPE_ENDINGS.items()
+    }
     return IntegerFormat(
         bits=int(match["bits"]),
         group=int(columns) if columns else None,

@@ -152,8 +152,10 @@ def read_microscaling_format(name: str) -> MicroscalingFormat:
     match = _NAME.fullmatch(name)
     if match is None:
         endings = ["", *(f"-{rule}" for rule in SCALE_RULES if rule != "floor")]
-        kinds = _KIND_NAMES.values()
-        raise build_name_error(name, [k + end for k in kinds for end in endings])
-    elements = {kind_name: element for element, kind_name in _KIND_NAMES.items()}
+        known = [kind + end for kind in _KIND_NAMES.values() for end in endings]
+        raise build_name_error(name, known)
+    elements: dict[str, Element] = {
+        kind_name: element for element, kind_name in _KIND_NAMES.items()
+    }
     rules: dict[str, ScaleRule] = {rule: rule for rule in SCALE_RULES}
     return MicroscalingFormat(elements[match["kind"]], rules[match["rule"] or "floor"])

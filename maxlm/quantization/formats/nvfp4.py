@@ -45,7 +45,8 @@ class Nvfp4Format(Format):
     number is code · scale · matrix scale.
 
     Args:
-        two_level: with a scale of the matrix.
+        two_level: with a scale of the matrix. Without it the smallest block scale is
+            2^-6, and blocks below 6 · 2^-6 = 0.09 lose precision: most weights are.
     """
 
     two_level: bool = True
