@@ -178,7 +178,14 @@ class FolderTier(AbstractContextManager["FolderTier"]):
         path = self.path(self._find_step(step))
         return raise_on_all_hosts(lambda: read_metadata(path))
 
-    def restore(self, step: int | None, abstract: PyTree, subtree: str = "") -> PyTree:
+    def restore(
+        self,
+        step: int | None,
+        abstract: PyTree,
+        subtree: str = "",
+        *,
+        is_part: bool = False,
+    ) -> PyTree:
         """Returns a saved state, each array read straight into the sharding that is
         asked for, and checked against its fingerprint.
 
@@ -188,13 +195,15 @@ class FolderTier(AbstractContextManager["FolderTier"]):
                 all.
             abstract: it as ``ShapeDtypeStruct`` leaves with shardings, on any mesh
                 (no sharding: the first device). Arrays are cast to its dtypes.
+            is_part: whether the subtree may hold other arrays.
 
         Raises:
             UnreadableCheckpoint: it is damaged.
             MaxlmError: no such checkpoint, or one of another model or optimizer (names
                 the first array that differs, parameters before others).
         """
-        return restore_from(self.path(self._find_step(step)), abstract, subtree=subtree)
+        path = self.path(self._find_step(step))
+        return restore_from(path, abstract, subtree=subtree, is_part=is_part)
 
     def check_shapes(
         self, step: int | None, abstract: PyTree, subtree: str = ""

@@ -171,15 +171,20 @@ def read_metadata(path: Path) -> JsonObject:
     )
 
 
-def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
+def restore_from(
+    path: Path, abstract: PyTree, *, subtree: str = "", is_part: bool = False
+) -> PyTree:
     """Returns the state in a checkpoint's folder, checked against its fingerprints; see
     :meth:`FolderTier.restore`. All processes call it together, and it ends alike on
     all. ``subtree``: name of the part of the state that ``abstract`` describes; empty:
-    all of it, and the checkpoint must hold no other arrays."""
+    all of it, and the checkpoint must hold no other arrays. ``is_part``: whether the
+    subtree may hold others."""
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
         fingerprints = read_metadata(path).get("fingerprints", {})
-        dtypes, leaves = check_saved_shapes(path, abstract, subtree=subtree)
+        dtypes, leaves = check_saved_shapes(
+            path, abstract, subtree=subtree, is_part=is_part
+        )
         arguments = ocp.args.PyTreeRestore(
             item=leaves,
             restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
@@ -198,7 +203,7 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
 
 
 def check_saved_shapes(
-    path: Path, abstract: PyTree, *, subtree: str = ""
+    path: Path, abstract: PyTree, *, subtree: str = "", is_part: bool = False
 ) -> tuple[Leaves, Leaves]:
     """Checks, reading no array, that a checkpoint has the arrays that
     :func:`restore_from` reads; raises as :meth:`FolderTier.restore`. Returns by name
@@ -214,7 +219,8 @@ def check_saved_shapes(
         for name, array in stored.items()
         if name in leaves
         or (
-            name.startswith(prefix)
+            not is_part
+            and name.startswith(prefix)
             and not (subtree and name.startswith(auxiliary_prefix))
         )
     }

@@ -309,6 +309,9 @@ class QuantizedParam(PackedParam):
         """Raises MaxlmError: a mesh axis splits a matrix within its blocks."""
         form = self.form
         block_rows, block_columns = form.format.block_shape
+        if form.num_outputs <= block_rows:
+            # What all outputs share every device has.
+            block_rows = 1
         for dims, size, block in (
             (form.output_dims, form.num_outputs, block_rows),
             (form.input_dims, form.num_inputs, block_columns),

@@ -308,10 +308,11 @@ def _restore_start(
         )
 
     names = {*flatten_names(stored)}
-    restored = tier.restore(None, select(names - packed_specs.keys()), name)
+    plain = select(names - packed_specs.keys())
+    restored = tier.restore(None, plain, name, is_part=True)
     values = flatten_names(restored)
     for param_name, spec in packed_specs.items():
-        dense = tier.restore(None, select({param_name}), name)
+        dense = tier.restore(None, select({param_name}), name, is_part=True)
         (array,) = jax.tree.leaves(dense)
         values[param_name] = pack_array(setup, spec, array)
     ordered = [values[param_name] for param_name in flatten_names(stored)]
