@@ -118,7 +118,8 @@ def quantize_gptq(
     decoded = rounding.decode_codes(codes, *add_block_dim(scales))
     decoded = decoded.reshape(weight.shape)
     loss = compute_proxy_loss(weight - decoded, hessian)
-    planes = rounding.pack(codes.reshape(weight.shape), *scales)
+    block_scales, zeros = scales
+    planes = rounding.pack(codes.reshape(weight.shape), block_scales, zeros)
     return GptqResult(planes, decoded, loss)
 
 
@@ -149,7 +150,7 @@ def _round_groups(
     groups_per_run = max(1, min(RUN, columns) // block)
 
     def round_run(
-        run: jax.Array, factor: jax.Array, number: jax.Array
+        values: jax.Array, factor: jax.Array, number: jax.Array
     ) -> tuple[jax.Array, jax.Array, Scales]:
         del number
         # What an error of a column costs, when its turn comes.
@@ -172,7 +173,7 @@ def _round_groups(
             starts = start + jnp.arange(block)
             return round_blocks(state, factor, starts, 1, round_column), scales
 
-        state = (run, jnp.zeros_like(run))
+        state = (values, jnp.zeros_like(values))
         state, scales = jax.lax.scan(take_group, state, jnp.arange(groups_per_run))
         return *state, scales
 

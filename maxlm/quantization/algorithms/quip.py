@@ -29,6 +29,7 @@ from maxlm.quantization.algorithms.hadamard import (
     undo_transform,
 )
 from maxlm.quantization.algorithms.hessian import compute_proxy_loss
+from maxlm.quantization.formats.e8p import decode_vectors, encode_vectors
 
 WIDTH = 8
 """Numbers that one code stands for."""
@@ -45,6 +46,17 @@ class VectorCodebook(Protocol):
     def decode(self, codes: jax.Array) -> jax.Array:
         """Returns the vectors [..., 8] of codes [...]."""
         ...
+
+
+@dataclass(frozen=True)
+class E8pCodebook:
+    """QuIP#'s points of the lattice E8, two bits a number."""
+
+    def encode(self, vectors: jax.Array) -> jax.Array:
+        return encode_vectors(vectors)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        return decode_vectors(codes)
 
 
 @dataclass(frozen=True)
