@@ -34,7 +34,7 @@ from maxlm.huggingface.files import (
     iterate_flat_chunks,
     split_into_slabs,
 )
-from maxlm.huggingface.quantized import list_model_tensors, read_model_tensor
+from maxlm.huggingface.quantized import read_model_tensor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 
@@ -51,21 +51,24 @@ _SHOWN = 4
 
 
 def import_tensors(
-    folder: str | Path,
+    stored_tensors: Mapping[str, StoredTensor],
     entries: Sequence[TensorEntry],
     shapes: Mapping[str, Shape],
     writer: ParamWriter,
     progress: Progress = ignore_progress,
     *,
+    where: str,
     ignored: Iterable[str] = (),
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
-    """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and
-    return the number formats they had, for its metadata; of tensors that are stored
-    quantized, the format that they are read in. Files of another model are refused
-    before anything is written.
+    """Write all parameters of a published model to ``writer``, as fp32, and return the
+    number formats they had, for its metadata; of tensors that are stored quantized, the
+    format that they are read in. Files of another model are refused before anything is
+    written.
 
     Args:
+        stored_tensors: the model's, by their names there.
+        where: the folder or file that they are of, for messages.
         shapes: of all parameters, by canonical name.
         ignored: patterns of tensors that may be there without being used
             (``*.inv_freq``).
@@ -74,8 +77,7 @@ def import_tensors(
             differs from its tensor.
     """
     num_lead_axes = count_lead_axes(entries, shapes)
-    stored_tensors = list_model_tensors(folder)
-    pairs = match_entries(stored_tensors, entries, ignored, where=str(folder))
+    pairs = match_entries(stored_tensors, entries, ignored, where=where)
     for line in _describe_unlike_copies(stored_tensors, pairs):
         warn(line)
     for name, shape in shapes.items():

@@ -32,18 +32,21 @@ from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import TensorEntry, drop_copies
 from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes
+from maxlm.huggingface.model_files import (
+    ModelFiles,
+    is_model_path,
+    open_model_files,
+)
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
-from maxlm.huggingface.quantized import list_model_tensors
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.optim.state import list_added_names, select_trainable
 from maxlm.run.config import RunConfig
 from maxlm.runtime.files import convert_write_errors
-from maxlm.runtime.json_files import read_json_object
 from maxlm.runtime.progress import Progress, ignore_progress
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
@@ -80,12 +83,11 @@ class ConversionResult:
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """A Hugging Face folder, understood; its tensors are not read yet."""
+    """A Hugging Face folder or a GGUF file, understood; its tensors are not read
+    yet."""
 
-    folder: Path
+    files: ModelFiles
     family: ModelFamily
-    values: Mapping[str, Any]
-    """Values of config.json."""
     config: RunConfig
     """A run that goes on from these weights."""
     specs: Mapping[str, ParamSpec]
@@ -102,41 +104,40 @@ class HuggingFaceModel:
         they had."""
         shapes = {name: spec.shape for name, spec in self.specs.items()}
         dtypes = import_tensors(
-            self.folder,
+            self.files.tensors,
             self.entries,
             shapes,
             writer,
             progress,
+            where=str(self.files.path),
             ignored=self.family.list_ignored_tensors(self.config.model),
             warn=self.notes.append,
         )
         used: set[str] = set()
         for entry in self.entries:
             used |= {entry.theirs, *entry.aliases, *entry.copies}
-        left_out = sorted(list_model_tensors(self.folder).keys() - used)
+        left_out = sorted(self.files.tensors.keys() - used)
         self.notes.extend(self.family.describe_left_out(self.config.model, left_out))
         return dtypes
 
 
 def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
-    """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run
-    ``target``. Raises MaxlmError: files that are missing or damaged, a model that maxlm
-    does not implement."""
-    where = source / "config.json"
-    values = read_json_object(where, "download it again")
-    family = find_family(values, str(where))
-    tensors = list_model_tensors(source)
-    settings, family_notes = family.read_config(values, str(where), tensors)
+    """Reads the config, tokenizer and tensors' names of a Hugging Face folder or a GGUF
+    file, as a run ``target``. Raises MaxlmError: files that are missing or damaged, a
+    model that maxlm does not implement."""
+    files = open_model_files(source)
+    where = files.config_path
+    family = find_family(files.values, str(where))
+    settings, family_notes = family.read_config(files.values, str(where), files.tensors)
     config = _make_run_config(settings, target, where)
-    notes = [*family_notes]
-    tokenizer = _import_tokenizer(source, config, notes)
+    notes = [*files.notes, *family_notes]
+    with files.open_tokenizer_folder() as folder:
+        tokenizer = _import_tokenizer(folder, config, notes)
     if tokenizer is not None:
         config = _add_tokenizer(config, target, tokenizer, notes)
-    entries = family.list_entries(config.model, tensors)
+    entries = family.list_entries(config.model, files.tensors)
     specs = flatten_names(_build_specs(config))
-    return HuggingFaceModel(
-        source, family, values, config, specs, entries, tokenizer, notes
-    )
+    return HuggingFaceModel(files, family, config, specs, entries, tokenizer, notes)
 
 
 def convert(
@@ -168,7 +169,7 @@ def convert(
     target = Path(target)
     check_new_folder(target)
     is_run = (source / "config.yaml").exists()
-    is_published = (source / "config.json").exists()
+    is_published = is_model_path(source)
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
         message = "no such folder"
         if source.exists():
@@ -232,7 +233,9 @@ def _import_run(
         usual_names = [entry.theirs for entry in family.list_entries(config.model)]
         dtypes = dtypes.with_names(dict(zip(stored_names, usual_names, strict=True)))
         token_ids = {
-            key: base.values[key] for key in _TOKEN_ID_KEYS if key in base.values
+            key: base.files.values[key]
+            for key in _TOKEN_ID_KEYS
+            if key in base.files.values
         }
         published: dict[str, Any] = {
             "family": family.name,
@@ -240,7 +243,7 @@ def _import_run(
             "tokens": token_ids,
         }
         copies = {name for entry in base.entries for name in entry.copies}
-        missing_copies = copies - list_model_tensors(source).keys()
+        missing_copies = copies - base.files.tensors.keys()
         if missing_copies:
             published["missing_copies"] = sorted(missing_copies)
         writer.commit(

@@ -1,0 +1,73 @@
+"""llama.cpp by way of the package ``llama-cpp-py-sync`` (extra ``parity``): what it
+computes from a GGUF file, and the files that it quantizes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+from llama_cpp_py_sync.llama import Llama
+
+
+@get_ffi().callback("void(enum ggml_log_level, const char *, void *)")
+def _stay_silent(level: int, text: object, data: object) -> None:
+    """Takes a line of llama.cpp's log."""
+
+
+class LlamaCpp:
+    """A model in llama.cpp, computed on one CPU thread with keys and values in fp32."""
+
+    def __init__(self, path: Path, max_seq_len: int = 512):
+        get_lib().llama_log_set(_stay_silent, get_ffi().NULL)
+        self._llama = Llama(
+            str(path), n_ctx=max_seq_len, n_threads=1, type_k="f32", type_v="f32"
+        )
+
+    def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Returns a text's ids, without bos."""
+        return self._llama.tokenize(
+            text, add_special=False, parse_special=parse_special
+        )
+
+    def compute_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Returns the logits after the last id, fp32 [V]."""
+        self._llama._clear_context_state()
+        self._llama._eval_tokens([int(i) for i in ids], 0)
+        return self._read_logits()
+
+    def generate(self, ids: Sequence[int], num_tokens: int) -> list[int]:
+        """Returns the likeliest continuation of ids, whatever it ends at."""
+        self._llama._clear_context_state()
+        ids = [int(i) for i in ids]
+        position = self._llama._eval_tokens(ids, 0)
+        drawn: list[int] = []
+        while len(drawn) < num_tokens:
+            token = int(self._read_logits().argmax())
+            drawn.append(token)
+            position = self._llama._eval_tokens([token], position)
+        return drawn
+
+    def _read_logits(self) -> np.ndarray:
+        lib = get_lib()
+        count = lib.llama_vocab_n_tokens(self._llama._vocab)
+        logits = lib.llama_get_logits_ith(self._llama._ctx, -1)
+        return np.frombuffer(get_ffi().buffer(logits, 4 * count), np.float32).copy()
+
+
+def quantize_with_llama_cpp(source: Path, target: Path, file_type: int) -> None:
+    """Writes llama.cpp's own quantization of a GGUF file; ``file_type``: a member of
+    gguf.LlamaFileType."""
+    ffi = get_ffi()
+    lib = get_lib()
+    lib.llama_log_set(_stay_silent, ffi.NULL)
+    lib.llama_backend_init()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = int(file_type)
+    params.nthread = 1
+    params.allow_requantize = True
+    pointer = ffi.new("llama_model_quantize_params *", params)
+    code = lib.llama_model_quantize(
+        str(source).encode(), str(target).encode(), pointer
+    )
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
