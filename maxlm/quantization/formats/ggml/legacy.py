@@ -17,7 +17,6 @@ from maxlm.quantization.formats.ggml.ggml_format import GgmlFormat
 from maxlm.quantization.formats.ggml.layout import BlockField, code_field, half_field
 from maxlm.quantization.formats.ggml.rounding import (
     SeparateRounding,
-    find_minimum,
     find_signed_extreme,
 )
 
@@ -64,7 +63,7 @@ class AffineBlocks(GgmlFormat):
         blocks = take_blocks(values, BLOCK)
         rounding = SeparateRounding.of(blocks[0])
         highest_code = (1 << self.code_bits) - 1
-        minima = find_minimum(blocks)
+        minima = blocks.min(axis=0)
         ranges = blocks.max(axis=0) - minima
         scales = rounding.seal(ranges / rounding.seal(highest_code))
         inverses = jnp.where(scales == 0, 0, 1 / scales)

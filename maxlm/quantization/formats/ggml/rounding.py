@@ -65,15 +65,6 @@ def round_to_integer(numbers: jax.Array) -> jax.Array:
     return (bits & 0x007FFFFF) - 0x00400000
 
 
-def find_minimum(values: jax.Array) -> jax.Array:
-    """Returns the minimum over the first dimension; of zeros of both signs the
-    first."""
-    minimum = values[0]
-    for value in values[1:]:
-        minimum = jnp.where(value < minimum, value, minimum)
-    return minimum
-
-
 def find_signed_extreme(values: jax.Array) -> jax.Array:
     """Returns the number of the greatest magnitude over the first dimension, with its
     sign; of several the first; zero is positive."""

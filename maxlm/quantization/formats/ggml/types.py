@@ -1,6 +1,7 @@
 """GGML's formats by name."""
 
 from maxlm.config.errors import MaxlmError
+from maxlm.quantization.formats.ggml.affine_k import GgmlQ2_K, GgmlQ4_K, GgmlQ5_K
 from maxlm.quantization.formats.ggml.ggml_format import GgmlFormat
 from maxlm.quantization.formats.ggml.legacy import (
     GgmlQ4_0,
@@ -14,6 +15,7 @@ GGML_FORMATS: dict[str, GgmlFormat] = {
     number_format.type_name: number_format
     for number_format in (
         *(GgmlQ4_0(), GgmlQ4_1(), GgmlQ5_0(), GgmlQ5_1(), GgmlQ8_0()),
+        *(GgmlQ2_K(), GgmlQ4_K(), GgmlQ5_K()),
     )
 }
 """By GGML's names of them."""
