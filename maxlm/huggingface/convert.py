@@ -124,7 +124,6 @@ def export_tensors(
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
     """
-    num_lead_axes = count_lead_axes(entries, checkpoint.shapes)
     kinds: dict[str, Kind] = {}
     num_bytes: dict[str, int] = {}
     for entry in entries:
@@ -135,6 +134,25 @@ def export_tensors(
     total_bytes = sum(num_bytes.values())
     bytes_done = 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
+    for entry, tensor in iterate_exported_tensors(checkpoint, entries, writer.folder):
+        for name in (entry.theirs, *entry.copies):
+            writer.write(name, tensor, lossy=lossy)
+            bytes_done += num_bytes[name]
+            progress("converting", bytes_done, total_bytes)
+        del tensor  # before the next is read
+
+
+def iterate_exported_tensors(
+    checkpoint: RunCheckpointReader | MergedCheckpointReader,
+    entries: Sequence[TensorEntry],
+    scratch_folder: Path,
+) -> Iterator[tuple[TensorEntry, np.ndarray]]:
+    """Yields the published tensors of a checkpoint, fp32, one in memory at a time.
+
+    Args:
+        scratch_folder: for files of decoded parameters, which are gone afterwards.
+    """
+    num_lead_axes = count_lead_axes(entries, checkpoint.shapes)
     # Parameter by parameter, so that each need only be decoded once.
     by_params = sorted(entries, key=_list_param_names)
     for names, group in groupby(by_params, key=_list_param_names):
@@ -142,17 +160,15 @@ def export_tensors(
             readers: dict[str, ReadSlice] = {}
             for name in set(names):
                 opened = checkpoint.open_slice_reader(
-                    name, num_lead_axes[name], writer.folder
+                    name, num_lead_axes[name], scratch_folder
                 )
                 readers[name] = stack.enter_context(opened)
             for entry in group:
                 parts = [readers[place.name](place.index) for place in entry.ours]
                 tensor = entry.join(parts)
-                for name in (entry.theirs, *entry.copies):
-                    writer.write(name, tensor, lossy=lossy)
-                    bytes_done += num_bytes[name]
-                    progress("converting", bytes_done, total_bytes)
-                del parts, tensor  # before the next tensor is read
+                del parts
+                yield entry, tensor
+                del tensor  # before the next is read
 
 
 def _import_one(

@@ -32,8 +32,11 @@ from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import TensorEntry, drop_copies
 from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes
+from maxlm.huggingface.gguf.file_types import parse_file_type
+from maxlm.huggingface.gguf.writing import write_gguf_model
 from maxlm.huggingface.model_files import (
     ModelFiles,
+    is_gguf_path,
     is_model_path,
     open_model_files,
 )
@@ -46,7 +49,7 @@ from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
 from maxlm.optim.state import list_added_names, select_trainable
 from maxlm.run.config import RunConfig
-from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
@@ -150,11 +153,12 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     adapter: bool = False,
     base: str | Path | None = None,
+    quantization: str | None = None,
     progress: Progress = ignore_progress,
 ) -> ConversionResult:
-    """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder
-    and its base to a run, or a run to a Hugging Face or PEFT folder, whichever
-    ``source`` is.
+    """Converts a Hugging Face folder or a GGUF file to a run, which takes no options, a
+    PEFT folder and its base to a run, or a run to a Hugging Face or PEFT folder or to a
+    GGUF file, whichever ``source`` and ``target`` are.
 
     Args:
         family: under whose names; None: that it came from, else the first that can say
@@ -164,10 +168,21 @@ def convert(
         step: which checkpoint; None: the newest.
         adapter: write a run's adapter alone, for PEFT; otherwise the merged model.
         base: the Hugging Face folder of the model that a PEFT adapter is for.
+        quantization: the number formats of a GGUF file, by llama.cpp's name of its
+            type ("q4_k_m"); None: f32.
     """
     source = Path(source)
     target = Path(target)
-    check_new_folder(target)
+    writes_gguf = is_gguf_path(target)
+    if quantization is not None and not writes_gguf:
+        message = f"--quantization {quantization} says how a GGUF file is written"
+        fix = "name a target that ends in .gguf, or leave it out"
+        raise MaxlmError(message, where=str(target), fix=fix)
+    file_type = parse_file_type(quantization or "f32")
+    if writes_gguf:
+        check_new_file(target)
+    else:
+        check_new_folder(target)
     is_run = (source / "config.yaml").exists()
     is_published = is_model_path(source)
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
@@ -176,24 +191,35 @@ def convert(
             message = "neither config.json nor config.yaml here"
         fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
         raise MaxlmError(message, where=str(source), fix=fix)
+    if writes_gguf and not is_run:
+        message = "a GGUF file is written of a run, and this is a published checkpoint"
+        fix = f"make it a run first: maxlm convert {source} runs/NAME"
+        raise MaxlmError(message, where=str(source), fix=fix)
 
     # Options that say nothing of this kind of conversion.
     shard_gigabytes = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
     unused: dict[str, str | float | None] = {}
-    if adapter or not is_run:
+    if adapter or writes_gguf or not is_run:
         unused |= {"dtype": dtype, "shard-gb": shard_gigabytes}
+    if writes_gguf and adapter:
+        fix = "leave out --adapter: the file gets the merged model"
+        raise MaxlmError("a GGUF file of an adapter alone", where=str(target), fix=fix)
     if not is_run:
         unused |= {"family": family, "step": step}
     for name, value in unused.items():
         if value is None:
             continue
-        if is_run:
+        if writes_gguf:
+            reason = "Hugging Face folders are written; of GGUF files --quantization does"
+        elif is_run:
             reason = "merged models are written, adapters in fp32"
         else:
             reason = "a run is written, and this is a published checkpoint"
         message = f"--{name} {value} says how {reason}"
         raise MaxlmError(message, where=str(source), fix="leave it out")
 
+    if writes_gguf:
+        return _export_gguf(source, target, family, step, file_type, progress)
     if is_run:
         return _export_run(
             source, target, family, dtype, step, shard_bytes, adapter, progress
@@ -424,6 +450,41 @@ def _export_run(
     return ConversionResult(model_family.name, target, num_params, dtypes.default, [])
 
 
+def _export_gguf(
+    source: Path,
+    target: Path,
+    family: str | None,
+    step: int | None,
+    file_type: str,
+    progress: Progress,
+) -> ConversionResult:
+    """Writes a run's checkpoint as a GGUF file, with its adapter merged; nothing is
+    left behind by a failure."""
+    config, reader = open_run_checkpoint(source, step)
+    model_family, _ = find_run_family(config, reader, family)
+    specs = _build_specs(config)
+    _check_stored_shapes(reader, config, specs)
+    tokenizer_folder = source / "tokenizer"
+    tokenizer = None
+    if tokenizer_folder.exists():
+        tokenizer = load_tokenizer(tokenizer_folder)
+    if config.adapter is not None:
+        reader = MergedCheckpointReader(reader, config.adapter, specs)
+    with make_new_file(target) as path:
+        notes = write_gguf_model(
+            path,
+            reader,
+            model_family.list_entries(config.model),
+            model_family.write_config(config.model),
+            tokenizer,
+            file_type,
+            name=config.name,
+            progress=progress,
+        )
+    num_params = sum(spec.size for spec in flatten_names(specs).values())
+    return ConversionResult(model_family.name, target, num_params, file_type, notes)
+
+
 def _check_stored_shapes(
     reader: RunCheckpointReader, config: RunConfig, specs: Params
 ) -> None:
@@ -614,6 +675,28 @@ def check_new_folder(target: Path) -> None:
     if target.resolve() == Path.cwd():
         message = "the folder that this runs in cannot be replaced"
         raise MaxlmError(message, where=str(target), fix="name another")
+
+
+def check_new_file(target: Path) -> None:
+    """Checks that there is no file yet. Raises MaxlmError."""
+    if target.exists():
+        raise MaxlmError("this file exists", where=str(target), fix="name a new one")
+
+
+@contextmanager
+def make_new_file(target: Path) -> Iterator[Path]:
+    """Yields a path to write a file to, which gets its name when it is complete, or
+    not at all."""
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        with convert_write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(target) as path:
+            yield path
+    finally:
+        with suppress(OSError):  # the first that is not empty
+            for parent in missing_parents:
+                parent.rmdir()
 
 
 @contextmanager

@@ -89,6 +89,8 @@ class _TokenizerReader:
         stored = self._metadata.get(HUGGINGFACE_JSON)
         if isinstance(stored, str):
             spec = self._parse(stored)
+            opening = self._make_spec(adds_bos=False)
+            spec["post_processor"] = opening["post_processor"]
         elif model == "gpt2":
             spec = self._make_byte_level_bpe()
         elif model == "llama":
