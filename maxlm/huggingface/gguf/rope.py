@@ -121,13 +121,19 @@ def describe_factors(
     if len(factors) == len(wavelengths):
         shares = (1 / factors - 1 / factor) / (1 - 1 / factor)
         is_between = (shares > 1e-6) & (shares < 1 - 1e-6)
-        if is_between.sum() >= 2:
-            inverse = 1 / wavelengths[is_between]
+        between = wavelengths[is_between]
+        for wavelength, share in zip(between, shares[is_between], strict=True):
+            # Of the usual 1 and 4, one frequency says the length.
+            candidates.append((4.0, wavelength * (3 * share + 1)))
+        if len(between) >= 2:
+            inverse = 1 / between
             slope, start = np.polyfit(inverse, shares[is_between], 1)
             high = 1 - 1 / start
             candidates.append((high, slope * (high - 1)))
             candidates.append((round(high, 3), round(slope * (high - 1))))
     for high, original in candidates:
+        if len(factors) != len(wavelengths) or high <= 1 or original < 1:
+            continue
         scaling = {
             "rope_type": "llama3",
             "factor": float(str(np.float32(factor))),
@@ -135,8 +141,6 @@ def describe_factors(
             "high_freq_factor": high,
             "original_max_position_embeddings": round(original),
         }
-        if len(factors) != len(wavelengths) or high <= 1 or original < 1:
-            continue
         computed = compute_llama3_factors(scaling, theta, rotary_size)
         if np.allclose(computed, factors, rtol=1e-5):
             return scaling

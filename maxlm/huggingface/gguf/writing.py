@@ -61,7 +61,7 @@ def write_gguf_model(
         name: the model's, for people.
     """
     architecture = find_hf_architecture(values["architectures"][0])
-    own_metadata = architecture.write_metadata(values)
+    own_metadata, notes = architecture.write_metadata(values)
     targets = {
         entry.theirs: _find_target(entry.theirs, architecture, values)
         for entry in entries
@@ -69,14 +69,14 @@ def write_gguf_model(
     shapes = _list_shapes(entries, targets)
     extra_tensors = architecture.make_extra_tensors(values)
     types = choose_tensor_types(file_type, shapes, _describe(architecture, own_metadata))
-    notes: list[str] = []
     if tokenizer is None:
         tokenizer_metadata: dict[str, Value] = {f"{KEY}.model": "none"}
         notes.append("no tokenizer: the run has none")
     else:
-        tokenizer_metadata, notes = make_tokenizer_metadata(
+        tokenizer_metadata, tokenizer_notes = make_tokenizer_metadata(
             tokenizer, values["vocab_size"]
         )
+        notes += tokenizer_notes
     metadata: dict[str, Value] = {
         "general.type": "model",
         "general.name": name,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.huggingface.families.fields import ACTIVATIONS
 from maxlm.huggingface.gguf.metadata import (
     ConfigValues,
     Metadata,
@@ -50,11 +51,11 @@ class Architecture:
         lambda metadata, values: None
     )
     """Reads into values of config.json what the fields above cannot say."""
-    write_extra: Callable[[ConfigValues, dict[str, Number]], None] = (
-        lambda values, metadata: None
+    write_extra: Callable[[ConfigValues, dict[str, Number]], list[str]] = (
+        lambda values, metadata: []
     )
-    """Writes what ``read_extra`` reads, or raises MaxlmError where llama.cpp computes
-    something else."""
+    """Writes what ``read_extra`` reads, and returns notes for the user; or raises
+    MaxlmError where llama.cpp computes something else."""
     get_rope: Callable[[ConfigValues], dict[str, Any]] | None = None
     """Returns values of config.json with ``rope_theta`` and ``rope_scaling`` of what
     the keys are of; None: ``theta_key`` and ``rope_scaling`` there."""
@@ -97,12 +98,15 @@ class Architecture:
         self.read_extra(metadata, values)
         return values
 
-    def write_metadata(self, values: ConfigValues) -> dict[str, Number]:
-        """Returns the metadata of a model, without the architecture's name. Raises
-        MaxlmError: llama.cpp computes something else."""
+    def write_metadata(
+        self, values: ConfigValues
+    ) -> tuple[dict[str, Number], list[str]]:
+        """Returns the metadata of a model, without the architecture's name, and notes
+        for the user. Raises MaxlmError: llama.cpp computes something else."""
         for key, value in self.fixed.items():
-            if values.get(key, value) != value:
-                raise self.refuse(key, values[key])
+            stored = values.get(key, value)
+            if _name_activation(stored) != _name_activation(value):
+                raise self.refuse(key, stored)
         metadata: dict[str, Number] = {
             "vocab_size": values["vocab_size"],
             **write_keys(values, self.keys),
@@ -112,8 +116,8 @@ class Architecture:
             metadata["attention.value_length"] = key_length
         if self.is_rotary:
             metadata |= write_rope(self._get_rope(values), self._get_rotary(values))
-        self.write_extra(values, metadata)
-        return metadata
+        notes = self.write_extra(values, metadata)
+        return metadata, notes
 
     def make_extra_tensors(self, values: ConfigValues) -> dict[str, np.ndarray]:
         """Returns tensors that Hugging Face's files do not have, fp32, by name."""
@@ -141,6 +145,12 @@ class Architecture:
 
     def _get_default_head_dim(self, values: ConfigValues) -> int:
         return values[self.width_key] // max(1, values[self.heads_key])
+
+
+def _name_activation(value: object) -> object:
+    """Returns one name for an activation that config.json has several of; other values
+    as they are."""
+    return ACTIVATIONS.get(value, value) if isinstance(value, str) else value
 
 
 def map_sizes(

@@ -112,7 +112,7 @@ def _read_gemma2(metadata: Metadata, values: dict[str, Any]) -> None:
     _read_layer_kinds(metadata, values, 2)
 
 
-def _write_gemma2(values: ConfigValues, metadata: dict[str, Number]) -> None:
+def _write_gemma2(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     _check_divisor(values, GEMMA2)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if values.get(key) is None:
@@ -121,6 +121,7 @@ def _write_gemma2(values: ConfigValues, metadata: dict[str, Number]) -> None:
         metadata[_WINDOW] = values["sliding_window"]
     else:
         metadata[_WINDOW] = values["max_position_embeddings"]
+    return []
 
 
 def _check_divisor(values: ConfigValues, architecture: Architecture) -> None:
@@ -146,15 +147,16 @@ def _read_gemma3(metadata: Metadata, values: dict[str, Any]) -> None:
     values["rope_parameters"] = by_kind
 
 
-def _write_gemma3(values: ConfigValues, metadata: dict[str, Number]) -> None:
+def _write_gemma3(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     _check_divisor(values, GEMMA3)
     if not _check_layer_kinds(values, GEMMA3, 6):
-        return
+        return []
     metadata[_WINDOW] = values["sliding_window"]
     local = values["rope_parameters"][LOCAL]
     if local.get("rope_type", "default") != "default":
         raise GEMMA3.refuse("rope_parameters.sliding_attention.rope_type", "…")
     metadata[_LOCAL_THETA] = float(local["rope_theta"])
+    return []
 
 
 def _get_global_rope(values: ConfigValues) -> dict[str, Any]:

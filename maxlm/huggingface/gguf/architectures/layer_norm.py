@@ -20,7 +20,7 @@ from maxlm.huggingface.gguf.architectures.llama import (
     WEIGHT,
     B,
     L,
-    check_window,
+    describe_window,
     has_tensor,
     map_layers,
 )
@@ -85,8 +85,9 @@ def _read_neox(metadata: Metadata, values: dict[str, Any]) -> None:
     )
 
 
-def _write_neox(values: ConfigValues, metadata: dict[str, Number]) -> None:
+def _write_neox(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     metadata["use_parallel_residual"] = values["use_parallel_residual"]
+    return []
 
 
 _N = "gpt_neox.layers.{layer}"
@@ -157,11 +158,12 @@ def _read_falcon(metadata: Metadata, values: dict[str, Any]) -> None:
     metadata.ignore("tensor_data_layout")
 
 
-def _write_falcon(values: ConfigValues, metadata: dict[str, Number]) -> None:
+def _write_falcon(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     if not (values["parallel_attn"] or values["new_decoder_architecture"]):
         raise FALCON.refuse("parallel_attn", False)
     metadata["attention.head_count_kv"] = _count_falcon_kv_heads(values)
     metadata["tensor_data_layout"] = "jploski"
+    return []
 
 
 FALCON = Architecture(
@@ -203,6 +205,16 @@ FALCON = Architecture(
     read_extra=_read_falcon,
     write_extra=_write_falcon,
 )
+def _read_bloom(metadata: Metadata, values: dict[str, Any]) -> None:
+    metadata.ignore("feed_forward_length", "attention.head_count_kv")
+
+
+def _write_bloom(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
+    metadata["feed_forward_length"] = 4 * values["hidden_size"]
+    metadata["attention.head_count_kv"] = values["n_head"]
+    return []
+
+
 BLOOM = Architecture(
     "bloom",
     "BloomForCausalLM",
@@ -234,15 +246,8 @@ BLOOM = Architecture(
     is_rotary=False,
     tie_key=None,
     heads_key="n_head",
-    read_extra=lambda metadata, values: metadata.ignore(
-        "feed_forward_length", "attention.head_count_kv"
-    ),
-    write_extra=lambda values, metadata: metadata.update(
-        {
-            "feed_forward_length": 4 * values["hidden_size"],
-            "attention.head_count_kv": values["n_head"],
-        }
-    ),
+    read_extra=_read_bloom,
+    write_extra=_write_bloom,
 )
 PHI2 = Architecture(
     "phi2",
@@ -271,10 +276,13 @@ PHI2 = Architecture(
 
 def _read_starcoder2(metadata: Metadata, values: dict[str, Any]) -> None:
     values["use_bias"] = has_tensor(metadata, "attn_q.bias")
+    values["sliding_window"] = None
 
 
-def _write_starcoder2(values: ConfigValues, metadata: dict[str, Number]) -> None:
-    check_window(values, STARCODER2)
+def _write_starcoder2(
+    values: ConfigValues, metadata: dict[str, Number]
+) -> list[str]:
+    return describe_window(values)
 
 
 STARCODER2 = Architecture(
@@ -288,7 +296,7 @@ STARCODER2 = Architecture(
         *ATTENTION,
         *map_layers((("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")), L),
     ),
-    {"hidden_act": _TANH, "sliding_window": None},
+    {"hidden_act": _TANH},
     read_extra=_read_starcoder2,
     write_extra=_write_starcoder2,
 )
@@ -300,8 +308,9 @@ def _read_stablelm(metadata: Metadata, values: dict[str, Any]) -> None:
     metadata.ignore("use_parallel_residual")
 
 
-def _write_stablelm(values: ConfigValues, metadata: dict[str, Number]) -> None:
+def _write_stablelm(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     metadata["use_parallel_residual"] = values["use_parallel_residual"]
+    return []
 
 
 STABLELM = Architecture(
@@ -318,7 +327,6 @@ STABLELM = Architecture(
 
 
 def _read_command_r(metadata: Metadata, values: dict[str, Any]) -> None:
-    values["attention_bias"] = has_tensor(metadata, "attn_q.bias")
     values["use_qk_norm"] = has_tensor(metadata, "attn_q_norm.weight")
 
 
@@ -341,6 +349,6 @@ COMMAND_R = Architecture(
         *QK_NORMS,
         *MLP,
     ),
-    {"hidden_act": "silu"},
+    {"hidden_act": "silu", "attention_bias": False},
     read_extra=_read_command_r,
 )

@@ -114,22 +114,24 @@ def _read_llama(metadata: Metadata, values: dict[str, Any]) -> None:
     }
 
 
-def check_window(values: ConfigValues, architecture: Architecture) -> None:
-    """Checks that no window hides a position: llama.cpp has none here. Raises
-    MaxlmError."""
+def describe_window(values: ConfigValues) -> list[str]:
+    """Returns a note where layers have a window that hides a position: llama.cpp has
+    none here, as its own conversion passes over it too."""
     window = values.get("sliding_window")
     is_used = values.get("use_sliding_window", True)
-    is_shorter = window is not None and window < values["max_position_embeddings"]
-    if is_used and is_shorter:
-        raise architecture.refuse("sliding_window", window)
+    longest = values["max_position_embeddings"]
+    if not is_used or window is None or window >= longest:
+        return []
+    line = f"left out: sliding_window={window}"
+    return [f"{line}, which llama.cpp does not have: it sees all {longest:,} positions"]
 
 
-def _write_llama(values: ConfigValues, metadata: dict[str, Number]) -> None:
-    check_window(values, LLAMA)
+def _write_llama(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     num_experts = values.get("num_local_experts")
     if num_experts:
         metadata["expert_count"] = num_experts
         metadata["expert_used_count"] = values["num_experts_per_tok"]
+    return describe_window(values)
 
 
 LLAMA = Architecture(
@@ -178,13 +180,13 @@ OLMO2 = Architecture(
 )
 
 
-def _write_phi3(values: ConfigValues, metadata: dict[str, Number]) -> None:
-    # Read and passed over by llama.cpp, which has no windows here; 0 says that it is
-    # not Phi-3 but Phi-4.
+def _write_phi3(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
+    # 0 says that it is not Phi-3 but Phi-4.
     metadata["attention.sliding_window"] = values.get("sliding_window") or 0
     metadata.setdefault(
         "rope.scaling.original_context_length", values["max_position_embeddings"]
     )
+    return describe_window(values)
 
 
 def _read_phi3(metadata: Metadata, values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from maxlm.huggingface.gguf.architectures.llama import (
     SIZES,
     B,
     L,
-    check_window,
+    describe_window,
     has_tensor,
     map_experts,
 )
@@ -47,15 +47,21 @@ _SHARED_EXPERT = (
         is_row=True,
     ),
 )
-_DENSE = {"hidden_act": "silu", "use_sliding_window": False}
+_DENSE = {"hidden_act": "silu"}
 _SPARSE = {**_DENSE, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
+def _read_dense(metadata: Metadata, values: dict[str, Any]) -> None:
+    values["use_sliding_window"] = False
+
+
 def _read_bias(metadata: Metadata, values: dict[str, Any]) -> None:
+    _read_dense(metadata, values)
     values["attention_bias"] = has_tensor(metadata, "attn_q.bias")
 
 
 def _read_qwen2_moe(metadata: Metadata, values: dict[str, Any]) -> None:
+    _read_dense(metadata, values)
     values["qkv_bias"] = has_tensor(metadata, "attn_q.bias")
     # Of dense layers, which there are none of.
     metadata.ignore("feed_forward_length")
@@ -66,14 +72,17 @@ def _read_qwen3_moe(metadata: Metadata, values: dict[str, Any]) -> None:
     metadata.ignore("feed_forward_length")
 
 
-def _write_dense_size(values: ConfigValues, metadata: dict[str, Number]) -> None:
+def _write_dense_size(
+    values: ConfigValues, metadata: dict[str, Number]
+) -> list[str]:
     # llama.cpp asks for it, and has no dense layers here.
     size = values.get("intermediate_size") or values["moe_intermediate_size"]
     metadata["feed_forward_length"] = size
+    return describe_window(values)
 
 
-def _check_no_window(values: ConfigValues, metadata: dict[str, Number]) -> None:
-    check_window(values, QWEN2)
+def _write_dense(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
+    return describe_window(values)
 
 
 QWEN2 = Architecture(
@@ -83,7 +92,8 @@ QWEN2 = Architecture(
     (*SIZES, FFN, RMS_NORM),
     (*OUTER, *NORMS, *ATTENTION, *MLP),
     _DENSE,
-    write_extra=_check_no_window,
+    read_extra=_read_dense,
+    write_extra=_write_dense,
 )
 QWEN3 = Architecture(
     "qwen3",
@@ -93,7 +103,7 @@ QWEN3 = Architecture(
     (*OUTER, *NORMS, *ATTENTION, *QK_NORMS, *MLP),
     _DENSE,
     read_extra=_read_bias,
-    write_extra=_check_no_window,
+    write_extra=_write_dense,
 )
 QWEN2_MOE = Architecture(
     "qwen2moe",
