@@ -3,13 +3,18 @@ computes from a GGUF file, and the files that it quantizes."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+from llama_cpp_py_sync import _cffi_bindings
 from llama_cpp_py_sync.llama import Llama
 
+# Bound at run time, so that their types say nothing.
+FFI: Any = _cffi_bindings.get_ffi()
+LIBRARY: Any = _cffi_bindings.get_lib()
 
-@get_ffi().callback("void(enum ggml_log_level, const char *, void *)")
+
+@FFI.callback("void(enum ggml_log_level, const char *, void *)")
 def _stay_silent(level: int, text: object, data: object) -> None:
     """Takes a line of llama.cpp's log."""
 
@@ -18,7 +23,7 @@ class LlamaCpp:
     """A model in llama.cpp, computed on one CPU thread with keys and values in fp32."""
 
     def __init__(self, path: Path, max_seq_len: int = 512):
-        get_lib().llama_log_set(_stay_silent, get_ffi().NULL)
+        LIBRARY.llama_log_set(_stay_silent, FFI.NULL)
         self._llama = Llama(
             str(path), n_ctx=max_seq_len, n_threads=1, type_k="f32", type_v="f32"
         )
@@ -48,25 +53,22 @@ class LlamaCpp:
         return drawn
 
     def _read_logits(self) -> np.ndarray:
-        lib = get_lib()
-        count = lib.llama_vocab_n_tokens(self._llama._vocab)
-        logits = lib.llama_get_logits_ith(self._llama._ctx, -1)
-        return np.frombuffer(get_ffi().buffer(logits, 4 * count), np.float32).copy()
+        count = LIBRARY.llama_vocab_n_tokens(self._llama._vocab)
+        logits = LIBRARY.llama_get_logits_ith(self._llama._ctx, -1)
+        return np.frombuffer(FFI.buffer(logits, 4 * count), np.float32).copy()
 
 
 def quantize_with_llama_cpp(source: Path, target: Path, file_type: int) -> None:
     """Writes llama.cpp's own quantization of a GGUF file; ``file_type``: a member of
     gguf.LlamaFileType."""
-    ffi = get_ffi()
-    lib = get_lib()
-    lib.llama_log_set(_stay_silent, ffi.NULL)
-    lib.llama_backend_init()
-    params = lib.llama_model_quantize_default_params()
+    LIBRARY.llama_log_set(_stay_silent, FFI.NULL)
+    LIBRARY.llama_backend_init()
+    params = LIBRARY.llama_model_quantize_default_params()
     params.ftype = int(file_type)
     params.nthread = 1
     params.allow_requantize = True
-    pointer = ffi.new("llama_model_quantize_params *", params)
-    code = lib.llama_model_quantize(
+    pointer = FFI.new("llama_model_quantize_params *", params)
+    code = LIBRARY.llama_model_quantize(
         str(source).encode(), str(target).encode(), pointer
     )
     if code != 0:

@@ -65,12 +65,20 @@ class FolderFiles:
     def config_path(self) -> Path:
         return self.path / _CONFIG
 
-    @cached_property
+    @property
     def values(self) -> Mapping[str, Any]:
+        return self._values
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self._tensors
+
+    @cached_property
+    def _values(self) -> Mapping[str, Any]:
         return read_json_object(self.config_path, "download it again")
 
     @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
+    def _tensors(self) -> Mapping[str, StoredTensor]:
         return list_model_tensors(self.path)
 
     @contextmanager

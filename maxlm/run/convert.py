@@ -210,7 +210,9 @@ def convert(
         if value is None:
             continue
         if writes_gguf:
-            reason = "Hugging Face folders are written; of GGUF files --quantization does"
+            reason = (
+                "Hugging Face folders are written; of GGUF files --quantization does"
+            )
         elif is_run:
             reason = "merged models are written, adapters in fp32"
         else:

@@ -9,7 +9,7 @@ back, so `encode` keeps U+2581 from it and spells it in byte tokens.
 import io
 import re
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec, cut_text
@@ -43,13 +43,16 @@ _PROBES = (
 )
 
 
+PieceKind = Literal["normal", "unknown", "control", "unused", "byte"]
+
+
 class Piece(NamedTuple):
     """A token of a model, as its file has it."""
 
     text: str
     score: float
     """What BPE joins by: the highest first."""
-    kind: Literal["normal", "unknown", "control", "unused", "byte"]
+    kind: PieceKind
 
 
 class SentencePieceCodec(Codec):
@@ -125,17 +128,18 @@ class SentencePieceCodec(Codec):
     def list_pieces(self) -> list[Piece]:
         """Lists every token, in order of id."""
         model = self._model
-        kinds: dict[Literal["unknown", "control", "unused", "byte"], Any] = {
-            "unknown": model.is_unknown,
-            "control": model.is_control,
-            "unused": model.is_unused,
-            "byte": model.is_byte,
-        }
         pieces: list[Piece] = []
         for i in range(model.get_piece_size()):
-            kind = next((kind for kind, has_kind in kinds.items() if has_kind(i)), None)
-            text = model.id_to_piece(i)
-            pieces.append(Piece(text, model.get_score(i), kind or "normal"))
+            kind: PieceKind = "normal"
+            if model.is_unknown(i):
+                kind = "unknown"
+            elif model.is_control(i):
+                kind = "control"
+            elif model.is_unused(i):
+                kind = "unused"
+            elif model.is_byte(i):
+                kind = "byte"
+            pieces.append(Piece(model.id_to_piece(i), model.get_score(i), kind))
         return pieces
 
     @property

@@ -95,10 +95,14 @@ class PreTokenizer:
 
 
 def _by_patterns(
-    names: tuple[str, ...], *patterns: str, **settings: Any
+    names: tuple[str, ...],
+    *patterns: str,
+    ignores_merges: bool = False,
+    adds_bos: bool = False,
+    normalizer: dict[str, Any] | None = None,
 ) -> PreTokenizer:
     steps = [*_split(*patterns), _byte_level(splits=False)]
-    return PreTokenizer(names, steps, **settings)
+    return PreTokenizer(names, steps, ignores_merges, adds_bos, normalizer)
 
 
 PRE_TOKENIZERS = (

@@ -56,7 +56,9 @@ def open_gguf_model(path: str | Path) -> GgufModel:
     values = architecture.read_values(metadata)
     tensors, left_out = _name_tensors(file, architecture, values)
     values |= read_token_ids(file.metadata)
-    notes = [f"left out: {key}={metadata.values[key]}" for key in metadata.list_unread()]
+    notes = [
+        f"left out: {key}={metadata.values[key]}" for key in metadata.list_unread()
+    ]
     notes += [f"left out: {name}" for name in left_out]
     return GgufModel(file, architecture, values, tensors, tuple(notes))
 

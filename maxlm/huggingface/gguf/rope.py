@@ -164,7 +164,8 @@ def _read_scaling(metadata: Metadata) -> dict[str, Any] | None:
     # As files before 2023-09 have it, for linear alone.
     linear_factor = metadata.read_number("rope.scale_linear")
     if factor is None and linear_factor not in (None, 1.0):
-        kind, factor = "linear", linear_factor
+        kind = "linear"
+        factor = linear_factor
     metadata.ignore(f"{_SCALING}.finetuned")
     original = metadata.read_size(f"{_SCALING}.original_context_length")
     if kind == "linear" and factor is not None:

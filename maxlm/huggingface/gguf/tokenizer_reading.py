@@ -25,7 +25,7 @@ _ROLES = {
     "pad": "padding_token_id",
 }
 _FURTHER_ENDS = ("eot_token_id", "eom_token_id")
-_ENDS_BY_TEXT = frozenset(
+ENDS_BY_TEXT = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
         *("<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "[EOT]", "[EOS]"),
@@ -268,7 +268,7 @@ class _TokenizerReader:
             if type(token_id) is int and token_id < len(self._tokens):
                 ids.append(token_id)
         for token_id, token in enumerate(self._tokens):
-            if token in _ENDS_BY_TEXT:
+            if token in ENDS_BY_TEXT:
                 ids.append(token_id)
         return {"eos_token_id": list(dict.fromkeys(ids))} if ids else {}
 

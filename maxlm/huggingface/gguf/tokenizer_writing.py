@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from maxlm.huggingface.gguf.container import Value
 from maxlm.huggingface.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from maxlm.huggingface.gguf.tokenizer_reading import (
     CHAT_TEMPLATE,
+    ENDS_BY_TEXT,
     HUGGINGFACE_JSON,
     KEY,
-    SPACE,
     TokenType,
     make_tokenizer_files,
 )
@@ -70,7 +71,10 @@ def make_tokenizer_metadata(
     _fill_up(metadata, num_embedding_rows)
     metadata |= _describe_roles(tokenizer)
     notes: list[str] = []
-    if spec is not None and not _is_exact(tokenizer, metadata):
+    is_split_alike = f"{KEY}.merges" not in metadata or (
+        spec is not None and _find_pre_tokenizer(spec) is not None
+    )
+    if spec is not None and not (is_split_alike and _is_exact(tokenizer, metadata)):
         metadata[HUGGINGFACE_JSON] = json.dumps(spec, ensure_ascii=False)
         line = "llama.cpp splits some texts differently: it has no equal tokenizer"
         notes.append(f"{line}; maxlm reads its own from the file")
@@ -86,13 +90,18 @@ def _describe_roles(tokenizer: Tokenizer) -> dict[str, Value]:
     }
     if tokenizer.pad_id is not None:
         metadata[f"{KEY}.padding_token_id"] = tokenizer.pad_id
-    ends = [token_id for token_id in tokenizer.stop_ids if token_id != tokenizer.eos_id]
+    # Others that end a continuation llama.cpp knows by their text.
+    token_bytes = tokenizer.codec.token_bytes
+    ends = [
+        token_id
+        for token_id in tokenizer.stop_ids
+        if token_id != tokenizer.eos_id
+        and token_bytes[token_id].decode("utf-8", "replace") not in ENDS_BY_TEXT
+    ]
     if ends:
         metadata[f"{KEY}.eot_token_id"] = ends[0]
-    try:
+    with suppress(MaxlmError):  # It carries none, and need not.
         metadata[CHAT_TEMPLATE] = get_chat_template(tokenizer)
-    except MaxlmError:  # It carries none, and need not.
-        pass
     return metadata
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -133,7 +134,7 @@ def _pad(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _add_value(writer: object, key: str, value: Value) -> None:
+def _add_value(writer: Any, key: str, value: Value) -> None:
     gguf = import_gguf()
     types = gguf.GGUFValueType
     element_type = None

@@ -68,7 +68,9 @@ def write_gguf_model(
     }
     shapes = _list_shapes(entries, targets)
     extra_tensors = architecture.make_extra_tensors(values)
-    types = choose_tensor_types(file_type, shapes, _describe(architecture, own_metadata))
+    types = choose_tensor_types(
+        file_type, shapes, _describe(architecture, own_metadata)
+    )
     if tokenizer is None:
         tokenizer_metadata: dict[str, Value] = {f"{KEY}.model": "none"}
         notes.append("no tokenizer: the run has none")
@@ -145,9 +147,7 @@ def _list_shapes(
     return shapes
 
 
-def _convert(
-    tensor: np.ndarray, rule: NameRule, values: ConfigValues
-) -> np.ndarray:
+def _convert(tensor: np.ndarray, rule: NameRule, values: ConfigValues) -> np.ndarray:
     """Returns a tensor of Hugging Face's as the file has it, fp32."""
     converted = np.asarray(tensor, np.float32)
     if rule.is_transposed:
@@ -163,9 +163,7 @@ def _convert(
     return converted
 
 
-def _describe(
-    architecture: Architecture, metadata: Mapping[str, Number]
-) -> ModelShape:
+def _describe(architecture: Architecture, metadata: Mapping[str, Number]) -> ModelShape:
     num_heads = int(metadata["attention.head_count"])
     return ModelShape(
         architecture.name,

@@ -47,8 +47,8 @@ class Architecture:
     is one."""
     width_key: str = "hidden_size"
     heads_key: str = "num_attention_heads"
-    read_extra: Callable[[Metadata, dict[str, Any]], None] = (
-        lambda metadata, values: None
+    read_extra: Callable[[Metadata, dict[str, Any]], None] = lambda metadata, values: (
+        None
     )
     """Reads into values of config.json what the fields above cannot say."""
     write_extra: Callable[[ConfigValues, dict[str, Number]], list[str]] = (

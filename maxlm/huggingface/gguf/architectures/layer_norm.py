@@ -205,6 +205,8 @@ FALCON = Architecture(
     read_extra=_read_falcon,
     write_extra=_write_falcon,
 )
+
+
 def _read_bloom(metadata: Metadata, values: dict[str, Any]) -> None:
     metadata.ignore("feed_forward_length", "attention.head_count_kv")
 
@@ -279,9 +281,7 @@ def _read_starcoder2(metadata: Metadata, values: dict[str, Any]) -> None:
     values["sliding_window"] = None
 
 
-def _write_starcoder2(
-    values: ConfigValues, metadata: dict[str, Number]
-) -> list[str]:
+def _write_starcoder2(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     return describe_window(values)
 
 

@@ -72,9 +72,7 @@ def _read_qwen3_moe(metadata: Metadata, values: dict[str, Any]) -> None:
     metadata.ignore("feed_forward_length")
 
 
-def _write_dense_size(
-    values: ConfigValues, metadata: dict[str, Number]
-) -> list[str]:
+def _write_dense_size(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     # llama.cpp asks for it, and has no dense layers here.
     size = values.get("intermediate_size") or values["moe_intermediate_size"]
     metadata["feed_forward_length"] = size
