@@ -144,7 +144,7 @@ def describe_factors(
         computed = compute_llama3_factors(scaling, theta, rotary_size)
         if np.allclose(computed, factors, rtol=1e-5):
             return scaling
-    exact = [float(number) for number in factors]
+    exact = _shorten(factors)
     return {
         "rope_type": "longrope",
         "factor": 1.0,
@@ -191,13 +191,21 @@ def _read_longrope(metadata: Metadata) -> dict[str, Any]:
     scaling = {
         "rope_type": "longrope",
         "original_max_position_embeddings": metadata.require_size(key),
-        "short_factor": _read_vector(metadata, FACTORS_SHORT).tolist(),
-        "long_factor": _read_vector(metadata, FACTORS_LONG).tolist(),
+        "short_factor": _shorten(_read_vector(metadata, FACTORS_SHORT)),
+        "long_factor": _shorten(_read_vector(metadata, FACTORS_LONG)),
     }
-    attention_factor = metadata.read_number(f"{_SCALING}.attn_factor")
-    if attention_factor is not None:
+    longest = metadata.require_size("context_length")
+    usual = _find_attention_factor({"max_position_embeddings": longest}, scaling)
+    attention_factor = metadata.read_number(f"{_SCALING}.attn_factor", usual)
+    assert attention_factor is not None
+    if abs(attention_factor - usual) > 1e-6:
         scaling["attention_factor"] = attention_factor
     return scaling
+
+
+def _shorten(numbers: np.ndarray) -> list[float]:
+    """Returns the shortest decimals that fp32 numbers are nearest to."""
+    return [float(str(np.float32(number))) for number in numbers]
 
 
 def _read_vector(metadata: Metadata, name: str) -> np.ndarray:
