@@ -13,8 +13,10 @@ from maxlm.quantization.formats.ggml.affine_search import (
     fit_affine_blocks,
 )
 from maxlm.quantization.formats.ggml.blocks import (
+    SUPERBLOCK,
     join_codes,
     merge_blocks,
+    multiply_out,
     split_codes,
     take_blocks,
 )
@@ -31,8 +33,6 @@ from maxlm.quantization.formats.ggml.rounding import (
     round_to_integer,
     sum_in_order,
 )
-
-SUPERBLOCK = 256
 
 
 class AffineSuperblocks(GgmlFormat):
@@ -52,10 +52,12 @@ class AffineSuperblocks(GgmlFormat):
         fit = fit_affine_blocks(blocks, self._weigh(blocks), self.search)
         scales, d = self._quantize_scales(fit.scales)
         minima, dmin = self._quantize_scales(fit.negated_minima)
-        block_scales = self._multiply_out(d, scales)
+        block_scales = multiply_out(d, scales)
         # Products of 17 bits, which a fused sum rounds as ours.
-        shifted = blocks + self._multiply_out(dmin, minima)
-        codes = round_to_integer(shifted / block_scales)
+        shifted = blocks + multiply_out(dmin, minima)
+        # A divisor of 32 numbers would become a factor.
+        rounding = SeparateRounding.of(blocks)
+        codes = round_to_integer(shifted / rounding.seal(block_scales))
         codes = jnp.clip(codes, 0, self.search.highest_code)
         # Where a scale has become zero, the search's codes stay.
         search_codes = compute_search_codes(blocks, fit, self.search)
@@ -69,8 +71,8 @@ class AffineSuperblocks(GgmlFormat):
 
     def _decode(self, planes: Planes) -> jax.Array:
         scales, minima = self._unpack_scales(planes["scales"])
-        scales = self._multiply_out(planes["d"], scales)
-        minima = self._multiply_out(planes["dmin"], minima)
+        scales = multiply_out(planes["d"], scales)
+        minima = multiply_out(planes["dmin"], minima)
         codes = join_codes(planes, self.code_bits).astype(jnp.float32)
         # The product has 22 bits at most and is exact: a fused sum rounds as ours.
         scaled = codes * jnp.repeat(scales, self.block_size, axis=-1)
@@ -92,17 +94,15 @@ class AffineSuperblocks(GgmlFormat):
         codes = jnp.minimum(codes & 0xFF, self.highest_scale)
         return codes, unit.astype(jnp.float16)
 
-    def _multiply_out(self, unit: jax.Array, codes: jax.Array) -> jax.Array:
-        """Returns fp32 [..., blocks of a row] of fp16 units [..., superblocks] and whole
-        numbers [..., superblocks, blocks]."""
-        products = unit.astype(jnp.float32)[..., None] * codes.astype(jnp.float32)
-        return products.reshape(*unit.shape[:-1], -1)
-
     def _weigh(self, blocks: jax.Array) -> jax.Array:
         """Returns the weight of each number: the block's root mean square and the
         number's magnitude."""
         rounding = SeparateRounding.of(blocks[0])
-        square_sums = sum_in_order(rounding.multiply(blocks, blocks))
+
+        def square(block: jax.Array) -> tuple[jax.Array]:
+            return (rounding.multiply(block, block),)
+
+        (square_sums,) = sum_in_order(square, blocks)
         return jnp.sqrt(square_sums / self.block_size) + jnp.abs(blocks)
 
     def _pack_scales(self, scales: jax.Array, minima: jax.Array) -> jax.Array:

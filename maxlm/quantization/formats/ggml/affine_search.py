@@ -70,36 +70,52 @@ def fit_affine_blocks(
     minima = jnp.minimum(blocks.min(axis=0), 0)
     maxima = blocks.max(axis=0)
     is_flat = maxima == minima
-    weight_sums = sum_in_order(weights)
-    weighted_sums = sum_in_order(rounding.multiply(weights, blocks))
 
-    def quantize(inverse_scales: jax.Array, origins: jax.Array) -> jax.Array:
-        codes = _quantize(blocks, inverse_scales, origins, search.highest_code)
+    def weigh(block: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+        return weight, rounding.multiply(weight, block)
+
+    weight_sums, weighted_sums = sum_in_order(weigh, blocks, weights)
+
+    def quantize(
+        block: jax.Array, inverse_scales: jax.Array, origins: jax.Array
+    ) -> jax.Array:
+        codes = _quantize(
+            block, inverse_scales, origins, search.highest_code, rounding
+        )
         return codes.astype(jnp.float32)
 
-    def sum_errors(codes: jax.Array, scales: jax.Array, minima: jax.Array) -> jax.Array:
-        errors = rounding.multiply(scales, codes) + minima - blocks
-        if search.absolute_error:
-            errors = jnp.abs(errors)
-        else:
-            errors = errors * errors
-        return sum_in_order(rounding.multiply(weights, errors))
+    def sum_errors(
+        inverse_scales: jax.Array,
+        origins: jax.Array,
+        scales: jax.Array,
+        minima: jax.Array,
+    ) -> jax.Array:
+        def compute_error(block: jax.Array, weight: jax.Array) -> tuple[jax.Array]:
+            codes = quantize(block, inverse_scales, origins)
+            error = rounding.multiply(scales, codes) + minima - block
+            error = jnp.abs(error) if search.absolute_error else error * error
+            return (rounding.multiply(weight, error),)
+
+        (errors,) = sum_in_order(compute_error, blocks, weights)
+        return errors
 
     inverse_scales = rounding.seal(search.highest_code / (maxima - minima))
     scales = 1 / inverse_scales
-    codes = quantize(inverse_scales, minima)
-    errors = sum_errors(codes, scales, minima)
+    errors = sum_errors(inverse_scales, minima, scales, minima)
     best = _Fit(errors, scales, minima, inverse_scales, minima)
     step_counts = jnp.asarray(search.list_step_counts())
 
     def try_scale(number: jax.Array, best: _Fit) -> _Fit:
         # The range is one to the best minimum so far, as in the original.
         inverse_scales = step_counts[number] / (maxima - best.minima)
-        codes = quantize(inverse_scales, best.minima)
-        weighted_codes = rounding.multiply(weights, codes)
-        code_sums = sum_in_order(weighted_codes)
-        square_sums = sum_in_order(rounding.multiply(weighted_codes, codes))
-        product_sums = sum_in_order(rounding.multiply(weighted_codes, blocks))
+
+        def list_terms(block: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+            codes = quantize(block, inverse_scales, best.minima)
+            weighted = rounding.multiply(weight, codes)
+            squares = rounding.multiply(weighted, codes)
+            return weighted, squares, rounding.multiply(weighted, block)
+
+        code_sums, square_sums, product_sums = sum_in_order(list_terms, blocks, weights)
         determinants = rounding.multiply(weight_sums, square_sums)
         determinants = determinants - rounding.multiply(code_sums, code_sums)
         scales = rounding.multiply(weight_sums, product_sums)
@@ -111,7 +127,7 @@ def fit_affine_blocks(
         is_positive = minima > 0
         scales = jnp.where(is_positive, product_sums / square_sums, scales)
         minima = jnp.where(is_positive, 0, minima)
-        errors = sum_errors(codes, scales, minima)
+        errors = sum_errors(inverse_scales, best.minima, scales, minima)
         is_better = (determinants > 0) & (errors < best.errors)
         tried = _Fit(errors, scales, minima, inverse_scales, best.minima)
         return jax.tree.map(
@@ -132,8 +148,10 @@ def compute_search_codes(
 ) -> jax.Array:
     """Returns the int32 codes [size, ...] by which the search chose its scales; of
     blocks without a range zeros."""
-    inverse_scales = fit.inverse_scales
-    return _quantize(blocks, inverse_scales, fit.origins, search.highest_code)
+    rounding = SeparateRounding.of(blocks[0])
+    return _quantize(
+        blocks, fit.inverse_scales, fit.origins, search.highest_code, rounding
+    )
 
 
 def _quantize(
@@ -141,7 +159,7 @@ def _quantize(
     inverse_scales: jax.Array,
     origins: jax.Array,
     highest_code: int,
+    rounding: SeparateRounding,
 ) -> jax.Array:
-    rounding = SeparateRounding.of(blocks[0])
     numbers = rounding.multiply(inverse_scales, blocks - origins)
     return jnp.clip(round_to_integer(numbers), 0, highest_code)

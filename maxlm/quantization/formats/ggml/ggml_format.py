@@ -11,11 +11,17 @@ from jax.typing import DTypeLike
 
 from maxlm.config.errors import MaxlmError
 from maxlm.quantization.formats.format import Format, Planes, PlaneSpec
+from maxlm.quantization.formats.ggml.blocks import map_in_runs
 from maxlm.quantization.formats.ggml.layout import (
     BlockField,
     join_blocks,
     split_blocks,
 )
+
+
+RUN_NUMBERS = 1 << 15
+"""Numbers that are quantized at once: what a search goes over again and again stays in
+a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,19 @@ class GgmlFormat(Format):
 
     def encode(self, values: jax.Array) -> Planes:
         self._check_columns(values.shape[-1])
-        return self._encode(values.astype(jnp.float32))
+        blocks = values.astype(jnp.float32).reshape(-1, self.block_columns)
+        planes = map_in_runs(self._encode, blocks, RUN_NUMBERS // self.block_columns)
+        return {
+            name: plane.reshape(*values.shape[:-1], -1)
+            for name, plane in planes.items()
+        }
 
     def decode(self, planes: Planes, dtype: DTypeLike = jnp.float32) -> jax.Array:
         return self._decode(planes).astype(dtype)
 
     @abstractmethod
     def _encode(self, values: jax.Array) -> dict[str, jax.Array]:
-        """Quantizes fp32 [..., R, C] of whole blocks."""
+        """Quantizes fp32 [blocks, numbers of a block]."""
 
     @abstractmethod
     def _decode(self, planes: Planes) -> jax.Array:

@@ -9,12 +9,16 @@ is a number that they cannot know to be zero: the bits of a product, combined wi
 are no product to them any more.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Terms of a sum that are compiled as one: a loop over these keeps XLA from computing a
+# sum anew for everything that uses it.
+_RUN = 16
 # The bits of a NaN that no arithmetic gives.
 _UNUSED_NAN = 0x7FC5A5A5
 # 1.5 · 2^23: the sum of it and a number below 2^22 has the number's nearest integer, of
@@ -50,12 +54,25 @@ class SeparateRounding:
         return self.seal(left * right)
 
 
-def sum_in_order(terms: jax.Array) -> jax.Array:
-    """Returns the sum over the first dimension, from its first to its last."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+def sum_in_order(
+    list_terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Returns sums of what ``list_terms`` returns for the items of arrays [size, ...],
+    from the first to the last; size is a multiple of 8."""
+    items = [array[0] for array in arrays]
+    shapes = jax.eval_shape(list_terms, *items)
+    zeros = tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
+
+    def add_run(number: jax.Array, sums: tuple[jax.Array, ...]):
+        runs = [
+            lax.dynamic_slice_in_dim(array, number * _RUN, _RUN) for array in arrays
+        ]
+        for place in range(_RUN):
+            terms = list_terms(*[run[place] for run in runs])
+            sums = tuple(a + b for a, b in zip(sums, terms, strict=True))
+        return sums
+
+    return lax.fori_loop(0, len(arrays[0]) // _RUN, add_run, zeros)
 
 
 def round_to_integer(numbers: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from maxlm.config.errors import MaxlmError
 from maxlm.quantization.formats.ggml.affine_k import GgmlQ2_K, GgmlQ4_K, GgmlQ5_K
 from maxlm.quantization.formats.ggml.ggml_format import GgmlFormat
+from maxlm.quantization.formats.ggml.iq4_nl import GgmlIQ4_NL
 from maxlm.quantization.formats.ggml.legacy import (
     GgmlQ4_0,
     GgmlQ4_1,
@@ -10,12 +11,14 @@ from maxlm.quantization.formats.ggml.legacy import (
     GgmlQ5_1,
     GgmlQ8_0,
 )
+from maxlm.quantization.formats.ggml.symmetric_k import GgmlQ3_K, GgmlQ6_K
 
 GGML_FORMATS: dict[str, GgmlFormat] = {
     number_format.type_name: number_format
     for number_format in (
         *(GgmlQ4_0(), GgmlQ4_1(), GgmlQ5_0(), GgmlQ5_1(), GgmlQ8_0()),
-        *(GgmlQ2_K(), GgmlQ4_K(), GgmlQ5_K()),
+        *(GgmlQ2_K(), GgmlQ3_K(), GgmlQ4_K(), GgmlQ5_K(), GgmlQ6_K()),
+        GgmlIQ4_NL(),
     )
 }
 """By GGML's names of them."""
