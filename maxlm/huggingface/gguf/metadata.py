@@ -17,7 +17,7 @@ Number = int | float | bool | str
 
 
 @dataclass
-class Metadata:
+class GgufMetadata:
     """The metadata of a model of one architecture, read so that what is passed over is
     known."""
 
@@ -124,7 +124,7 @@ class MetadataKey:
     """Whether a file without it is refused."""
 
 
-def read_keys(metadata: Metadata, keys: Iterable[MetadataKey]) -> dict[str, Any]:
+def read_keys(metadata: GgufMetadata, keys: Iterable[MetadataKey]) -> dict[str, Any]:
     """Reads values of config.json. Raises MaxlmError: a required one is missing."""
     values: dict[str, Any] = {}
     for key in keys:

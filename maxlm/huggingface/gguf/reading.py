@@ -9,7 +9,7 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.gguf.architectures import find_architecture
 from maxlm.huggingface.gguf.architectures.architecture import Architecture
 from maxlm.huggingface.gguf.container import GgufFile, TensorPlace, read_gguf
-from maxlm.huggingface.gguf.metadata import ConfigValues, Metadata
+from maxlm.huggingface.gguf.metadata import ConfigValues, GgufMetadata
 from maxlm.huggingface.gguf.names import NameRule, fill_name
 from maxlm.huggingface.gguf.rope import FACTORS_LONG, FACTORS_SHORT, ROPE_FREQS
 from maxlm.huggingface.gguf.tensors import GgufTensor, check_readable, place_tensor
@@ -52,7 +52,7 @@ def open_gguf_model(path: str | Path) -> GgufModel:
     file = read_gguf(path)
     where = str(file.path)
     architecture = find_architecture(file.metadata.get("general.architecture"), where)
-    metadata = Metadata(architecture.name, file.metadata, file.tensors, where)
+    metadata = GgufMetadata(architecture.name, file.metadata, file.tensors, where)
     values = architecture.read_values(metadata)
     tensors, left_out = _name_tensors(file, architecture, values)
     values |= read_token_ids(file.metadata)

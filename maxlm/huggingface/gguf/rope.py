@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.gguf.metadata import ConfigValues, Metadata, Number
+from maxlm.huggingface.gguf.metadata import ConfigValues, GgufMetadata, Number
 from maxlm.huggingface.gguf.tensors import place_tensor
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -21,7 +21,7 @@ _DEFAULT_THETA = 10_000.0
 _SCALING = "rope.scaling"
 
 
-def read_rope(metadata: Metadata, rotary_size: int) -> dict[str, Any]:
+def read_rope(metadata: GgufMetadata, rotary_size: int) -> dict[str, Any]:
     """Reads ``rope_theta``, and ``rope_scaling`` where there is one; ``rotary_size``:
     the dimensions of a head that turn. Raises MaxlmError: a scaling of another kind."""
     theta = metadata.read_number("rope.freq_base", _DEFAULT_THETA)
@@ -158,7 +158,7 @@ def describe_factors(
 _YARN_NUMBERS = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
-def _read_scaling(metadata: Metadata) -> dict[str, Any] | None:
+def _read_scaling(metadata: GgufMetadata) -> dict[str, Any] | None:
     kind = metadata.read_text(f"{_SCALING}.type", "none")
     factor = metadata.read_number(f"{_SCALING}.factor")
     # As files before 2023-09 have it, for linear alone.
@@ -186,7 +186,7 @@ def _read_scaling(metadata: Metadata) -> dict[str, Any] | None:
     return None
 
 
-def _read_longrope(metadata: Metadata) -> dict[str, Any]:
+def _read_longrope(metadata: GgufMetadata) -> dict[str, Any]:
     key = f"{_SCALING}.original_context_length"
     scaling = {
         "rope_type": "longrope",
@@ -208,7 +208,7 @@ def _shorten(numbers: np.ndarray) -> list[float]:
     return [float(str(np.float32(number))) for number in numbers]
 
 
-def _read_vector(metadata: Metadata, name: str) -> np.ndarray:
+def _read_vector(metadata: GgufMetadata, name: str) -> np.ndarray:
     place = metadata.tensors.get(name)
     if place is None or len(place.shape) != 1:
         fault = "lacks" if place is None else "has a matrix as"

@@ -101,10 +101,10 @@ def write_random(
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
     """Writes a file of normal numbers in fp32, without a tokenizer."""
-    own = {f"{architecture}.{key}": value for key, value in metadata.items()}
+    sizes = {f"{architecture}.{key}": value for key, value in metadata.items()}
     specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
     general = {"general.file_type": 0, "tokenizer.ggml.model": "none"}
-    writer = GgufFileWriter(path, architecture, general | own, specs)
+    writer = GgufFileWriter(path, architecture, general | sizes, specs)
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         writer.write(name, random.normal(size=shape).astype(np.float32))

@@ -11,7 +11,7 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.families.fields import ACTIVATIONS
 from maxlm.huggingface.gguf.metadata import (
     ConfigValues,
-    Metadata,
+    GgufMetadata,
     MetadataKey,
     Number,
     read_keys,
@@ -47,8 +47,8 @@ class Architecture:
     is one."""
     width_key: str = "hidden_size"
     heads_key: str = "num_attention_heads"
-    read_extra: Callable[[Metadata, dict[str, Any]], None] = lambda metadata, values: (
-        None
+    read_extra: Callable[[GgufMetadata, dict[str, Any]], None] = (
+        lambda metadata, values: None
     )
     """Reads into values of config.json what the fields above cannot say."""
     write_extra: Callable[[ConfigValues, dict[str, Number]], list[str]] = (
@@ -62,7 +62,7 @@ class Architecture:
     other_hf_architectures: tuple[str, ...] = ()
     """Further classes that are written as this."""
 
-    def read_values(self, metadata: Metadata) -> dict[str, Any]:
+    def read_values(self, metadata: GgufMetadata) -> dict[str, Any]:
         """Returns the values of config.json. Raises MaxlmError: a key that is missing,
         or a value that maxlm does not implement."""
         table = metadata.tensors.get(TOKEN_EMBEDDING)

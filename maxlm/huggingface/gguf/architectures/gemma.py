@@ -21,7 +21,7 @@ from maxlm.huggingface.gguf.architectures.llama import (
 )
 from maxlm.huggingface.gguf.metadata import (
     ConfigValues,
-    Metadata,
+    GgufMetadata,
     MetadataKey,
     Number,
 )
@@ -73,7 +73,7 @@ def _find_divisor(values: ConfigValues, architecture: str) -> int:
 
 
 def _read_layer_kinds(
-    metadata: Metadata, values: dict[str, Any], default_period: int
+    metadata: GgufMetadata, values: dict[str, Any], default_period: int
 ) -> None:
     """Reads which layers have a window: all but the last of each period."""
     num_layers = values["num_hidden_layers"]
@@ -103,7 +103,7 @@ def _check_layer_kinds(
     return True
 
 
-def _read_gemma2(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_gemma2(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["query_pre_attn_scalar"] = _find_divisor(values, "gemma2")
     values["sliding_window"] = metadata.read_size(_WINDOW, 4096)
     # llama.cpp's where a file does not say.
@@ -130,7 +130,7 @@ def _check_divisor(values: ConfigValues, architecture: Architecture) -> None:
         raise architecture.refuse("query_pre_attn_scalar", divisor)
 
 
-def _read_gemma3(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_gemma3(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["query_pre_attn_scalar"] = _find_divisor(values, "gemma3")
     window = metadata.read_size(_WINDOW, 0)
     local_theta = metadata.read_number(_LOCAL_THETA, 10_000.0)

@@ -26,7 +26,7 @@ from maxlm.huggingface.gguf.architectures.llama import (
 )
 from maxlm.huggingface.gguf.metadata import (
     ConfigValues,
-    Metadata,
+    GgufMetadata,
     MetadataKey,
     Number,
 )
@@ -79,7 +79,7 @@ def _order_bloom(values: ConfigValues) -> QueriesFirst:
     return QueriesFirst(values["n_head"], 1)
 
 
-def _read_neox(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_neox(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["use_parallel_residual"] = metadata.read_flag(
         "use_parallel_residual", default=True
     )
@@ -143,7 +143,7 @@ def _has_one_falcon_norm(values: ConfigValues) -> bool:
     return not _has_two_falcon_norms(values)
 
 
-def _read_falcon(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_falcon(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     num_heads = values["num_attention_heads"]
     kv_heads = metadata.read_size("attention.head_count_kv", 1)
     has_two_norms = has_tensor(metadata, "attn_norm_2.weight")
@@ -207,7 +207,7 @@ FALCON = Architecture(
 )
 
 
-def _read_bloom(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_bloom(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     metadata.ignore("feed_forward_length", "attention.head_count_kv")
 
 
@@ -276,7 +276,7 @@ PHI2 = Architecture(
 )
 
 
-def _read_starcoder2(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_starcoder2(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["use_bias"] = has_tensor(metadata, "attn_q.bias")
     values["sliding_window"] = None
 
@@ -302,7 +302,7 @@ STARCODER2 = Architecture(
 )
 
 
-def _read_stablelm(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_stablelm(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["use_qkv_bias"] = has_tensor(metadata, "attn_q.bias")
     values["use_parallel_residual"] = not has_tensor(metadata, "ffn_norm.weight")
     metadata.ignore("use_parallel_residual")
@@ -326,7 +326,7 @@ STABLELM = Architecture(
 )
 
 
-def _read_command_r(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_command_r(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["use_qk_norm"] = has_tensor(metadata, "attn_q_norm.weight")
 
 

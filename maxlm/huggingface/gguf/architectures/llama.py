@@ -15,7 +15,7 @@ from maxlm.huggingface.gguf.architectures.architecture import (
 )
 from maxlm.huggingface.gguf.metadata import (
     ConfigValues,
-    Metadata,
+    GgufMetadata,
     MetadataKey,
     Number,
 )
@@ -89,17 +89,17 @@ MIXTRAL_EXPERTS = map_experts(
 )
 
 
-def has_tensor(metadata: Metadata, *names: str) -> bool:
+def has_tensor(metadata: GgufMetadata, *names: str) -> bool:
     """Whether a file has any of these tensors in its first layer."""
     return any(f"blk.0.{name}" in metadata.tensors for name in names)
 
 
-def _read_biases(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_biases(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["attention_bias"] = has_tensor(metadata, "attn_q.bias")
     values["mlp_bias"] = has_tensor(metadata, "ffn_up.bias")
 
 
-def _read_llama(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_llama(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     num_experts = metadata.read_size("expert_count", 0)
     if not num_experts:
         metadata.ignore("expert_used_count")
@@ -189,7 +189,7 @@ def _write_phi3(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
     return describe_window(values)
 
 
-def _read_phi3(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_phi3(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     window = metadata.read_size("attention.sliding_window", 0)
     values["sliding_window"] = window or None
     original = metadata.read_size("rope.scaling.original_context_length")

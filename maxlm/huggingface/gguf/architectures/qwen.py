@@ -24,7 +24,7 @@ from maxlm.huggingface.gguf.architectures.llama import (
 )
 from maxlm.huggingface.gguf.metadata import (
     ConfigValues,
-    Metadata,
+    GgufMetadata,
     MetadataKey,
     Number,
 )
@@ -51,23 +51,23 @@ _DENSE = {"hidden_act": "silu"}
 _SPARSE = {**_DENSE, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
-def _read_dense(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_dense(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     values["use_sliding_window"] = False
 
 
-def _read_bias(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_bias(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     _read_dense(metadata, values)
     values["attention_bias"] = has_tensor(metadata, "attn_q.bias")
 
 
-def _read_qwen2_moe(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_qwen2_moe(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     _read_dense(metadata, values)
     values["qkv_bias"] = has_tensor(metadata, "attn_q.bias")
     # Of dense layers, which there are none of.
     metadata.ignore("feed_forward_length")
 
 
-def _read_qwen3_moe(metadata: Metadata, values: dict[str, Any]) -> None:
+def _read_qwen3_moe(metadata: GgufMetadata, values: dict[str, Any]) -> None:
     _read_bias(metadata, values)
     metadata.ignore("feed_forward_length")
 
