@@ -18,6 +18,7 @@ from maxlm.huggingface.gguf.tokenizer_reading import (
     make_tokenizer_files,
     read_token_ids,
 )
+from maxlm.huggingface.quantized import QuantizedTensor
 
 _SETTINGS_AS_TENSORS = (ROPE_FREQS, FACTORS_LONG, FACTORS_SHORT)
 
@@ -30,7 +31,7 @@ class GgufModel:
     architecture: Architecture
     values: Mapping[str, Any]
     """What config.json would have."""
-    tensors: Mapping[str, GgufTensor]
+    tensors: Mapping[str, QuantizedTensor]
     """Tensors by their names in Hugging Face's files."""
     notes: tuple[str, ...]
     """Notes for the user."""
@@ -54,7 +55,7 @@ def open_gguf_model(path: str | Path) -> GgufModel:
     architecture = find_architecture(file.metadata.get("general.architecture"), where)
     metadata = GgufMetadata(architecture.name, file.metadata, file.tensors, where)
     values = architecture.read_values(metadata)
-    tensors, left_out = _name_tensors(file, architecture, values)
+    tensors, left_out = _name_tensors(metadata, architecture, values)
     values |= read_token_ids(file.metadata)
     notes = [
         f"left out: {key}={metadata.values[key]}" for key in metadata.list_unread()
@@ -64,15 +65,18 @@ def open_gguf_model(path: str | Path) -> GgufModel:
 
 
 def _name_tensors(
-    file: GgufFile, architecture: Architecture, values: ConfigValues
-) -> tuple[dict[str, GgufTensor], list[str]]:
+    metadata: GgufMetadata, architecture: Architecture, values: ConfigValues
+) -> tuple[dict[str, QuantizedTensor], list[str]]:
     """Returns the tensors by Hugging Face's names, and the names of those that have
     none."""
-    tensors: dict[str, GgufTensor] = {}
+    tensors: dict[str, QuantizedTensor] = {}
+    if architecture.join_tensors is not None:
+        for tensor in architecture.join_tensors(metadata):
+            tensors[tensor.name] = tensor
     left_out: list[str] = []
     checked_types: set[str] = set()
-    for name, place in file.tensors.items():
-        if name in _SETTINGS_AS_TENSORS:
+    for name, place in metadata.tensors.items():
+        if name in _SETTINGS_AS_TENSORS or name.endswith(architecture.joined_names):
             continue
         is_used = False
         for rule in architecture.rules:

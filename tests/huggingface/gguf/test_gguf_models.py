@@ -8,7 +8,7 @@ import pytest
 from maxlm.run.convert import convert, open_huggingface_model
 from maxlm.run.load import _MemoryWriter
 from tests.errors import message
-from tests.huggingface.gguf.files import MODELS, write_model
+from tests.huggingface.gguf.files import MODELS, split_latent_maps, write_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -62,6 +62,16 @@ def test_llama_cpp_has_the_rows_of_its_own_rotary_order(tmp_path):
     rows = ours.reshape(width, num_heads, 2, head_dim // 2)
     expected = rows.transpose(1, 3, 2, 0).reshape(num_heads * head_dim, width)
     assert np.array_equal(stored.data, expected)
+
+
+def test_latent_maps_in_two_parts_are_joined(tmp_path):
+    path = write_model("deepseek_v2", tmp_path)
+    split_latent_maps(path, tmp_path / "split.gguf")
+    model, arrays = read_parameters(tmp_path / "split.gguf")
+    expected_model, expected_arrays = read_parameters(path)
+    assert model == expected_model
+    for key, expected in expected_arrays.items():
+        assert np.array_equal(arrays[key], expected), key
 
 
 def test_other_readers_see_metadata_and_tensors(tmp_path):

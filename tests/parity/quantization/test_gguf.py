@@ -29,6 +29,7 @@ from maxlm.run.load import _MemoryWriter
 from tests.huggingface.gguf.files import (
     MODELS,
     list_llama_shapes,
+    split_latent_maps,
     write_model,
     write_random,
 )
@@ -59,6 +60,16 @@ def test_logits_are_those_of_llama_cpp(name, tmp_path):
     has_gelu = getattr(opened.config.model.mlp, "activation", "").startswith("gelu")
     assert has_gelu or tolerance == 1e-4
     assert np.abs(ours - theirs).max() < tolerance
+
+
+def test_llama_cpp_reads_latent_maps_in_two_parts(tmp_path):
+    """What stands for its newer files here is one to llama.cpp, too."""
+    path = write_model("deepseek_v2", tmp_path)
+    split_latent_maps(path, tmp_path / "split.gguf")
+    tokens = golden("deepseek_v2").shown["tokens"][0]
+    whole = LlamaCpp(path).compute_logits(tokens)
+    split = LlamaCpp(tmp_path / "split.gguf").compute_logits(tokens)
+    assert np.abs(whole - split).max() < 1e-4
 
 
 SHAPES = {

@@ -5,7 +5,13 @@ it in ``ARCHITECTURES``."""
 from difflib import get_close_matches
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.gguf.architectures import gemma, layer_norm, llama, qwen
+from maxlm.huggingface.gguf.architectures import (
+    deepseek,
+    gemma,
+    layer_norm,
+    llama,
+    qwen,
+)
 from maxlm.huggingface.gguf.architectures.architecture import Architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -22,6 +28,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         llama.PHI3,
         llama.GRANITE,
         llama.OLMO2,
+        llama.OLMOE,
+        llama.SMOLLM3,
+        deepseek.DEEPSEEK2,
         layer_norm.PHI2,
         layer_norm.GPT2,
         layer_norm.GPT_NEOX,

@@ -19,6 +19,7 @@ from maxlm.huggingface.gguf.metadata import (
 )
 from maxlm.huggingface.gguf.names import NameRules
 from maxlm.huggingface.gguf.rope import make_rope_tensors, read_rope, write_rope
+from maxlm.huggingface.quantized import QuantizedTensor
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
@@ -59,6 +60,13 @@ class Architecture:
     get_rope: Callable[[ConfigValues], dict[str, Any]] | None = None
     """Returns values of config.json with ``rope_theta`` and ``rope_scaling`` of what
     the keys are of; None: ``theta_key`` and ``rope_scaling`` there."""
+    rotary_key: str | None = None
+    """Key of config.json with the number of dimensions that turn; None: it follows from
+    a head's."""
+    join_tensors: Callable[[GgufMetadata], list[QuantizedTensor]] | None = None
+    """Returns tensors that a file has in parts."""
+    joined_names: tuple[str, ...] = ()
+    """Ends of the names of these parts."""
     other_hf_architectures: tuple[str, ...] = ()
     """Further classes that are written as this."""
 
@@ -137,6 +145,8 @@ class Architecture:
         return {**values, "rope_theta": values[self.theta_key]}
 
     def _get_rotary(self, values: ConfigValues) -> int:
+        if self.rotary_key is not None:
+            return values[self.rotary_key]
         head_dim = values.get("head_dim") or self._get_default_head_dim(values)
         share = 1.0
         if self.partial_key is not None:

@@ -231,3 +231,47 @@ PHI3 = Architecture(
     write_extra=_write_phi3,
 )
 EXPERT_KEYS = (MetadataKey("expert_count", "num_experts"), EXPERTS_USED)
+
+
+def _read_smollm3(metadata: GgufMetadata, values: dict[str, Any]) -> None:
+    _read_biases(metadata, values)
+    values["no_rope_layers"] = _list_turned_layers(values)
+
+
+def _list_turned_layers(values: ConfigValues) -> list[int]:
+    """Whether each layer has positions in llama.cpp: all but every fourth."""
+    numbers = range(1, values["num_hidden_layers"] + 1)
+    return [int(number % 4 != 0) for number in numbers]
+
+
+def _write_smollm3(values: ConfigValues, metadata: dict[str, Number]) -> list[str]:
+    turned = values["no_rope_layers"]
+    if turned != _list_turned_layers(values):
+        raise SMOLLM3.refuse("no_rope_layers", turned)
+    return describe_window(values)
+
+
+SMOLLM3 = Architecture(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    (*SIZES, FFN, RMS_NORM),
+    (*OUTER, *NORMS, *PAIRED_ATTENTION, *MLP),
+    {"hidden_act": "silu"},
+    read_extra=_read_smollm3,
+    write_extra=_write_smollm3,
+)
+OLMOE = Architecture(
+    "olmoe",
+    "OlmoeForCausalLM",
+    "olmoe",
+    (*SIZES, FFN, RMS_NORM, *EXPERT_KEYS),
+    (
+        *OUTER,
+        *NORMS,
+        *ATTENTION,
+        *QK_NORMS,
+        *map_experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    ),
+    {"hidden_act": "silu", "norm_topk_prob": False, "attention_bias": False},
+)
