@@ -151,7 +151,7 @@ def _find_adapter_base(folder: Path) -> Path:
     base_name = peft_config.get("base_model_name_or_path")
     if isinstance(base_name, str) and base_name:
         base = Path(base_name).expanduser()
-        if (base / "config.json").exists():
+        if is_model_path(base):
             return base
     message = (
         f"its base, base_model_name_or_path={base_name!r}, is no Hugging Face folder "

@@ -5,6 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maxlm.huggingface.gguf.container import read_gguf
+from maxlm.huggingface.gguf.reading import open_gguf_model
+from maxlm.huggingface.gguf.tensors import place_tensor
+from maxlm.huggingface.gguf.writer import GgufFileWriter, TensorSpec
 from maxlm.run.convert import convert, open_huggingface_model
 from maxlm.run.load import _MemoryWriter
 from tests.errors import message
@@ -72,6 +76,30 @@ def test_latent_maps_in_two_parts_are_joined(tmp_path):
     assert model == expected_model
     for key, expected in expected_arrays.items():
         assert np.array_equal(arrays[key], expected), key
+
+
+def test_a_model_in_several_files(tmp_path):
+    """Of files as llama.cpp splits them the first is named; each has its own tensors."""
+    path = write_model("llama", tmp_path)
+    file = read_gguf(path)
+    names = [*file.tensors]
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        metadata = {"split.count": 2, "split.no": number - 1}
+        if number == 1:
+            metadata |= file.metadata
+            del metadata["general.architecture"], metadata["general.alignment"]
+        specs = {name: TensorSpec("F32", file.tensors[name].shape) for name in part}
+        target = tmp_path / f"split-{number:05}-of-00002.gguf"
+        writer = GgufFileWriter(target, "llama", metadata, specs)
+        for name in part:
+            writer.write(name, place_tensor(file.tensors[name], name).dequantize())
+    _, arrays = read_parameters(tmp_path / "split-00001-of-00002.gguf")
+    _, expected_arrays = read_parameters(path)
+    for key, expected in expected_arrays.items():
+        assert np.array_equal(arrays[key], expected), key
+    (tmp_path / "split-00002-of-00002.gguf").unlink()
+    text = message(open_gguf_model, tmp_path / "split-00001-of-00002.gguf")
+    assert "split-00002-of-00002.gguf: cannot be read (No such file" in text
 
 
 def test_other_readers_see_metadata_and_tensors(tmp_path):
