@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from maxlm.huggingface.gguf.reading import open_gguf_model
+from maxlm.huggingface.gguf.tensors import GgufTensor
 from maxlm.huggingface.gguf.writer import GgufFileWriter, TensorSpec
 from tests.huggingface.gguf.files import list_llama_shapes
 
@@ -70,6 +71,7 @@ def test_values_are_those_of_gguf_py(quantized):
 def test_codes_are_kept_in_the_order_of_hugging_face(quantized, name):
     path, _ = quantized
     tensor = open_gguf_model(path).tensors[name]
+    assert isinstance(tensor, GgufTensor)
     number_format, planes = tensor.read_planes()
     assert number_format.type_name == "Q8_0"
     values = tensor.dequantize()
