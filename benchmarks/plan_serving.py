@@ -38,7 +38,7 @@ import numpy as np
 from maxlm.config.load import load_config
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.machine import Machine
-from maxlm.plan.served_model import ServingOptions, WeightFormat
+from maxlm.plan.served_model import ServingOptions
 from maxlm.plan.serving import search_serving
 from maxlm.plan.serving_cache import CacheFormat
 from maxlm.plan.timing import DECODE_EFFICIENCY, DecodeEfficiency
@@ -57,7 +57,7 @@ class PublishedServing(NamedTuple):
     """Sequences at once; None: as many as fit."""
     measure: str
     published: float
-    weights: WeightFormat = "auto"
+    weights: str = "auto"
     cache: CacheFormat = "auto"
 
 
@@ -74,7 +74,7 @@ def fp8(
     source: str, model: str, on: str, tensor: int, lengths: tuple[int, int], *rows: Any
 ):
     rows_16_bit = repeat(source, model, on, tensor, lengths, *rows)
-    return tuple(row._replace(weights="fp8", cache="int8") for row in rows_16_bit)
+    return tuple(row._replace(weights="w8a8-fp8", cache="int8") for row in rows_16_bit)
 
 
 L8, L70, L33, Q8, Q32 = (
@@ -248,7 +248,7 @@ def main() -> None:
             f"{row.source:<11}{row.model:<13}{row.machine:<9}{f'{row.prompt}/{row.new}':<12}"
             f"{row.batch or 'max':>5}  "
             f"{row.measure:<8}{row.published:>10,.1f}{value:>10,.1f}"
-            f"{ratio:>7.2f}{'  fp8' if row.weights == 'fp8' else ''}",
+            f"{ratio:>7.2f}{'  fp8' if row.weights == 'w8a8-fp8' else ''}",
             flush=True,
         )
     for platform, errors in wrong.items():

@@ -11,7 +11,6 @@ from maxlm.adapters.targets import (
     declare_input_map,
     declare_output_map,
     declare_vector,
-    replace_targets,
 )
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter
@@ -23,8 +22,10 @@ from maxlm.models.params import (
     ParamSpec,
     StoredParam,
     flatten_names,
+    select_dense_specs,
     truncated_normal,
 )
+from maxlm.models.targets import replace_targets
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,8 @@ class BottleneckAdapter(Adapter):
     """Their width is d_model / this."""
 
     def adapt(self, specs: Params) -> Params:
-        if any("expert" in spec.axes for spec in flatten_names(specs).values()):
+        dense_specs = flatten_names(select_dense_specs(specs))
+        if any("expert" in spec.axes for spec in dense_specs.values()):
             raise MaxlmError(
                 "no bottleneck adapter stands behind routed experts",
                 where="adapter.kind",
@@ -79,9 +81,13 @@ class BottleneckAdapter(Adapter):
             )
         # Last maps of attention and of the feed-forward.
         targets = ("out", "down") if self.placement == "houlsby" else ("down",)
-        return replace_targets(specs, targets, self._adapt_one)
+        return replace_targets(
+            specs, targets, self._adapt_one, setting="adapter.targets"
+        )
 
-    def _adapt_one(self, name: str, spec: ParamSpec) -> BottleneckParam:
+    def _adapt_one(
+        self, name: str, spec: ParamSpec, stored: StoredParam
+    ) -> BottleneckParam:
         zeros = jax.nn.initializers.zeros
         up_bias = declare_vector(spec, zeros)
         num_layer_dims = len(up_bias.shape) - 1
@@ -98,7 +104,7 @@ class BottleneckAdapter(Adapter):
         down = declare_input_map(square, width, truncated_normal(0.02))
         up = declare_output_map(square, width, zeros)
         return BottleneckParam(
-            spec,
+            stored,
             adapter_down=down,
             adapter_down_bias=declare_vector(down, zeros),
             adapter_up=up,

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from maxlm.adapters.targets import declare_vector, replace_targets, split_dims
+from maxlm.adapters.targets import declare_vector
 from maxlm.models.adapters import Adapter
 from maxlm.models.params import (
     AdaptedParam,
@@ -19,6 +19,7 @@ from maxlm.models.params import (
     ShardedWeight,
     StoredParam,
 )
+from maxlm.models.targets import replace_targets, split_dims
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +83,17 @@ class Ia3Adapter(Adapter):
     def adapt(self, specs: Params) -> Params:
         scale_outputs = partial(_declare_factors, of_inputs=False)
         scale_inputs = partial(_declare_factors, of_inputs=True)
-        specs = replace_targets(specs, self.targets, scale_outputs)
-        return replace_targets(specs, self.input_targets, scale_inputs)
+        specs = replace_targets(
+            specs, self.targets, scale_outputs, setting="adapter.targets"
+        )
+        return replace_targets(
+            specs, self.input_targets, scale_inputs, setting="adapter.input_targets"
+        )
 
 
-def _declare_factors(name: str, spec: ParamSpec, *, of_inputs: bool) -> Ia3Param:
+def _declare_factors(
+    name: str, spec: ParamSpec, stored: StoredParam, *, of_inputs: bool
+) -> Ia3Param:
     input_start, output_start = split_dims(spec)
     ones = jax.nn.initializers.ones
     factors = declare_vector(spec, ones, of_inputs=of_inputs)
@@ -94,4 +101,4 @@ def _declare_factors(name: str, spec: ParamSpec, *, of_inputs: bool) -> Ia3Param
         num_scaled_dims = output_start - input_start
     else:
         num_scaled_dims = len(spec.shape) - output_start
-    return Ia3Param(spec, factors, of_inputs, num_scaled_dims)
+    return Ia3Param(stored, factors, of_inputs, num_scaled_dims)

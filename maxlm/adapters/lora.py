@@ -21,8 +21,6 @@ from maxlm.adapters.targets import (
     declare_input_map,
     declare_output_map,
     declare_vector,
-    replace_targets,
-    split_dims,
 )
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter
@@ -37,8 +35,12 @@ from maxlm.models.params import (
     RowReader,
     ShardedWeight,
     StoredParam,
+    StoredWeight,
+    get_base,
+    get_dense_spec,
     is_leaf,
 )
+from maxlm.models.targets import replace_targets, split_dims
 from maxlm.parallel.local import Dims, get_layout, make_spec
 
 _MIN_NORM = 1e-30
@@ -193,7 +195,7 @@ class LoraParam(AdaptedParam):
         """Reads the base, and all arrays in its layout."""
         base = reader.read(self.base)
         a_axes, b_axes = self._list_axes(reader)
-        num_lead_dims = self._num_lead_dims
+        num_lead_dims = replace(self, base=base.value)._num_lead_dims
         output_start = len(a_axes) - 1
         # The base's mesh axes by dimension; rank is a dimension that no axis splits.
         layout = get_layout(base.value)
@@ -355,7 +357,7 @@ class TokenRowsParam(AdaptedParam):
         rows = reader.read(self.token_rows, (None, axis)).value
         return base._replace(value=self._replace_rows(base.value, rows))
 
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
+    def read_kernel(self, reader: ParamReader) -> StoredWeight:
         return self.materialize(reader)
 
     def merge(self) -> jax.Array | None:
@@ -436,7 +438,7 @@ class LoraAdapter(Adapter):
 
     def adapt(self, specs: Params) -> Params:
         adapt = partial(self._adapt_one, tied="head" not in specs)
-        adapted = replace_targets(specs, self.targets, adapt)
+        adapted = replace_targets(specs, self.targets, adapt, setting="adapter.targets")
         if not self.token_ids:
             return adapted
         table = self._add_token_rows(adapted["embedding"]["table"], is_head=False)
@@ -446,14 +448,15 @@ class LoraAdapter(Adapter):
             adapted["head"] = {**adapted["head"], "kernel": kernel}
         return adapted
 
-    def _add_token_rows(self, spec: StoredParam, *, is_head: bool) -> TokenRowsParam:
-        if is_leaf(spec):
+    def _add_token_rows(self, stored: StoredParam, *, is_head: bool) -> TokenRowsParam:
+        if get_base(stored) is not stored:
             name = "head" if is_head else "table of tokens"
             raise MaxlmError(
                 f"the {name} has LoRA, and rows of its own",
                 where="adapter.token_ids",
                 fix="take it out of adapter.targets",
             )
+        spec = get_dense_spec(stored)
         # A head is [D, V], a table [V, D].
         if is_head:
             d_model, vocab_size = spec.shape
@@ -479,7 +482,7 @@ class LoraAdapter(Adapter):
             jax.nn.initializers.zeros,
             "table",
         )
-        return TokenRowsParam(spec, rows, self.token_ids, is_head)
+        return TokenRowsParam(stored, rows, self.token_ids, is_head)
 
     def init_from_base(self, params: Params) -> Params:
         if self.init != "pissa" and not self.token_ids:
@@ -495,7 +498,9 @@ class LoraAdapter(Adapter):
 
         return jax.tree.map(init_leaf, params, is_leaf=is_leaf)
 
-    def _adapt_one(self, name: str, spec: ParamSpec, tied: bool) -> LoraParam:
+    def _adapt_one(
+        self, name: str, spec: ParamSpec, stored: StoredParam, tied: bool
+    ) -> LoraParam:
         input_start, output_start = split_dims(spec)
         num_inputs = prod(spec.shape[input_start:output_start])
         num_outputs = prod(spec.shape[output_start:])
@@ -506,6 +511,13 @@ class LoraAdapter(Adapter):
                 "singular values",
                 where="adapter.init",
                 fix="lower the rank, or its targets",
+            )
+        if self.init == "pissa" and is_leaf(stored):
+            raise MaxlmError(
+                f"{name} is stored quantized, and singular vectors are taken out of a "
+                "base in full precision",
+                where="adapter.init",
+                fix="use default",
             )
         if self.dropout and "expert" in spec.axes:
             raise MaxlmError(
@@ -534,9 +546,9 @@ class LoraAdapter(Adapter):
         lora_b = declare_output_map(spec, self.rank, b_init)
         magnitude = declare_vector(spec, zeros) if self.dora else None
         if is_table:
-            return LoraTable(spec, lora_a, lora_b, magnitude, self.scale, tied=tied)
+            return LoraTable(stored, lora_a, lora_b, magnitude, self.scale, tied=tied)
         return LoraParam(
-            spec, lora_a, lora_b, magnitude, self.scale, dropout=self.dropout
+            stored, lora_a, lora_b, magnitude, self.scale, dropout=self.dropout
         )
 
 

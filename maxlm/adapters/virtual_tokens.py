@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import reshard
 from pydantic import Field
 
-from maxlm.adapters.targets import replace_targets
 from maxlm.config import MaxlmError
 from maxlm.models.adapters import Adapter
 from maxlm.models.architectures.runs import STACKS
@@ -31,7 +30,10 @@ from maxlm.models.params import (
     ShardedWeight,
     StoredParam,
     flatten_names,
+    get_dense_spec,
+    is_leaf,
 )
+from maxlm.models.targets import replace_targets
 from maxlm.parallel.local import get_layout, make_spec
 
 _KERNELS = [
@@ -79,7 +81,8 @@ class _VirtualTokensAdapter(Adapter):
     init_std: float = Field(default=0.02, ge=0)
     """Standard deviation of the normal values that they begin with."""
 
-    def _add_vectors(self, spec: ParamSpec) -> VirtualTokens:
+    def _add_vectors(self, stored: StoredParam) -> VirtualTokens:
+        spec = get_dense_spec(stored)
         num_layer_dims = spec.num_layer_axes
         num_input_dims = max(1, len(spec.contracting_dims))  # of a table its rows
         output_start = num_layer_dims + num_input_dims
@@ -93,7 +96,7 @@ class _VirtualTokensAdapter(Adapter):
             jax.nn.initializers.normal(self.init_std),
             "table",
         )
-        return VirtualTokens(spec, virtual)
+        return VirtualTokens(stored, virtual)
 
 
 class PrefixAdapter(_VirtualTokensAdapter):
@@ -105,7 +108,7 @@ class PrefixAdapter(_VirtualTokensAdapter):
         """See :meth:`~maxlm.models.adapters.Adapter.adapt`; raises MaxlmError for
         layers without keys and values."""
         names = {name for name in _KERNELS if name.partition(".")[0] in specs}
-        missing = names - flatten_names(specs).keys()
+        missing = names - flatten_names(specs, is_leaf).keys()
         if missing:
             raise MaxlmError(
                 "prefix tuning adds keys and values, and the model has no "
@@ -115,7 +118,10 @@ class PrefixAdapter(_VirtualTokensAdapter):
                 "attention",
             )
         return replace_targets(
-            specs, list(names), lambda name, spec: self._add_vectors(spec)
+            specs,
+            list(names),
+            lambda name, spec, stored: self._add_vectors(stored),
+            setting="adapter.kind",
         )
 
 
@@ -129,7 +135,7 @@ class PromptAdapter(_VirtualTokensAdapter):
 
     def adapt(self, specs: Params) -> Params:
         table = specs["embedding"]["table"]
-        vocab_size = table.shape[0]
+        vocab_size = get_dense_spec(table).shape[0]
         for token_id in self.init_token_ids or ():
             if not 0 <= token_id < vocab_size:
                 raise MaxlmError(

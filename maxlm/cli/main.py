@@ -41,6 +41,7 @@ VERBS = {
     "chat": "Chat with a model in the terminal.",
     "serve": "Serve a model over HTTP, by OpenAI's protocol, with a chat page.",
     "eval": "Evaluate a model on tasks of lm-evaluation-harness.",
+    "quantize": "Round a model's matrices to int8, fp8, int4, NF4 and others.",
     "convert": "Turn a Hugging Face checkpoint into a run, or a run into one.",
     "tokenizer": "Train, import and try tokenizers.",
     "corpus": "Clean and label documents, and turn them into token stores.",

@@ -147,8 +147,11 @@ def command(
         Option(help="Format of cached keys and values."),
     ] = None,
     weights: Annotated[
-        Literal["auto", "fp8", "int8"] | None,
-        Option(help="Format of weight matrices; default: auto."),
+        str | None,
+        Option(
+            help="Scheme of maxlm quantize, such as int4-g32 or w8a8-fp8; default: "
+            "weights as the run has them."
+        ),
     ] = None,
     ttft_ms: Annotated[
         float | None, _make_amount_option("Longest time to a first token.", 1e-3)
@@ -401,7 +404,7 @@ def _plan_serving(
         top: splits of a search to show; 0: no search.
     """
     from maxlm.plan.served_model import ServingOptions
-    from maxlm.plan.serving import ENGINE_WEIGHT_FORMATS, search_serving
+    from maxlm.plan.serving import search_serving
     from maxlm.plan.serving_cache import CacheFormat
     from maxlm.plan.show_serving import render_serving_search, render_serving_tables
     from maxlm.run.config import RunConfig
@@ -409,10 +412,6 @@ def _plan_serving(
 
     if on is None:
         raise MaxlmError("--serve needs a machine", fix="name it: --on h100x8")
-    weights = requests.get("weights", "auto")
-    if weights not in ENGINE_WEIGHT_FORMATS:
-        message = f"--weights {weights}: maxlm serves no quantized weights yet"
-        raise MaxlmError(message, fix="leave it out: weights are in the compute dtype")
     searching = {"--search or --top": mesh is not None and top > 0}
     fix = "leave it out, or --mesh"
     _refuse_options(searching, "chooses the mesh", fix)

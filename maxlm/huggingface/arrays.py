@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 
@@ -92,10 +93,17 @@ def split_into_boxes(shape: Shape, box_shape: Shape) -> Iterator[Box]:
         yield tuple(box)
 
 
-def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
-    """Returns a new fp32 array, written whole, in slices at ``num_lead_axes`` leading
+def create_array(
+    folder: Path,
+    shape: Shape,
+    num_lead_axes: int,
+    dtype: DTypeLike = np.float32,
+) -> ZarrArray:
+    """Returns a new array, written whole, in slices at ``num_lead_axes`` leading
     indices."""
-    tile_in_slice, file_in_slice = choose_chunk_and_shard_shapes(shape[num_lead_axes:])
+    tile_in_slice, file_in_slice = choose_chunk_and_shard_shapes(
+        shape[num_lead_axes:], np.dtype(dtype).itemsize
+    )
     # A file holds nothing of two slices.
     one_slice = (1,) * num_lead_axes
     tile = one_slice + tile_in_slice
@@ -108,7 +116,7 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
     sharding = {"chunk_shape": tile, "codecs": codecs, "index_codecs": index_codecs}
     metadata = {
         "shape": shape,
-        "data_type": "float32",
+        "data_type": np.dtype(dtype).name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
@@ -121,6 +129,8 @@ def create_array(folder: Path, shape: Shape, num_lead_axes: int) -> ZarrArray:
 def open_array(folder: Path, name: str) -> ZarrArray:
     """Opens an array of a checkpoint's state, whether one file holds many (OCDBT) or
     not; bfloat16 is read as float32."""
+    import tensorstore as ts
+
     store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
     if (folder / "manifest.ocdbt").exists():
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
@@ -128,17 +138,21 @@ def open_array(folder: Path, name: str) -> ZarrArray:
         store["path"] += f"{name}/"
     where = str(folder / name)
     with _explain(where):
-        return ZarrArray(_open(store, {}), where)
+        opened = _open(store, {})
+        if opened.dtype == ts.bfloat16:
+            opened = ts.cast(opened, ts.float32)
+        return ZarrArray(opened, where)
 
 
-def choose_chunk_and_shard_shapes(shape: Shape) -> tuple[Shape, Shape]:
+def choose_chunk_and_shard_shapes(
+    shape: Shape, itemsize: int = 4
+) -> tuple[Shape, Shape]:
     """Returns shapes of the tiles and of the files of a slice; a file is made of whole
-    tiles."""
-    fp32_bytes = 4
-    tile = _halved(shape, TILE_BYTES // fp32_bytes)
+    tiles. ``itemsize``: bytes of a number."""
+    tile = _halved(shape, TILE_BYTES // itemsize)
     # Tiles along each axis, rounded up: of the slice, then of a file.
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
-    most_tiles = FILE_BYTES // fp32_bytes // math.prod(tile)
+    most_tiles = FILE_BYTES // itemsize // math.prod(tile)
     counts = _halved(counts, most_tiles)
     file = tuple(width * count for width, count in zip(tile, counts, strict=True))
     return tile, file
@@ -160,8 +174,7 @@ def _open(location: dict[str, Any], options: dict[str, Any]) -> "TensorStore":
     # it can.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     spec = {"driver": "zarr3", "kvstore": location}
-    store = ts.open(spec | _OPEN | options, context=context).result()
-    return ts.cast(store, ts.float32) if store.dtype == ts.bfloat16 else store
+    return ts.open(spec | _OPEN | options, context=context).result()
 
 
 def _few_at_once(tasks: Iterator[T], nbytes: int) -> Iterator[T]:

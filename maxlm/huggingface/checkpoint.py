@@ -12,13 +12,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import (
@@ -42,6 +43,31 @@ _HANDLERS = {
 }
 
 
+class ParamWriter(Protocol):
+    """Takes parameters slice by slice: :class:`RunCheckpointWriter`, or what keeps them
+    in memory."""
+
+    def declare(
+        self,
+        name: str,
+        shape: Shape,
+        num_lead_axes: int = 0,
+        dtype: DTypeLike = np.float32,
+    ) -> None: ...
+    def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None: ...
+
+
+class CheckpointReader(Protocol):
+    """The parameters of a checkpoint, by slices."""
+
+    folder: Path
+    shapes: dict[str, Shape]
+
+    def open_slice_reader(
+        self, name: str, num_lead_axes: int, scratch_folder: Path
+    ) -> AbstractContextManager[ReadSlice]: ...
+
+
 class RunCheckpointWriter:
     """A checkpoint in the making: ``declare`` all parameters, ``write`` all slices,
     ``commit``."""
@@ -51,17 +77,24 @@ class RunCheckpointWriter:
         self._folder = Path(folder).absolute() / str(step)
         self._arrays: dict[str, ZarrArray] = {}
 
-    def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
+    def declare(
+        self,
+        name: str,
+        shape: Shape,
+        num_lead_axes: int = 0,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
         """Announces a parameter, written in slices at ``num_lead_axes`` leading
         indices."""
         array_folder = self._folder / "state" / f"params.{name}"
-        self._arrays[name] = create_array(array_folder, shape, num_lead_axes)
+        self._arrays[name] = create_array(array_folder, shape, num_lead_axes, dtype)
 
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
-        """Writes the fp32 slice of a parameter at some leading indices, and waits for
-        the disk."""
-        assert values.dtype == np.float32, name
-        self._arrays[name].write(lead_index, values)
+        """Writes the slice of a parameter at some leading indices, and waits for the
+        disk."""
+        array = self._arrays[name]
+        assert values.dtype == array.dtype, name
+        array.write(lead_index, values)
 
     def commit(self, metadata: Mapping[str, Any]) -> None:
         """Completes the checkpoint; ``step`` and ``versions`` are added to the
@@ -169,7 +202,7 @@ class RunCheckpointReader:
 class MergedCheckpointReader:
     """The parameters of a checkpoint with its adapter merged into them, by slices."""
 
-    def __init__(self, inner: RunCheckpointReader, adapter: Adapter, specs: Params):
+    def __init__(self, inner: CheckpointReader, adapter: Adapter, specs: Params):
         self.inner = inner
         self.folder = inner.folder
         self.shapes = {name: spec.shape for name, spec in flatten_names(specs).items()}
@@ -227,14 +260,14 @@ class MergedCheckpointReader:
 
 
 def copy_param(
-    reader: RunCheckpointReader | MergedCheckpointReader,
-    writer: RunCheckpointWriter,
+    reader: CheckpointReader,
+    writer: ParamWriter,
     name: str,
     num_lead_axes: int,
     scratch_folder: Path,
 ) -> None:
-    """Copies a parameter as fp32, a slice at ``num_lead_axes`` leading indices in memory
-    at a time."""
+    """Copies a dense parameter as fp32, a slice at ``num_lead_axes`` leading indices in
+    memory at a time."""
     shape = reader.shapes[name]
     writer.declare(name, shape, num_lead_axes)
     with reader.open_slice_reader(name, num_lead_axes, scratch_folder) as read:

@@ -11,17 +11,12 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.checkpoint import (
-    MergedCheckpointReader,
-    ReadSlice,
-    RunCheckpointReader,
-)
+from maxlm.huggingface.checkpoint import CheckpointReader, ParamWriter, ReadSlice
 from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.files import (
     NUMPY,
@@ -36,15 +31,6 @@ from maxlm.huggingface.files import (
 )
 from maxlm.huggingface.quantized import read_model_tensor
 from maxlm.runtime.progress import Progress, ignore_progress
-
-
-class ParamWriter(Protocol):
-    """Takes parameters slice by slice: ``RunCheckpointWriter``, or what keeps them in
-    memory."""
-
-    def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None: ...
-    def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None: ...
-
 
 _OTHER_CONFIG = "check that the config is this model's"
 _SHOWN = 4
@@ -107,7 +93,7 @@ def import_tensors(
 
 
 def export_tensors(
-    checkpoint: RunCheckpointReader | MergedCheckpointReader,
+    checkpoint: CheckpointReader,
     entries: Sequence[TensorEntry],
     dtypes: TensorDtypes,
     folder: str | Path,
@@ -143,7 +129,7 @@ def export_tensors(
 
 
 def iterate_exported_tensors(
-    checkpoint: RunCheckpointReader | MergedCheckpointReader,
+    checkpoint: CheckpointReader,
     entries: Sequence[TensorEntry],
     scratch_folder: Path,
 ) -> Iterator[tuple[TensorEntry, np.ndarray]]:

@@ -13,11 +13,7 @@ from jax import lax
 from jax.sharding import reshard
 
 from maxlm.adapters.lora import LoraAdapter
-from maxlm.adapters.targets import (
-    declare_input_map,
-    declare_output_map,
-    replace_targets,
-)
+from maxlm.adapters.targets import declare_input_map, declare_output_map
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.models.architectures import Model
@@ -27,11 +23,13 @@ from maxlm.models.params import (
     ParamReader,
     Params,
     ParamSpec,
+    StoredParam,
     UnstackedParam,
     flatten_names,
     is_leaf,
     param_specs,
 )
+from maxlm.models.targets import replace_targets
 
 LoraWeights = tuple[LoraAdapter, Mapping[str, np.ndarray]]
 """An adapter, and its A and B by canonical name: ``layers.mlp.up.kernel.lora_a``."""
@@ -79,7 +77,7 @@ def declare_stacked_lora(specs: Params, num_columns: int) -> dict[str, ParamSpec
     name; ``num_columns`` is slots · rank."""
     declarations: dict[str, ParamSpec] = {}
 
-    def declare(name: str, spec: ParamSpec) -> ParamSpec:
+    def declare(name: str, spec: ParamSpec, stored: StoredParam) -> StoredParam:
         # Decoding with latent attention absorbs these two into the query and the
         # output: they are not multiplied with their inputs alone.
         if not name.endswith((".key_up.kernel", ".value_up.kernel")):
@@ -87,9 +85,9 @@ def declare_stacked_lora(specs: Params, num_columns: int) -> dict[str, ParamSpec
             lora_b = declare_output_map(spec, num_columns, spec.init)
             declarations[f"{name}.lora_a"] = lora_a
             declarations[f"{name}.lora_b"] = lora_b
-        return spec  # visited, not replaced
+        return stored  # visited, not replaced
 
-    replace_targets(specs, None, declare)
+    replace_targets(specs, None, declare, setting="max_adapters")
     return declarations
 
 

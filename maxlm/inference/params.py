@@ -1,6 +1,6 @@
 """Parameters as inference reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -13,27 +13,29 @@ from maxlm.models.architectures import Model
 from maxlm.models.params import (
     SHARED_BLOCKS,
     FusedKernel,
+    PackedParam,
     Params,
     ParamSpec,
     StoredParam,
     UnstackedParam,
     flatten_names,
+    get_base,
+    get_dense_spec,
     is_leaf,
     param_specs,
     take_stacked_layer,
 )
 from maxlm.parallel.linear import can_fuse_kernels, fuse_kernels
 
-_fuse_kernels = jax.jit(fuse_kernels)
-
 
 def prepare_params(
     model: Model, params: Params, mesh: Mesh | None = None, *, fuse: bool = True
 ) -> Params:
     """Returns parameters laid out for use: in their compute layout, matrices and tables
-    cast to the compute dtype, the decoder's layers out of their stacks. One array after
-    the other, so that little is held twice. ``mesh``: to lay them out on; default: that
-    which they lie on. ``fuse``: whether kernels of the same input lie side by side."""
+    cast to the compute dtype (codes and scales of quantized ones are not), the
+    decoder's layers out of their stacks. One array after the other, so that little is
+    held twice. ``mesh``: to lay them out on; default: that which they lie on. ``fuse``:
+    whether kernels of the same input lie side by side."""
     params_mesh: Mesh = jax.tree.leaves(params)[0].sharding.mesh
     target_mesh = params_mesh if mesh is None else mesh
     stacks = getattr(model, "stacks", {})
@@ -78,20 +80,14 @@ def prepare_params(
         for names in _list_joint_kernels(model, specs) if fuse else ():
             # The first of them has the joint kernel; the others are read through it.
             first, *others = names
-            if not isinstance(values[first], UnstackedParam):
-                # Layers share them.
-                kernels = tuple(values[name] for name in names)
-                values[first] = FusedKernel(_fuse_kernels(kernels))
-                values |= dict.fromkeys(others, FusedKernel(None))
+            joint = _join_stored_kernels([values[name] for name in names])
+            if joint is None:
                 continue
-            layers_by_kernel = [values[name].layers for name in names]
-            kernels_by_layer = zip(*layers_by_kernel, strict=True)
-            fused = [
-                FusedKernel(_fuse_kernels(kernels)) for kernels in kernels_by_layer
-            ]
-            values[first] = UnstackedParam(tuple(fused))
-            for name in others:
-                values[name] = UnstackedParam((FusedKernel(None),) * len(fused))
+            values[first] = joint
+            empty: StoredParam = FusedKernel(None)
+            if isinstance(joint, UnstackedParam):
+                empty = UnstackedParam((empty,) * len(joint.layers))
+            values |= dict.fromkeys(others, empty)
     structure = jax.tree.structure(params, is_leaf=is_leaf)
     return jax.tree.unflatten(structure, list(values.values()))
 
@@ -147,6 +143,29 @@ def check_shareable(model: Model, params: Params, mesh: Mesh) -> None:
         raise MaxlmError(message, where=where, fix=fix)
 
 
+def _join_stored_kernels(kernels: Sequence[StoredParam]) -> StoredParam | None:
+    """Returns kernels of the same input side by side, those of each layer where they
+    are a layer's; None: they cannot stand so."""
+    if not isinstance(kernels[0], UnstackedParam):  # layers share them
+        fused = _fuse_kernels(tuple(kernels))
+        return None if fused is None else FusedKernel(fused)
+    layers = []
+    for layer_kernels in zip(*(kernel.layers for kernel in kernels), strict=True):
+        fused = _fuse_kernels(layer_kernels)
+        if fused is None:
+            return None
+        layers.append(FusedKernel(fused))
+    return UnstackedParam(tuple(layers))
+
+
+@jax.jit
+def _fuse_kernels(kernels: tuple[StoredParam, ...]) -> StoredParam | None:
+    first, *others = kernels
+    if isinstance(first, PackedParam):
+        return first.stand_beside(others)
+    return fuse_kernels(kernels)
+
+
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _lay_out(
     x: jax.Array, spec: PartitionSpec, dtype: jnp.dtype, num_layer_axes: int
@@ -174,9 +193,10 @@ def _list_joint_kernels(
             names = [f"{path}.{part}.kernel" for part in group]
             layouts: list[PartitionSpec] = []
             for name in names:
-                spec = specs.get(name)
-                # One that is absent, or stored as other than one array, is not fused.
-                if isinstance(spec, ParamSpec):
+                stored = specs.get(name)
+                # One that is absent or adapted is not fused.
+                if stored is not None and get_base(stored) is stored:
+                    spec = get_dense_spec(stored)
                     layer_axes = spec.axes[spec.num_layer_axes :]
                     layouts.append(model.rules.spec(*layer_axes))
             is_complete = len(layouts) == len(names)

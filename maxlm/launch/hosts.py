@@ -11,6 +11,8 @@ from maxlm.plan.topology import TPUS, Topology
 # a4-highgpu).
 _GKE_GPUS = {
     "a100": "nvidia-a100-80gb",
+    # GKE has none; the label that NVIDIA's GPU operator gives such nodes elsewhere.
+    "l40s": "NVIDIA-L40S",
     "h100": "nvidia-h100-80gb",
     "h200": "nvidia-h200-141gb",
     "b200": "nvidia-b200",

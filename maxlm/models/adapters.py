@@ -1,5 +1,5 @@
-"""Adapters: other ways in which a model's parameters are stored, such as beside small
-trained ones.
+"""Adapters: other ways in which a model's parameters are stored, beside small trained
+ones.
 
 An adapter is a config with a ``kind`` and one method, from declarations to
 declarations. To add one, write an :class:`Adapter` and register it in
@@ -13,22 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from maxlm.config import Config
-from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.params import (
     Leaf,
     Params,
     ParamSpec,
-    bind_specs,
-    param_specs,
     replace_base_params,
     select_base_params,
 )
-from maxlm.parallel.config import ParallelConfig
-from maxlm.sharding import AxisRules
+from maxlm.models.transforms import ParamTransform
 
 
-class Adapter(Config):
+class Adapter(ParamTransform):
     """A way to adapt a model, with a ``kind`` of its own and that kind's settings. One
     that has parameters for virtual tokens says in a setting ``num_virtual_tokens`` how
     many there are."""
@@ -54,6 +49,12 @@ class Adapter(Config):
         of declarations in place of each parameter that is adapted."""
         raise NotImplementedError
 
+    def transform_specs(self, specs: Params) -> Params:
+        adapted = self.adapt(specs)
+        if self.base_dtype == "float32":
+            return adapted
+        return _store_base_as(adapted, jnp.dtype(self.base_dtype))
+
 
 def count_virtual_tokens(adapter: Adapter | None) -> int:
     """Returns the tokens that every example begins with and an adapter has parameters
@@ -61,33 +62,14 @@ def count_virtual_tokens(adapter: Adapter | None) -> int:
     return getattr(adapter, "num_virtual_tokens", 0)
 
 
-def build_adapted_model(
-    config: ModelConfig,
-    adapter: Adapter | None,
-    *,
-    rules: AxisRules,
-    dtype: DTypeLike,
-    parallel: ParallelConfig = ParallelConfig(),
-) -> Model:
-    """Builds a model whose parameters are stored as its adapter says; the keywords are
-    those of ``config.build``."""
-    model = config.build(rules=rules, dtype=dtype, parallel=parallel)
-    if adapter is None:
-        return model
-    specs = adapter.adapt(param_specs(model))
-    if adapter.base_dtype != "float32":
-        specs = _store_base_as(specs, jnp.dtype(adapter.base_dtype))
-    model = bind_specs(model, specs)
-    model.num_virtual_tokens = count_virtual_tokens(adapter)
-    return model
-
-
 def _store_base_as(specs: Params, dtype: DTypeLike) -> Params:
     """Returns declarations with another dtype for the base's matrices and tables; heads
-    of a task, which are trained beside an adapter, stay."""
+    of a task, which are trained beside an adapter, stay, and so do codes and scales."""
 
     def set_dtype(spec: ParamSpec) -> ParamSpec:
-        return spec if spec.role == "vector" else replace(spec, dtype=dtype)
+        if spec.role in ("vector", "packed"):
+            return spec
+        return replace(spec, dtype=dtype)
 
     base = {}
     for name, module_specs in select_base_params(specs).items():

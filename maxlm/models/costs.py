@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast
 
 from flax import nnx
 
-from maxlm.models.params import flatten_names, param_specs, select_base_params
+from maxlm.models.params import flatten_names, param_specs, select_dense_specs
 
 FeatureKind = Literal["residual", "memory", "latent", "heads", "mlp", "whole"]
 """Sides of matrices: the residual stream, an encoder's output, a narrow vector of
@@ -209,7 +209,7 @@ def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
     """Groups a module's matrices by submodule and input: heads or an MLP's hidden
     layer, where their axes say so, otherwise the residual stream."""
     groups: dict[tuple[str, FeatureKind], list[str]] = {}
-    specs = flatten_names(select_base_params(param_specs(module)))
+    specs = flatten_names(select_dense_specs(param_specs(module)))
     for name, spec in specs.items():
         if spec.role != "matrix":
             continue

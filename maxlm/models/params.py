@@ -9,9 +9,18 @@ place on their devices, optimizer masks. Parameters then travel as plain nested 
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+)
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +30,15 @@ from jax.typing import DTypeLike
 
 from maxlm.parallel.decode_kernels import LocalProduct
 from maxlm.parallel.layers import PyTree
-from maxlm.parallel.linear import (
-    multiply_fused_kernel,
-    multiply_kernels,
-)
+from maxlm.parallel.linear import multiply_fused_kernel, multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
+from maxlm.parallel.operands import (
+    KERNEL,
+    DenseOperand,
+    MapOperand,
+    OperandArrays,
+    PackedOperand,
+)
 from maxlm.sharding import AxisRules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
@@ -52,11 +65,12 @@ class ParamSpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     """Logical axis of each dimension (a field of AxisRules, or None)."""
-    init: Initializer
-    role: Literal["matrix", "table", "vector"]
+    init: Initializer = field(compare=False)
+    role: Literal["matrix", "table", "vector", "packed"]
     """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table:
     embeddings, the output head and routers (decayed); vector: norm scales, biases,
-    sinks (neither)."""
+    sinks (neither); packed: codes and scales of a matrix, which are never trained and
+    keep their dtype wherever they go."""
     contracting_dims: tuple[int, ...] = ()
     """Dimensions of a matrix summed over with the input; the others index the
     output."""
@@ -143,6 +157,18 @@ class ShardedWeight(NamedTuple):
         return reshard(self.value, make_spec(self.compute_layout))
 
 
+class PackedWeight(NamedTuple):
+    """A matrix that is stored as several arrays, for a program on shards, which gathers
+    these and multiplies with them as they are."""
+
+    arrays: OperandArrays
+    """In their storage layouts and dtypes."""
+    operand: PackedOperand
+
+
+StoredWeight = ShardedWeight | PackedWeight
+
+
 @dataclass(frozen=True)
 class ParamReader:
     """The way a layer reads one of its parameters."""
@@ -194,18 +220,51 @@ class ParamReader:
             value = reshard(value, compute_spec)
         return ShardedWeight(value, compute_layout)
 
-    def multiply(self, x: jax.Array, *weights: ShardedWeight) -> tuple[jax.Array, ...]:
+    def read_kernel(
+        self, param: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()
+    ) -> StoredWeight:
+        """Reads an array as :meth:`read` does, or a leaf's kernel, to multiply with."""
+        if isinstance(param, Leaf):
+            return param.read_kernel(self)
+        return self.read(param, axes)
+
+    def multiply(self, x: jax.Array, *weights: StoredWeight) -> tuple[jax.Array, ...]:
         """Multiplies x [B, S, *inputs] by some matrices, in one program: [B, S,
         *outputs] each."""
-        values, compute_layouts, gathered = zip(*weights, strict=True)
+        kernels: list[OperandArrays] = []
+        gathered: list[OperandArrays | None] = []
+        operands: list[MapOperand] = []
+        for weight in weights:
+            if isinstance(weight, PackedWeight):
+                kernels.append(weight.arrays)
+                gathered.append(None)
+                operands.append(weight.operand)
+            else:
+                kernels.append({KERNEL: weight.value})
+                whole = weight.gathered
+                gathered.append(None if whole is None else {KERNEL: whole})
+                operands.append(DenseOperand(weight.compute_layout, self.product))
         return multiply_kernels(
-            x, values, gathered, compute_layouts, self.token_layout, self.product
+            x, tuple(kernels), tuple(gathered), tuple(operands), self.token_layout
         )
 
 
-RowReader = Callable[[StoredParam, tuple[str | None, ...]], jax.Array]
-"""``(table, logical axes or ()) -> rows`` of the ids that are looked up, [..., S,
-columns]."""
+class RowReader(Protocol):
+    """Reads the rows of the ids that are looked up."""
+
+    def __call__(
+        self,
+        param: StoredParam,
+        axes: tuple[str | None, ...] = (),
+        dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """Returns rows of a table, [..., S, columns].
+
+        Args:
+            axes: the table's logical axes; (): those of the parameter.
+            dtype: of the rows; None: the compute dtype.
+        """
+        ...
 
 
 class Leaf:
@@ -227,9 +286,8 @@ class Leaf:
         it."""
         raise NotImplementedError
 
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        """Returns the array that inputs are multiplied with, beside maps of the same
-        input."""
+    def read_kernel(self, reader: ParamReader) -> StoredWeight:
+        """Returns what inputs are multiplied with, beside maps of the same input."""
         return self.materialize(reader)
 
     def prepare_input(self, x: jax.Array, reader: ParamReader) -> jax.Array:
@@ -287,8 +345,38 @@ class AdaptedParam(Leaf):
 
     base: StoredParam
 
-    def read_kernel(self, reader: ParamReader) -> ShardedWeight:
-        return reader.read(self.base)
+    def read_kernel(self, reader: ParamReader) -> StoredWeight:
+        return reader.read_kernel(self.base)
+
+
+class PackedParam(Leaf):
+    """A matrix that is stored as several arrays that stand for it, such as codes and
+    scales, none of which is trained."""
+
+    @property
+    def dense_spec(self) -> ParamSpec:
+        """The declaration of the array that it stands for."""
+        raise NotImplementedError
+
+    def from_dense(self, dense: jax.Array) -> Self:
+        """Returns the leaf that stands for an array, or for the nearest that one can;
+        called on the leaf of declarations, under ``jax.jit``."""
+        raise NotImplementedError
+
+    def merge(self) -> jax.Array:
+        """Returns the array that it stands for, fp32."""
+        raise NotImplementedError
+
+    def stand_beside(self, others: "Sequence[Self]") -> "Self | None":
+        """Returns one leaf for the kernels of several maps of the same input, this and
+        others side by side along the outputs, each device with its own columns of all;
+        None: they cannot stand so."""
+        return None
+
+
+def is_packed(param: StoredParam) -> bool:
+    """Returns whether a stored parameter is arrays that stand for another."""
+    return isinstance(param, PackedParam)
 
 
 def is_leaf(param: StoredParam) -> bool:
@@ -328,8 +416,9 @@ class FusedKernel(Leaf):
     (inference): one product reads them faster than several do. Each device has its own
     columns of all."""
 
-    value: jax.Array | None
-    """[in, outputs of all]; None: it stands with the first of them."""
+    value: StoredParam
+    """[in, outputs of all], or a leaf of that; None: it stands with the first of
+    them."""
 
     def multiply(
         self, x: jax.Array, readers: "Sequence[ParamReader]"
@@ -343,12 +432,20 @@ class FusedKernel(Leaf):
             output_shapes.append(layer_shape[1:])
             axes = reader.output_axes
             output_layouts.append(parse_spec(reader.rules.spec(*axes), len(axes)))
+        kernel = self.value
+        packed_product = None
+        if isinstance(kernel, Leaf):
+            weight = kernel.read_kernel(readers[0])
+            assert isinstance(weight, PackedWeight)
+            kernel = weight.arrays
+            packed_product = weight.operand.product
         return multiply_fused_kernel(
             x,
-            self.value,
+            kernel,
             tuple(output_shapes),
             tuple(output_layouts),
             product=readers[0].product,
+            packed_product=packed_product,
         )
 
 
@@ -357,6 +454,18 @@ def get_base(param: StoredParam) -> StoredParam:
     if isinstance(param, Leaf) and param.base_field is not None:
         return getattr(param, param.base_field)
     return param
+
+
+def get_dense_spec(stored: StoredParam) -> ParamSpec:
+    """Returns the declaration of the array that a parameter's declaration stands for:
+    that by which a model computes. It is the base of an adapted one."""
+    base = get_base(stored)
+    return base.dense_spec if isinstance(base, PackedParam) else base
+
+
+def select_dense_specs(specs: Params) -> Params:
+    """Returns declarations as a model names them whose parameters are all one array."""
+    return jax.tree.map(get_dense_spec, specs, is_leaf=is_leaf)
 
 
 def is_unstacked(params: Params) -> bool:
@@ -463,6 +572,15 @@ def replace_base_params(tree: Params, base: Params) -> Params:
     return jax.tree.map(put_base, tree, base, is_leaf=is_leaf)
 
 
+def merge_packed(params: Params) -> Params:
+    """Returns parameters with the arrays that packed ones stand for, fp32."""
+
+    def merge(param: StoredParam) -> StoredParam:
+        return param.merge() if isinstance(param, PackedParam) else param
+
+    return jax.tree.map(merge, params, is_leaf=is_packed)
+
+
 def drop_auxiliary(tree: Params) -> Params:
     """Returns a run's parameters, or what stands in their place, without those of
     auxiliary models."""
@@ -552,20 +670,49 @@ def init_params(specs: Params, key: jax.Array) -> Params:
     layer alone. Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole
     on one device."""
 
-    def init_param(path: jax.tree_util.KeyPath, spec: ParamSpec) -> jax.Array:
+    def init_param(path: jax.tree_util.KeyPath, spec: StoredParam) -> StoredParam:
         param_key = fold_in_name(key, join_path(path))
-        if not spec.num_layer_axes:
-            return spec.init(param_key, spec.shape, spec.dtype)
-        if spec.layer_values is not None:
-            return jnp.asarray(spec.layer_values, spec.dtype).reshape(spec.shape)
-        # A key for each layer: its random numbers do not depend on the model's depth.
-        num_layers = prod(spec.shape[: spec.num_layer_axes])
-        layer_shape = spec.shape[spec.num_layer_axes :]
-        fold_in_layer = jax.vmap(lambda layer: jax.random.fold_in(param_key, layer))
-        layer_keys = fold_in_layer(jnp.arange(num_layers))
-        init_layers = jax.vmap(
-            lambda layer_key: spec.init(layer_key, layer_shape, spec.dtype)
-        )
-        return init_layers(layer_keys).reshape(spec.shape)
+        if isinstance(spec, PackedParam):
+            return _init_packed(spec, param_key)
+        return _init_array(spec, param_key)
 
-    return jax.tree_util.tree_map_with_path(init_param, specs)
+    return jax.tree_util.tree_map_with_path(init_param, specs, is_leaf=is_packed)
+
+
+def _init_packed(spec: PackedParam, key: jax.Array) -> PackedParam:
+    """Packs the initial values of the array that a parameter stands for, a layer after
+    the other: all layers' may not fit beside what they become."""
+    dense = spec.dense_spec
+    num_layer_axes = dense.num_layer_axes
+    if not num_layer_axes:
+        return spec.from_dense(_init_array(dense, key))
+    lead_shape = dense.shape[:num_layer_axes]
+    layer_shape = dense.shape[num_layer_axes:]
+
+    def init_layer(layer: jax.Array) -> PackedParam:
+        layer_key = jax.random.fold_in(key, layer)
+        values = dense.init(layer_key, layer_shape, dense.dtype)
+        return spec.from_dense(values.reshape((1,) * num_layer_axes + layer_shape))
+
+    layers = jax.lax.map(init_layer, jnp.arange(prod(lead_shape)))
+    return jax.tree.map(
+        lambda array: array.reshape(*lead_shape, *array.shape[1 + num_layer_axes :]),
+        layers,
+    )
+
+
+def _init_array(spec: ParamSpec, key: jax.Array) -> jax.Array:
+    """Makes a parameter's initial values by a key of its own."""
+    if not spec.num_layer_axes:
+        return spec.init(key, spec.shape, spec.dtype)
+    if spec.layer_values is not None:
+        return jnp.asarray(spec.layer_values, spec.dtype).reshape(spec.shape)
+    # A key for each layer: its random numbers do not depend on the model's depth.
+    num_layers = prod(spec.shape[: spec.num_layer_axes])
+    layer_shape = spec.shape[spec.num_layer_axes :]
+    fold_in_layer = jax.vmap(lambda layer: jax.random.fold_in(key, layer))
+    layer_keys = fold_in_layer(jnp.arange(num_layers))
+    init_layers = jax.vmap(
+        lambda layer_key: spec.init(layer_key, layer_shape, spec.dtype)
+    )
+    return init_layers(layer_keys).reshape(spec.shape)

@@ -61,8 +61,11 @@ def param_shardings(
 def select_trainable(specs: Params, patterns: Sequence[str] | None) -> Params:
     """Returns the part of a tree of declarations whose canonical names match a pattern,
     such as ``layers.attention.*``; raises MaxlmError for one that no name matches.
-    None: all, or the arrays that an adapter adds, ``heads`` and auxiliary models."""
-    names = [*flatten_names(specs)]
+    None: all, or the arrays that an adapter adds, ``heads`` and auxiliary models. Codes
+    and scales of quantized matrices are never among them."""
+    names = [
+        name for name, spec in flatten_names(specs).items() if spec.role != "packed"
+    ]
     if patterns is None:
         added_names = list_added_names(specs)
         # Beside an adapter the heads of a task are trained; without one, everything.

@@ -92,16 +92,19 @@ def embed_tokens(
     vocab_size = table.shape[0]
 
     def local(table, ids, vocab_index):
-        table = gather(
-            table.astype(dtype), layouts.table_stored, layouts.table_gathered
-        )
+        # What crosses the wire is cast before, what does not after its rows are found.
+        if layouts.table_stored != layouts.table_gathered:
+            table = gather(
+                table.astype(dtype), layouts.table_stored, layouts.table_gathered
+            )
         # Everyone looks up, in its own columns, the tokens of all that share the table.
         for axis, dim in layouts.exchanged:
             ids = lax.all_gather(ids, axis, axis=dim, tiled=True)
         # A token's row is on one device of those that split the vocabulary; the others
         # add zeros.
         rows, is_here = _find_rows(ids, len(table), vocab_index)
-        y = jnp.where(is_here[..., None], table[jnp.where(is_here, rows, 0)], 0)
+        values = table[jnp.where(is_here, rows, 0)].astype(dtype)
+        y = jnp.where(is_here[..., None], values, 0)
         y = reduce(y, layouts.vocab_axes, (*layouts.ids, table_layout[1]), out_layout)
         # Each gets back all columns of its own tokens.
         for axis, dim in reversed(layouts.exchanged):

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate, chain, takewhile
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,15 @@ from maxlm.parallel.local import (
     parse_spec,
     reduce,
 )
+from maxlm.parallel.operands import (
+    KERNEL,
+    DenseOperand,
+    MapAxes,
+    MapOperand,
+    MatrixProduct,
+    OperandArrays,
+    PackedOperand,
+)
 
 
 class _MapLayouts:
@@ -52,24 +62,28 @@ class _MapLayouts:
     def __init__(
         self,
         x: jax.Array,
-        kernels: tuple[jax.Array, ...],
-        gathered_kernels: tuple[jax.Array | None, ...],
-        kernel_layouts: tuple[Dims, ...],
+        kernels: tuple[OperandArrays, ...],
+        gathered_kernels: tuple[OperandArrays | None, ...],
+        operands: tuple[MapOperand, ...],
         token_layout: Dims,
     ):
         self.x = get_layout(x)
-        self.stored = tuple(get_layout(kernel) for kernel in kernels)
-        self.used = kernel_layouts
+        self.operands = operands
+        self.stored = tuple(
+            {name: get_layout(array) for name, array in kernel.items()}
+            for kernel in kernels
+        )
         self.tokens = token_layout
         self.num_inputs = len(self.x) - 2
         self.inputs = self.x[2:]
-        for layout in kernel_layouts:
-            inputs = layout[: self.num_inputs]
+        self.input_shape = x.shape[2:]
+        for operand in operands:
+            inputs = operand.layout[: self.num_inputs]
             if inputs != self.inputs:
                 raise ValueError(
                     f"x is split as {self.inputs}, the kernel's inputs as {inputs}"
                 )
-        self.outputs = tuple(layout[self.num_inputs :] for layout in kernel_layouts)
+        self.outputs = tuple(operand.layout[self.num_inputs :] for operand in operands)
         self.product_tokens = tuple(map(_common_axes, self.x[:2], token_layout))
         """The tokens' layout during the product: the axes that x and the results
         share."""
@@ -79,50 +93,112 @@ class _MapLayouts:
         """The axes over which the gradient of x is a partial sum."""
 
         self.x_spec = make_spec(self.x)
-        self.kernel_specs = tuple(make_spec(layout) for layout in self.stored)
+        self.kernel_specs = tuple(
+            {name: make_spec(layout) for name, layout in layouts.items()}
+            for layouts in self.stored
+        )
         self.gathered_specs = tuple(
-            None if kernel is None else make_spec(layout)
-            for kernel, layout in zip(gathered_kernels, kernel_layouts, strict=True)
+            None if kernel is None else {KERNEL: make_spec(operand.layout)}
+            for kernel, operand in zip(gathered_kernels, operands, strict=True)
         )
         self.result_specs = tuple(
             make_spec((*token_layout, *outputs)) for outputs in self.outputs
         )
 
+    def get_axes(self, index: int) -> MapAxes:
+        """Returns the mesh axes that split a map's arrays."""
+        return MapAxes(
+            tokens=_flatten(self.product_tokens),
+            inputs=_flatten(self.inputs),
+            outputs=_flatten(self.outputs[index]),
+        )
+
     def gather_kernel(
-        self, index: int, kernel: jax.Array, gathered: jax.Array | None
-    ) -> jax.Array:
+        self, index: int, kernel: OperandArrays, gathered: OperandArrays | None
+    ) -> OperandArrays:
         """Returns a kernel in use, on shards."""
         if gathered is not None:
             return gathered
-        return gather(kernel, self.stored[index], self.used[index])
+        used = self.operands[index].array_layouts
+        return {
+            name: gather(array, self.stored[index][name], used[name])
+            for name, array in kernel.items()
+        }
+
+    def multiply(self, index: int, x: jax.Array, kernel: OperandArrays) -> jax.Array:
+        """Multiplies x [B, S, *inputs] by a kernel in use, on shards."""
+        operand = self.operands[index]
+        if isinstance(operand, DenseOperand):
+            multiply = operand.product or multiply_by_xla
+            return multiply(x, kernel[KERNEL], self.num_inputs)
+        y = operand.product.multiply(_flatten_features(x), kernel, self.get_axes(index))
+        outputs = _divide_shape(operand.output_sizes, self.outputs[index])
+        return y.reshape(*y.shape[:2], *outputs)
+
+    def multiply_transposed(
+        self, index: int, d_y: jax.Array, kernel: OperandArrays
+    ) -> jax.Array:
+        """Multiplies d_y [B, S, *outputs] by a kernel's transpose, on shards."""
+        operand = self.operands[index]
+        if isinstance(operand, DenseOperand):
+            return _multiply_transposed(d_y, kernel[KERNEL], self.num_inputs)
+        flat_d_y = _flatten_features(d_y)
+        axes = self.get_axes(index)
+        d_x = operand.product.multiply_transposed(flat_d_y, kernel, axes)
+        inputs = _divide_shape(self.input_shape, self.inputs)
+        return d_x.reshape(*d_x.shape[:2], *inputs)
+
+    def compute_gradient(
+        self, index: int, x: jax.Array, d_y: jax.Array
+    ) -> OperandArrays | None:
+        """Computes the gradient of a kernel's arrays, summed over this device's tokens;
+        None: they have none."""
+        operand = self.operands[index]
+        if not operand.is_trained:
+            return None
+        if isinstance(operand, DenseOperand):
+            return {KERNEL: _outer_product(x, d_y)}
+        axes = self.get_axes(index)
+        flat_x = _flatten_features(x)
+        return operand.product.compute_gradient(flat_x, _flatten_features(d_y), axes)
+
+    def reduce_gradient(
+        self, index: int, gradient: OperandArrays | None
+    ) -> OperandArrays | None:
+        """Sums a kernel's gradient over devices, into its storage layout."""
+        if gradient is None:
+            return None
+        summed_axes = _flatten(self.product_tokens)
+        used = self.operands[index].array_layouts
+        return {
+            name: reduce(array, summed_axes, used[name], self.stored[index][name])
+            for name, array in gradient.items()
+        }
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def multiply_kernels(
     x: jax.Array,
-    kernels: tuple[jax.Array, ...],
-    gathered_kernels: tuple[jax.Array | None, ...],
-    kernel_layouts: tuple[Dims, ...],
+    kernels: tuple[OperandArrays, ...],
+    gathered_kernels: tuple[OperandArrays | None, ...],
+    operands: tuple[MapOperand, ...],
     token_layout: Dims,
-    product: LocalProduct | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns ``x · kernel`` for every kernel; reverse-mode differentiable.
 
     Args:
         x: [B, S, *inputs].
-        kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
-        gathered_kernels: where they need not be gathered, else None; gradients go to
-            ``kernels``.
-        kernel_layouts: mesh axes of each kernel's dimensions in use, which begin those
-            in storage.
+        kernels: of each the arrays in their storage layouts: [*inputs, *outputs] in
+            x's dtype, or those of a packed one.
+        gathered_kernels: those of dense ones that need not be gathered, else None;
+            gradients go to ``kernels``.
+        operands: what each kernel is.
         token_layout: the mesh axes of B and S in the results.
-        product: of the forward pass, on shards; None: XLA's dot. Gradients are XLA's.
 
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    layouts = _MapLayouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
-    multiply = product or multiply_by_xla
+    layouts = _MapLayouts(x, kernels, gathered_kernels, operands, token_layout)
 
     def local(x, kernels, gathered_kernels):
         x = gather(x, layouts.x, layouts.product_x)
@@ -132,7 +208,7 @@ def multiply_kernels(
             kernel = layouts.gather_kernel(
                 index, kernels[index], gathered_kernels[index]
             )
-            y = multiply(x, kernel, layouts.num_inputs)
+            y = layouts.multiply(index, x, kernel)
             product_layout = (*layouts.product_tokens, *outputs)
             result_layout = (*layouts.tokens, *outputs)
             ys.append(reduce(y, summed_axes, product_layout, result_layout))
@@ -143,19 +219,14 @@ def multiply_kernels(
     return run(x, kernels, gathered_kernels)
 
 
-def _multiply_forward(
-    x, kernels, gathered_kernels, kernel_layouts, token_layout, product
-):
-    ys = multiply_kernels(
-        x, kernels, gathered_kernels, kernel_layouts, token_layout, product
-    )
+def _multiply_forward(x, kernels, gathered_kernels, operands, token_layout):
+    ys = multiply_kernels(x, kernels, gathered_kernels, operands, token_layout)
     return ys, (x, kernels, gathered_kernels)
 
 
-def _multiply_backward(kernel_layouts, token_layout, product, saved, d_ys):
-    del product
+def _multiply_backward(operands, token_layout, saved, d_ys):
     x, kernels, gathered_kernels = saved
-    layouts = _MapLayouts(x, kernels, gathered_kernels, kernel_layouts, token_layout)
+    layouts = _MapLayouts(x, kernels, gathered_kernels, operands, token_layout)
 
     # Left alone, a compiler puts off what nothing waits for, the kernels' gradients,
     # and holds every d_y until then. Where these are wider than x, one kernel follows
@@ -169,7 +240,7 @@ def _multiply_backward(kernel_layouts, token_layout, product, saved, d_ys):
     def local(x, kernels, gathered_kernels, d_ys):
         x = gather(x, layouts.x, layouts.product_x)
         d_x = jnp.zeros((), x.dtype)
-        products = []
+        gradients = []
         for index, outputs in enumerate(layouts.outputs):
             result_layout = (*layouts.tokens, *outputs)
             product_layout = (*layouts.product_tokens, *outputs)
@@ -177,7 +248,7 @@ def _multiply_backward(kernel_layouts, token_layout, product, saved, d_ys):
             kernel = layouts.gather_kernel(
                 index, kernels[index], gathered_kernels[index]
             )
-            d_x_term = _multiply_transposed(d_y, kernel, layouts.num_inputs)
+            d_x_term = layouts.multiply_transposed(index, d_y, kernel)
             # A kernel that is whole where its siblings are split gives its whole term
             # on every device, and the sum over these axes would count it as often.
             own_axes = _flatten(outputs)
@@ -187,19 +258,24 @@ def _multiply_backward(kernel_layouts, token_layout, product, saved, d_ys):
             if copies > 1:
                 d_x_term = d_x_term / copies
             d_x, d_y = in_order(d_x + d_x_term, d_y)
-            d_x, d_ys, product = in_order(d_x, d_ys, _outer_product(x, d_y))
-            products.append(product)
-        summed_axes = _flatten(layouts.product_tokens)
+            gradient = layouts.compute_gradient(index, x, d_y)
+            d_x, d_ys, gradient = in_order(d_x, d_ys, gradient)
+            gradients.append(gradient)
         d_kernels = tuple(
-            reduce(product, summed_axes, layouts.used[index], layouts.stored[index])
-            for index, product in enumerate(products)
+            layouts.reduce_gradient(index, gradient)
+            for index, gradient in enumerate(gradients)
         )
         d_x = reduce(d_x, layouts.partial_axes, layouts.product_x, layouts.x)
         return d_x, d_kernels
 
-    results = layouts.x_spec, layouts.kernel_specs
-    specs = (*results, layouts.gathered_specs, layouts.result_specs)
-    run = map_shards(local, specs, results)
+    # Kernels without a gradient have no place in the results.
+    gradient_specs = tuple(
+        specs if operand.is_trained else None
+        for operand, specs in zip(operands, layouts.kernel_specs, strict=True)
+    )
+    arguments = layouts.x_spec, layouts.kernel_specs
+    specs = (*arguments, layouts.gathered_specs, layouts.result_specs)
+    run = map_shards(local, specs, (layouts.x_spec, gradient_specs))
     d_x, d_kernels = run(x, kernels, gathered_kernels, d_ys)
     return d_x, d_kernels, None
 
@@ -209,38 +285,47 @@ multiply_kernels.defvjp(_multiply_forward, _multiply_backward)
 
 def multiply_fused_kernel(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | OperandArrays,
     output_shapes: tuple[tuple[int, ...], ...],
     output_layouts: tuple[Dims, ...],
     *,
     product: LocalProduct | None = None,
+    packed_product: MatrixProduct | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns ``x · kernel`` for kernels that lie side by side; without gradient.
 
     Args:
         x: [B, S, in], whole but for B.
         kernel: [in, outputs of all kernels]: of each device those columns of each, in
-            order, that are its own (:func:`fuse_kernels`).
+            order, that are its own (:func:`fuse_kernels`); or the arrays of packed
+            ones.
         output_shapes, output_layouts: of each kernel, and the mesh axes that split it.
         product: on shards; None: XLA's dot.
+        packed_product: of packed kernels.
     """
     multiply = product or multiply_by_xla
     tokens = get_layout(x)[:2]
-    local_shapes = []
-    for shape, layout in zip(output_shapes, output_layouts, strict=True):
-        sizes = zip(shape, layout, strict=True)
-        local_shapes.append(tuple(size // axis_size(axes) for size, axes in sizes))
+    local_shapes = [
+        _divide_shape(shape, layout)
+        for shape, layout in zip(output_shapes, output_layouts, strict=True)
+    ]
     ends = tuple(accumulate(prod(shape) for shape in local_shapes))
+    output_axes = _flatten(chain.from_iterable(output_layouts))
+    axes = MapAxes(_flatten(tokens), (), tuple(dict.fromkeys(output_axes)))
 
-    def local(x, kernel):
-        y = multiply(x, kernel, 1)
+    def local(x: jax.Array, kernel: Any) -> tuple[jax.Array, ...]:
+        if packed_product is None:
+            y = multiply(x, kernel, 1)
+        else:
+            y = packed_product.multiply(x, kernel, axes)
         parts = jnp.split(y, ends[:-1], axis=-1)
         return tuple(
             part.reshape(*part.shape[:-1], *shape)
             for part, shape in zip(parts, local_shapes, strict=True)
         )
 
-    specs = make_spec((*tokens, ())), make_spec(get_layout(kernel))
+    kernel_specs = jax.tree.map(lambda x: make_spec(get_layout(x)), kernel)
+    specs = make_spec((*tokens, ())), kernel_specs
     results = tuple(make_spec((*tokens, *layout)) for layout in output_layouts)
     return map_shards(local, specs, results)(x, kernel)
 
@@ -274,6 +359,33 @@ def multiply_head(
 
     run = map_shards(local, (hidden_spec, head_spec), spec)
     return run(reshard(hidden, hidden_spec), reshard(head, head_spec))
+
+
+def multiply_packed_head(
+    hidden: jax.Array,
+    arrays: OperandArrays,
+    operand: PackedOperand,
+    spec: PartitionSpec,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Returns ``hidden · head`` as :func:`multiply_head` does, for a packed head;
+    without gradient."""
+    batch, seq, vocab = parse_spec(spec, 3)
+    hidden_spec = make_spec((batch, seq, ()))
+    stored = {name: get_layout(array) for name, array in arrays.items()}
+    used = operand.array_layouts
+    axes = MapAxes(_flatten((batch, seq)), (), vocab)
+
+    def local(hidden: jax.Array, arrays: OperandArrays) -> jax.Array:
+        whole = {
+            name: gather(array, stored[name], used[name])
+            for name, array in arrays.items()
+        }
+        return operand.product.multiply(hidden, whole, axes, dtype)
+
+    array_specs = {name: make_spec(layout) for name, layout in stored.items()}
+    run = map_shards(local, (hidden_spec, array_specs), spec)
+    return run(reshard(hidden, hidden_spec), dict(arrays))
 
 
 def fuse_kernels(kernels: Sequence[jax.Array]) -> jax.Array:
@@ -337,6 +449,17 @@ def _outer_product(x: jax.Array, d_y: jax.Array) -> jax.Array:
     num_outputs = d_y.ndim - 2
     inputs = range(num_outputs, transposed.ndim)
     return transposed.transpose((*inputs, *range(num_outputs)))
+
+
+def _flatten_features(x: jax.Array) -> jax.Array:
+    """[B, S, ...] with all dimensions behind the first two as one."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _divide_shape(shape: Sequence[int], layout: Sequence[Axes]) -> tuple[int, ...]:
+    """The sizes of a device's part."""
+    sizes = zip(shape, layout, strict=True)
+    return tuple(size // axis_size(axes) for size, axes in sizes)
 
 
 def _common_axes(a: Axes, b: Axes) -> Axes:

@@ -148,6 +148,23 @@ CHIPS = {
             nvlink_domain_size=8,
         ),
         Chip(
+            name="l40s",
+            family="nvidia",
+            device_kinds=("NVIDIA L40S",),
+            peak_flops={"bf16": 362 * TERA, "fp8": 733 * TERA, "tf32": 183 * TERA},
+            memory_bytes=GPU_MEMORY_SHARE * 48_305_799_168.0,
+            memory_bandwidth=864 * GB,
+            link_bandwidth=32 * GB,
+            network_bandwidth=25 * GB,
+            vector_flops=45.8 * TERA,
+            latency_seconds=_NCCL_SECONDS,
+            sources=(
+                "NVIDIA L40S datasheet, dense rates; links: PCIe 4.0 x16; memory: of its "
+                "48 GB, what a driver reports with error correction"
+            ),
+            nvlink_domain_size=8,
+        ),
+        Chip(
             name="h100",
             family="nvidia",
             device_kinds=("NVIDIA H100 80GB HBM3",),

@@ -9,7 +9,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.params import ParamSpec, flatten_names
+from maxlm.models.params import (
+    PackedParam,
+    Params,
+    ParamSpec,
+    flatten_names,
+    is_packed,
+)
 from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.workload import MeshPartitioning, RunWorkload
 from maxlm.run.config import RunConfig
@@ -75,6 +81,8 @@ def compute_run_layout(
     work = RunWorkload(config, jnp.float32)
     split = MeshPartitioning(config, sizes)
     specs = flatten_names(placed.specs)
+    # A quantized matrix has as many parameters as the numbers that it stands for.
+    counted = select_counted_specs(placed.specs)
     devices = prod(sizes.values())
     rows = tuple(
         _make_row(name, spec, placed.placements[name], devices)
@@ -90,8 +98,8 @@ def compute_run_layout(
         name=config.name,
         mesh=dict(sizes),
         devices=devices,
-        parameters=sum(spec.size for spec in specs.values()),
-        active_parameters=round(count_active_parameters(specs, config.model)),
+        parameters=sum(spec.size for spec in counted.values()),
+        active_parameters=round(count_active_parameters(counted, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
         gradient_bytes=round(split.local_bytes(split.gradients, trained)),
@@ -215,6 +223,15 @@ class TrainingFlopsPerToken(NamedTuple):
     appendix B)."""
     causal: float
     """With causal attention at half, as a kernel computes it."""
+
+
+def select_counted_specs(specs: Params) -> dict[str, ParamSpec]:
+    """Returns declarations by name, with those of dense arrays in place of what packed
+    ones are stored as."""
+    counted: dict[str, ParamSpec] = {}
+    for name, spec in flatten_names(specs, is_packed).items():
+        counted[name] = spec.dense_spec if isinstance(spec, PackedParam) else spec
+    return counted
 
 
 def count_active_parameters(

@@ -21,7 +21,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from maxlm.data.config import DataConfig
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.caches.config import CacheConfig
 from maxlm.models.dtypes import resolve_compute_dtype
+from maxlm.models.params import param_specs
 from maxlm.plan.communication import list_collectives
 from maxlm.plan.forward import count_forward_token_bytes
 from maxlm.plan.machine import SAFE_FILL_RATIO, Machine, select_matmul_dtype
@@ -63,11 +63,12 @@ from maxlm.plan.workload import (
 )
 from maxlm.run.config import RunConfig
 from maxlm.run.placement import place_run
-from maxlm.sharding import MeshConfig
+from maxlm.run.quantize.formats import choose_formats
+from maxlm.run.quantize.scheme import parse_scheme
+from maxlm.sharding import AxisRules, MeshConfig
 
-WeightFormat = Literal["auto", "fp8", "int8"]
-"""Matrices of layers; auto: the compute dtype. Tables, the head among them, are in that
-anyway."""
+AUTO_WEIGHTS = "auto"
+"""Weights as the run has them: quantized if it is, else in the compute dtype."""
 PREFILL_CHUNK = 2048
 """Most tokens of prompts that are computed at once."""
 
@@ -80,7 +81,9 @@ class ServingOptions:
     """Tokens of a request's prompt."""
     new: int = 128
     """Tokens of its answer."""
-    weights: WeightFormat = "auto"
+    weights: str = AUTO_WEIGHTS
+    """Scheme of the layers' matrices (``maxlm quantize``), such as ``int4-g32`` or
+    ``w8a8``; auto: as the run has them."""
     batch: int | None = None
     """Sequences on all devices together; None: as many as fit and are in time, and at
     least one a replica."""
@@ -121,7 +124,21 @@ def read_workload(
         message = f"{lengths} exceed the context of {limit:,}"
         fix = "make them shorter, or raise model.max_seq_len"
         raise MaxlmError(message, where="--prompt, --new", fix=fix)
+    config = quantize_config(config, options.weights)
     return make_served_workload(config, machine.topology.platform, options.prompt)
+
+
+def quantize_config(config: RunConfig, scheme_name: str) -> RunConfig:
+    """Returns a run's config with its matrices quantized by a scheme. Raises
+    MaxlmError: no such scheme, a run that is quantized already."""
+    if scheme_name == AUTO_WEIGHTS:
+        return config
+    if config.quantization is not None:
+        message = f"the run is quantized already ({config.quantization.format})"
+        raise MaxlmError(message, where="--weights", fix="leave it out")
+    specs = param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
+    chosen = choose_formats(specs, parse_scheme(scheme_name), targets=None)
+    return config.model_copy(update={"quantization": chosen.config})
 
 
 def make_served_workload(
@@ -134,6 +151,7 @@ def make_served_workload(
         compute_dtype=config.compute_dtype,
         model=config.model,
         adapter=config.adapter,
+        quantization=config.quantization,
         sharding=config.sharding,
         parallel=config.parallel,
         data=DataConfig(seq_len=prompt_tokens, batch_size=1),
@@ -232,8 +250,10 @@ class ServedModel:
     def matmul_dtype(self) -> str:
         """Key in ``Chip.peak_flops`` of the products."""
         chip = self._machine.chip
-        if self.options.weights in chip.peak_flops:
-            return self.options.weights
+        quantization = self.work.config.quantization
+        # Products of codes, where activations are rounded too.
+        if quantization is not None and quantization.activations in chip.peak_flops:
+            return quantization.activations
         return select_matmul_dtype(chip, self.work.dtype_bytes)
 
     @cached_property
@@ -246,16 +266,18 @@ class ServedModel:
     @cached_property
     def weight_bytes(self) -> dict[str, float]:
         """Bytes of each parameter in use."""
-        compute_itemsize = self.work.dtype_bytes
-        has_quantized = self.options.weights != "auto"
         itemsize_of_role = {
-            "matrix": 1 if has_quantized else compute_itemsize,
-            "table": compute_itemsize,
+            "matrix": self.work.dtype_bytes,
+            "table": self.work.dtype_bytes,
             "vector": FP32,
         }
         sizes = {}
         for name, spec in self.work.specs.items():
-            size = spec.size * itemsize_of_role[spec.role]
+            # Codes and scales stay in their own dtypes.
+            if spec.role == "packed":
+                size = spec.nbytes
+            else:
+                size = spec.size * itemsize_of_role[spec.role]
             sizes[name] = float(size / self._count_shards(spec.axes))
         return sizes
 
@@ -279,7 +301,10 @@ class ServedModel:
         total = 0
         for name, size in self.weight_bytes.items():
             # A frontend runs once a prompt.
-            if name in looked_up or name.startswith(FRONTEND_PREFIX):
+            is_looked_up = any(
+                name == table or name.startswith(f"{table}.") for table in looked_up
+            )
+            if is_looked_up or name.startswith(FRONTEND_PREFIX):
                 continue
             is_expert = "expert" in work.specs[name].axes
             total += size * (met_share if is_expert else work.count_reads(name))

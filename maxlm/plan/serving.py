@@ -19,7 +19,6 @@ from maxlm.plan.search import list_divisors
 from maxlm.plan.served_model import (
     ServedModel,
     ServingOptions,
-    WeightFormat,
     read_workload,
     resolve_replica_mesh,
 )
@@ -31,10 +30,6 @@ from maxlm.plan.serving_cache import (
 from maxlm.plan.timing import DECODE_EFFICIENCY
 from maxlm.run.config import RunConfig
 from maxlm.runtime.json_types import JsonObject
-
-ENGINE_WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("auto",)
-"""Formats that maxlm's own engine has. The others are planned to compare with what
-other engines publish."""
 
 # Most rows of a replica that a plan looks at.
 _MAX_ROWS = 8192

@@ -298,8 +298,10 @@ def _format_dimensions(row: ParamRow) -> str:
 def _render_memory(plan: RunPlan) -> Group:
     memory = plan.memory
     peak_phase = memory.peak_phase
+    # An adapter's base may be in bfloat16 or quantized.
+    are_fp32 = all(row.dtype == "float32" for row in plan.layout.rows)
     parts = {
-        "parameters (fp32)": memory.parameters,
+        "parameters (fp32)" if are_fp32 else "parameters": memory.parameters,
         "optimizer state": memory.optimizer,
         "moving average (fp32)": memory.average,
         "frozen models (fp32)": memory.frozen,

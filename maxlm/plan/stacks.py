@@ -23,7 +23,7 @@ from maxlm.models.params import (
     ParamSpec,
     flatten_names,
     param_specs,
-    select_base_params,
+    select_dense_specs,
 )
 
 
@@ -231,7 +231,7 @@ class StackCosts:
         tree = param_specs(model)
         self.specs = self._select_own(flatten_names(tree))
         """All parameters."""
-        all_base_specs = flatten_names(select_base_params(tree))
+        all_base_specs = flatten_names(select_dense_specs(tree))
         self.base_specs = self._select_own(all_base_specs)
         """Parameters without those that an adapter adds."""
         self.branches = model.trunks[trunk.prefix].stacks[part.name].costs()

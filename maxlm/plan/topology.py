@@ -52,8 +52,8 @@ class _Gpu(NamedTuple):
     memory_bytes: int
     shared_kib: int
     """KiB of shared memory of a core, of which a block may have all but 1 KiB."""
-    compute_capability: int
-    """Its major number; the minor is 0."""
+    compute_capability: tuple[int, int]
+    """Its major and minor number."""
     name: str
 
 
@@ -66,8 +66,19 @@ _GPUS = {
         bandwidth=2.03904e12,
         memory_bytes=85_100_068_864,
         shared_kib=164,
-        compute_capability=8,
+        compute_capability=(8, 0),
         name="A100-SXM4-80GB",
+    ),
+    "l40s": _Gpu(
+        cores=142,
+        fpus_per_core=128,
+        clock_ghz=2.52,
+        l2_bytes=100_663_296,
+        bandwidth=8.64e11,
+        memory_bytes=48_305_799_168,
+        shared_kib=100,
+        compute_capability=(8, 9),
+        name="L40S",
     ),
     "h100": _Gpu(
         cores=132,
@@ -77,7 +88,7 @@ _GPUS = {
         bandwidth=3.35232e12,
         memory_bytes=84_942_979_072,
         shared_kib=228,
-        compute_capability=9,
+        compute_capability=(9, 0),
         name="H100 80GB HBM3",
     ),
     "h200": _Gpu(
@@ -88,7 +99,7 @@ _GPUS = {
         bandwidth=4.8e12,
         memory_bytes=151_397_597_184,
         shared_kib=228,
-        compute_capability=9,
+        compute_capability=(9, 0),
         name="H200 141GB HBM3e",
     ),
     "b200": _Gpu(
@@ -99,7 +110,7 @@ _GPUS = {
         bandwidth=7.67232e12,
         memory_bytes=191_514_411_008,
         shared_kib=228,
-        compute_capability=10,
+        compute_capability=(10, 0),
         name="B200",
     ),
 }
@@ -124,7 +135,7 @@ gpu_device_info {{
   device_memory_size: {gpu.memory_bytes}
   shared_memory_per_core: {core_shared_bytes}
   shared_memory_per_block_optin: {block_shared_bytes}
-  cuda_compute_capability {{ major: {gpu.compute_capability} minor: 0 }}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
@@ -145,7 +156,7 @@ class Topology:
 
     platform: Literal["tpu", "gpu", "cpu"]
     kind: str
-    """v4, v5p, v5e, v6e, tpu7x, a100, h100, h200, b200, cpu."""
+    """v4, v5p, v5e, v6e, tpu7x, a100, l40s, h100, h200, b200, cpu."""
     shape: tuple[int, ...]
     """Chips along each dimension of a slice's torus; for GPUs hosts and GPUs a host;
     for CPUs (virtual) devices of one host."""
@@ -314,8 +325,11 @@ def _list_cubes(chips: int) -> list[tuple[int, ...]]:
 def format_gpu_target(kind: str) -> str:
     """Formats a GPU for XLA's compiler: a GpuTargetConfigProto as text."""
     gpu = _GPUS[kind]
+    major, minor = gpu.compute_capability
     return _GPU_TARGET.format(
         gpu=gpu,
+        major=major,
+        minor=minor,
         core_shared_bytes=gpu.shared_kib * 1024,
         block_shared_bytes=(gpu.shared_kib - 1) * 1024,
     )

@@ -19,7 +19,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from maxlm.config.load import load_config
-from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.transformer import Decoder
 from maxlm.models.costs import AttentionCosts
@@ -31,8 +30,10 @@ from maxlm.models.params import (
     flatten_names,
     param_specs,
     select_base_params,
+    select_dense_specs,
 )
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.models.transforms import build_transformed_model
 from maxlm.optim.optimizer import make_optimizer, opt_state_specs
 from maxlm.optim.schedule import make_schedule
 from maxlm.optim.state import select_trainable
@@ -122,8 +123,8 @@ class RunWorkload:
         self.tokens_per_row = TokensPerRow(decoder_tokens, encoder_tokens)
         self.dtype_bytes = jnp.dtype(dtype).itemsize
         """Bytes per element of the compute dtype."""
-        model = build_adapted_model(
-            config.model, config.adapter, rules=AxisRules(), dtype=dtype
+        model = build_transformed_model(
+            config.model, config.transforms, rules=AxisRules(), dtype=dtype
         )
         self._read_parameters(model)
         self._read_embeddings(model)
@@ -139,7 +140,7 @@ class RunWorkload:
         config = self.config
         tree = param_specs(model)
         self.specs = flatten_names(tree)
-        self.base_specs = flatten_names(select_base_params(tree))
+        self.base_specs = flatten_names(select_dense_specs(tree))
         """``specs`` without what an adapter adds, by which a step's computation is
         counted."""
         trained = select_trainable(tree, config.train.trainable)

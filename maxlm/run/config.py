@@ -18,9 +18,11 @@ from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.context_extension import ContextExtensionConfig, extend_context
 from maxlm.models.dtypes import ComputeDtype
+from maxlm.models.transforms import ParamTransform
 from maxlm.optim.config import AnyOptimizerConfig, OptimizerConfig
 from maxlm.optim.schedule import ScheduleConfig
 from maxlm.parallel.config import ParallelConfig
+from maxlm.quantization.config import QuantizationConfig
 from maxlm.run.model_placement import check_latent_split
 from maxlm.run.reporting_config import ReportingConfig
 from maxlm.run.train_config import FaultToleranceConfig, TrainConfig
@@ -34,6 +36,7 @@ IDENTITY = (
     "seed",
     "model",
     "adapter",
+    "quantization",
     "tokenizer",
     "data",
     "task",
@@ -96,6 +99,9 @@ class RunConfig(Config):
     """Small parameters beside the model's own, by kind, which alone are trained unless
     `train.trainable` says otherwise; an installed package may register others. null:
     none."""
+    quantization: QuantizationConfig | None = None
+    """Number formats that matrices are stored in, which are not trained then: those
+    below an adapter, or of a model to use. null: none."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -143,6 +149,12 @@ class RunConfig(Config):
         seq_len = self.data.seq_len
         arrays = list_batch_arrays(self.task, self.model.frontend, seq_len)
         return arrays | self.task.list_model_arrays(self.model, seq_len)
+
+    @property
+    def transforms(self) -> tuple[ParamTransform, ...]:
+        """How parameters are stored: quantized, then adapted."""
+        transforms = (self.quantization, self.adapter)
+        return tuple(transform for transform in transforms if transform is not None)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -198,6 +210,16 @@ def read_frozen_configs(
     models = {name: run.model for name, run in frozen_runs.items()}
     config.task.check_frozen_models(config.model, models)
     return frozen_runs
+
+
+def check_quantized_is_adapted(config: RunConfig) -> None:
+    """Check that a run that trains has something to train beside quantized matrices.
+    Raises MaxlmError."""
+    is_adapted = config.adapter is not None or config.train.trainable is not None
+    if config.quantization is not None and not is_adapted:
+        message = "quantized matrices are not trained, and there is no adapter"
+        fix = "set adapter (such as adapter.kind=lora), or quantization=null"
+        raise MaxlmError(message, where="quantization", fix=fix)
 
 
 def read_auxiliary_configs(config: RunConfig) -> dict[str, ModelConfig]:

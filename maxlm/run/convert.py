@@ -23,11 +23,13 @@ from maxlm.config.show import compare_configs, to_yaml
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import (
+    CheckpointReader,
     MergedCheckpointReader,
+    ParamWriter,
     RunCheckpointReader,
     RunCheckpointWriter,
 )
-from maxlm.huggingface.convert import ParamWriter, export_tensors, import_tensors
+from maxlm.huggingface.convert import export_tensors, import_tensors
 from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import TensorEntry, drop_copies
@@ -40,6 +42,11 @@ from maxlm.huggingface.model_files import (
     is_model_path,
     open_model_files,
 )
+from maxlm.huggingface.packed_params import (
+    DequantizedReader,
+    QuantizingWriter,
+    list_matrix_forms,
+)
 from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_names
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
@@ -47,7 +54,9 @@ from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
+from maxlm.models.transforms import build_transformed_model
 from maxlm.optim.state import list_added_names, select_trainable
+from maxlm.quantization.config import QuantizationConfig
 from maxlm.run.config import RunConfig
 from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -227,21 +236,25 @@ def convert(
             source, target, family, dtype, step, shard_bytes, adapter, progress
         )
     if is_published:
-        return _import_run(source, target, progress)
+        return import_run(source, target, progress)
     if base is None:
         fix = "name its base's folder: --base FOLDER"
         raise MaxlmError("an adapter without its base", where=str(source), fix=fix)
-    return _import_run(Path(base), target, progress, adapter_folder=source)
+    return import_run(Path(base), target, progress, adapter_folder=source)
 
 
-def _import_run(
-    source: Path, target: Path, progress: Progress, adapter_folder: Path | None = None
+def import_run(
+    source: Path,
+    target: Path,
+    progress: Progress,
+    adapter_folder: Path | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> ConversionResult:
     """Writes a Hugging Face checkpoint, with a PEFT adapter or without, as a run of
     step 0: config, checkpoint, tokenizer.
 
-    Tensors are read, cast to fp32 and written one at a time; nothing is left behind by
-    a failure.
+    Tensors are read, cast to fp32 or rounded to the formats of ``quantization``, and
+    written one at a time; nothing is left behind by a failure.
     """
     base = open_huggingface_model(source, target)
     opened: HuggingFaceModel | AdaptedHuggingFaceModel = base
@@ -250,11 +263,12 @@ def _import_run(
         opened = open_adapted_model(base, adapter_folder)
         num_params += sum(array.size for array in opened.peft.arrays.values())
     family = base.family
-    config = opened.config
+    config = opened.config.model_copy(update={"quantization": quantization})
     tokenizer = opened.tokenizer
+    forms = list_matrix_forms(_build_stored_specs(config))
     with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        dtypes = opened.import_tensors(writer, progress)
+        dtypes = opened.import_tensors(QuantizingWriter(writer, forms), progress)
         # Names of tensors vary among checkpoints of a family; an export writes, and
         # looks formats up by, the usual ones.
         stored_names = [entry.theirs for entry in base.entries]
@@ -387,7 +401,7 @@ def _export_run(
     entries = model_family.list_entries(config.model)
     missing_copies = published.get("missing_copies") or ()
     entries = drop_copies(entries, missing_copies)
-    _check_stored_shapes(reader, config, specs)
+    _check_stored_shapes(reader, config)
     tokenizer_folder = source / "tokenizer"
     tokenizer = None
     if tokenizer_folder.exists():
@@ -411,8 +425,7 @@ def _export_run(
                 export_tokenizer(tokenizer, folder)
         return ConversionResult(model_family.name, target, count, "F32", notes)
 
-    if config.adapter is not None:
-        reader = MergedCheckpointReader(reader, config.adapter, specs)
+    checkpoint = _read_dense(reader, config)
     # config.json: ids of special tokens are those of the model that the run came from,
     # else the tokenizer's.
     values = model_family.write_config(config.model)
@@ -431,11 +444,11 @@ def _export_run(
         dtypes = TensorDtypes(default=DTYPES[dtype])
     dtype_names = {stored: name for name, stored in DTYPES.items()}
     values["dtype"] = dtype_names.get(dtypes.default, "float32")
-    # Rounding is an error unless a format was named.
-    may_round = dtype is not None
+    # Rounding is an error unless a format was named, or the values were rounded before.
+    may_round = dtype is not None or config.quantization is not None
     with make_new_folder(target) as folder:
         export_tensors(
-            reader,
+            checkpoint,
             entries,
             dtypes,
             folder,
@@ -452,6 +465,19 @@ def _export_run(
     return ConversionResult(model_family.name, target, num_params, dtypes.default, [])
 
 
+def _read_dense(reader: RunCheckpointReader, config: RunConfig) -> CheckpointReader:
+    """Returns what reads the parameters of a checkpoint as a model without quantization
+    and adapter has them."""
+    checkpoint: CheckpointReader = reader
+    forms = list_matrix_forms(_build_stored_specs(config))
+    if forms:
+        checkpoint = DequantizedReader(checkpoint, forms)
+    if config.adapter is not None:
+        specs = _build_specs(config)
+        checkpoint = MergedCheckpointReader(checkpoint, config.adapter, specs)
+    return checkpoint
+
+
 def _export_gguf(
     source: Path,
     target: Path,
@@ -465,17 +491,16 @@ def _export_gguf(
     config, reader = open_run_checkpoint(source, step)
     model_family, _ = find_run_family(config, reader, family)
     specs = _build_specs(config)
-    _check_stored_shapes(reader, config, specs)
+    _check_stored_shapes(reader, config)
     tokenizer_folder = source / "tokenizer"
     tokenizer = None
     if tokenizer_folder.exists():
         tokenizer = load_tokenizer(tokenizer_folder)
-    if config.adapter is not None:
-        reader = MergedCheckpointReader(reader, config.adapter, specs)
+    checkpoint = _read_dense(reader, config)
     with make_new_file(target) as path:
         notes = write_gguf_model(
             path,
-            reader,
+            checkpoint,
             model_family.list_entries(config.model),
             model_family.write_config(config.model),
             tokenizer,
@@ -487,13 +512,10 @@ def _export_gguf(
     return ConversionResult(model_family.name, target, num_params, file_type, notes)
 
 
-def _check_stored_shapes(
-    reader: RunCheckpointReader, config: RunConfig, specs: Params
-) -> None:
+def _check_stored_shapes(reader: RunCheckpointReader, config: RunConfig) -> None:
     """Checks that a checkpoint's arrays have the shapes of the run's model: one whose
     zarr.json is another's would be read as what it is not."""
-    declared = specs if config.adapter is None else config.adapter.adapt(specs)
-    for name, spec in flatten_names(declared).items():
+    for name, spec in flatten_names(_build_stored_specs(config)).items():
         stored = reader.shapes.get(name)
         if stored is not None and stored != spec.shape:
             message = (
@@ -569,6 +591,14 @@ def find_run_family(
 def _build_specs(config: RunConfig) -> Params:
     """Declarations of a run's model, without its adapter."""
     return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
+
+
+def _build_stored_specs(config: RunConfig) -> Params:
+    """Declarations of what a run stores: quantized, and with its adapter."""
+    model = build_transformed_model(
+        config.model, config.transforms, rules=AxisRules(), dtype=jnp.float32
+    )
+    return param_specs(model)
 
 
 def _make_run_config(

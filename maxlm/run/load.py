@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
+from numpy.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
@@ -20,12 +21,17 @@ from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model
 from maxlm.models.params import (
+    PackedParam,
     Params,
+    StoredParam,
     bind_specs,
     flatten_names,
+    get_base,
     is_leaf,
+    is_packed,
     join_path,
 )
+from maxlm.quantization.config import QuantizationConfig
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import (
     AdaptedHuggingFaceModel,
@@ -34,7 +40,7 @@ from maxlm.run.convert import (
     open_huggingface_model,
 )
 from maxlm.run.setup import RunSetup, set_up_run
-from maxlm.run.warm_start import open_checkpoints
+from maxlm.run.warm_start import open_checkpoints, pack_array
 from maxlm.runtime.json_files import read_json_object
 from maxlm.sharding import MeshConfig, count_min_devices
 
@@ -89,7 +95,8 @@ def _merge_loaded_adapter(loaded: LoadedRun, specs: Params) -> LoadedRun:
     with jax.set_mesh(loaded.mesh):
         specs, params = merge_adapter(specs, loaded.params)
     # Maps that cannot be merged stay beside the base, and the adapter with them.
-    stays = any(is_leaf(spec) for spec in flatten_names(specs, is_leaf).values())
+    flat_specs = flatten_names(specs, is_leaf)
+    stays = any(get_base(spec) is not spec for spec in flat_specs.values())
     if not stays:
         config = config.model_copy(update={"adapter": None})
     model = bind_specs(loaded.model, specs)
@@ -97,13 +104,49 @@ def _merge_loaded_adapter(loaded: LoadedRun, specs: Params) -> LoadedRun:
 
 
 def load_model(
-    folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> LoadedRun:
     """Loads a model to use: a run's, as :func:`load_run` does; a Hugging Face folder's
     (config.json, safetensors, tokenizer) or a GGUF file's; or that of an adapter of
-    PEFT's, merged, where its base is a folder of this machine. Of all but runs nothing
-    is written. Raises MaxlmError: a folder that is none of these, a tokenizer that is
-    missing, a damaged file."""
+    PEFT's, merged, where its base is here too. Of all but runs nothing is written.
+    ``quantization``: formats that matrices are rounded to on the way, a parameter after
+    the other. Raises MaxlmError: a folder that is none of these, a tokenizer that is
+    missing, a damaged file, a model that is quantized already."""
+    loaded = _load_dense_or_stored(folder, step, mesh)
+    if quantization is None:
+        return loaded
+    return _quantize_loaded(loaded, quantization)
+
+
+def _quantize_loaded(loaded: LoadedRun, quantization: QuantizationConfig) -> LoadedRun:
+    """Returns a model with matrices rounded to number formats; the dense arrays are
+    gone then."""
+    config = loaded.config
+    if config.quantization is not None:
+        message = f"the model is quantized already ({config.quantization.format})"
+        raise MaxlmError(message, where="quantization", fix="leave it out")
+    config = config.model_copy(update={"quantization": quantization})
+    setup = set_up_run(config, [*loaded.mesh.devices.flat], for_training=False)
+    dense = flatten_names(loaded.params)
+    packed = flatten_names(setup.specs, is_packed)
+    values: list[StoredParam] = []
+    for name, spec in packed.items():
+        array = dense.pop(name)
+        if isinstance(spec, PackedParam):
+            array = pack_array(setup, spec, array)
+        values.append(array)
+    structure = jax.tree.structure(setup.specs, is_leaf=is_packed)
+    params = jax.tree.unflatten(structure, values)
+    return replace(loaded, config=config, model=setup.model, params=params)
+
+
+def _load_dense_or_stored(
+    folder: str | Path, step: int | None, mesh: MeshConfig | None
+) -> LoadedRun:
     folder = Path(folder)
     if (folder / "config.yaml").exists():
         return load_run(folder, step=step, mesh=mesh)
@@ -166,9 +209,13 @@ class _MemoryWriter:
         self.arrays: dict[str, np.ndarray] = {}
 
     def declare(
-        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        num_lead_axes: int = 0,
+        dtype: DTypeLike = np.float32,
     ) -> None:
-        self.arrays[name] = np.empty(shape, np.float32)
+        self.arrays[name] = np.empty(shape, dtype)
 
     def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
         self.arrays[name][lead_index] = values

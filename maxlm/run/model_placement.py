@@ -1,19 +1,26 @@
 """A model laid out on a mesh, with every check that it can be; no device is needed."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Count, Requirement, check_requirements
-from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.blocks import BLOCKS, MIXERS, get_kind, list_mixer_parts
-from maxlm.models.params import Params, flatten_names, param_specs
+from maxlm.models.params import (
+    Params,
+    ParamSpec,
+    bind_specs,
+    flatten_names,
+    param_specs,
+)
+from maxlm.models.transforms import ParamTransform, build_transformed_model
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.context import (
     require_context,
@@ -106,7 +113,7 @@ def place_model(
     sizes: Mapping[str, int],
     dtype: DTypeLike,
     training: TrainingShape | None,
-    adapter: Adapter | None = None,
+    transforms: Sequence[ParamTransform] = (),
 ) -> PlacedModel:
     """Lays a model out on a mesh of given sizes, by axis. Raises MaxlmError: an axis
     that does not divide, two on one mesh axis, too much unsharded.
@@ -115,6 +122,7 @@ def place_model(
         training: None where the model is to generate: a row's tokens come one at a time
             through all layers, so that neither is split; kv heads that do not divide
             are whole, while pages have copies of them and are split.
+        transforms: how parameters are stored.
     """
     gradient_rules = sharding.gradients or sharding.storage
     optimizer_rules = sharding.optimizer or gradient_rules
@@ -146,10 +154,11 @@ def place_model(
         )
         check_requirements(requirements)
 
-    model = build_adapted_model(
-        config, adapter, rules=compute, dtype=dtype, parallel=parallel
+    model = build_transformed_model(
+        config, transforms, rules=compute, dtype=dtype, parallel=parallel
     )
-    specs = param_specs(model)
+    specs = _keep_small_planes_whole(param_specs(model), all_rules, sizes)
+    model = bind_specs(model, specs)
     flat_specs = flatten_names(specs)
     # Refuses axes that do not divide, by whichever rules.
     for name, spec in flat_specs.items():
@@ -185,6 +194,30 @@ def _adapt_rules_to_generation(
     if not all(divides):
         whole_axes.append("kv_heads")
     return rules.model_copy(update=dict.fromkeys(whole_axes, ()))
+
+
+def _keep_small_planes_whole(
+    specs: Params, all_rules: Sequence[AxisRules], sizes: Mapping[str, int]
+) -> Params:
+    """Returns declarations in which the scales of quantized matrices are whole along
+    the embed axis, where they are too few to divide over the devices that store it.
+    Compute rules never split it, so that products have all scales of their codes."""
+
+    def keep_whole(spec: ParamSpec) -> ParamSpec:
+        if spec.role != "packed" or "embed" not in spec.axes:
+            return spec
+        dim = spec.axes.index("embed")
+        splits = [
+            prod(sizes[axis] for axis in rules.mesh_axes("embed"))
+            for rules in all_rules
+        ]
+        if all(spec.shape[dim] % split == 0 for split in splits):
+            return spec
+        axes = list(spec.axes)
+        axes[dim] = None
+        return replace(spec, axes=tuple(axes))
+
+    return jax.tree.map(keep_whole, specs)
 
 
 def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:

@@ -76,7 +76,9 @@ def place_run(
     modules: dict[str, Model] = {}
     placements = dict(placed.placements)
     for name, model in auxiliary.items():
-        run = config.model_copy(update={"model": model, "adapter": None})
+        run = config.model_copy(
+            update={"model": model, "adapter": None, "quantization": None}
+        )
         other = _place_own_model(run, sizes, dtype, for_training=True)
         modules[name] = other.model
         for parameter, placement in other.placements.items():
@@ -109,7 +111,7 @@ def _place_own_model(
         sizes,
         dtype,
         shape,
-        config.adapter,
+        config.transforms,
     )
 
 
@@ -131,7 +133,11 @@ def place_frozen_models(
     placed = {}
     for name, frozen_run in read_frozen_configs(config, sources).items():
         run = config.model_copy(
-            update={"model": frozen_run.model, "adapter": frozen_run.adapter}
+            update={
+                "model": frozen_run.model,
+                "adapter": frozen_run.adapter,
+                "quantization": frozen_run.quantization,
+            }
         )
         placed[name] = _place_own_model(run, sizes, dtype, for_training=True)
     return placed

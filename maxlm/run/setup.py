@@ -30,7 +30,12 @@ from maxlm.optim.state import (
 )
 from maxlm.optim.step import Metrics, evaluate_step, train_step
 from maxlm.parallel.context import sequence_order_indices
-from maxlm.run.config import RunConfig, list_base_models, resolve_micro_batches
+from maxlm.run.config import (
+    RunConfig,
+    check_quantized_is_adapted,
+    list_base_models,
+    resolve_micro_batches,
+)
 from maxlm.run.global_batch import (
     batch_sharding,
     get_local_row_indices,
@@ -204,6 +209,8 @@ def set_up_run(
     dtype = resolve_compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
     placed = place_run(config, dict(mesh.shape), dtype, for_training=for_training)
     schedule = make_schedule(config.schedule, config.train.steps)
+    if for_training:
+        check_quantized_is_adapted(config)
     trainable = select_trainable(placed.specs, config.train.trainable)
     optimizer = make_optimizer(config.optimizer, schedule, trainable)
     if not for_training:

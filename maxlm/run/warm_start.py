@@ -10,15 +10,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from maxlm.checkpoint.folder import FolderTier
 from maxlm.checkpoint.reading import compute_fingerprints
 from maxlm.config import MaxlmError
 from maxlm.models.params import (
     AUXILIARY,
+    PackedParam,
     Params,
+    StoredParam,
     drop_auxiliary,
     flatten_names,
+    is_packed,
+    join_path,
+    merge_packed,
     replace_base_params,
     select_base_params,
 )
@@ -35,7 +41,8 @@ def check_init_checkpoint(setup: RunSetup) -> JsonObject | None:
     if start is None:
         return None
     with open_checkpoints(start) as (tier, config, name):
-        params = _select_stored_params(setup.abstract_state.params, config)
+        _check_quantization(setup, config)
+        params = _select_stored_params(setup, config)
         tier.check_shapes(None, params, name)
         return tier.metadata()
 
@@ -66,8 +73,7 @@ def _warm_start_params(setup: RunSetup, params: Params) -> Params:
     if start is not None:
         with open_checkpoints(start) as (tier, config, name):
             is_start_adapted = bool(config.get("adapter"))
-            abstract_params = _select_stored_params(setup.abstract_state.params, config)
-            restored = tier.restore(None, abstract_params, name)
+            restored = _restore_start(setup, tier, config, name)
         fresh = params if is_start_adapted else select_base_params(params)
         if "heads" in params:
             heads = fresh["heads"] | restored.get("heads", {})
@@ -99,7 +105,8 @@ def _start_auxiliary_models(
     for name, auxiliary in setup.config.task.auxiliary_models().items():
         params = dict(fresh[name])
         if auxiliary.source is None:
-            base = select_base_params(own_params)
+            # They are trained in full, whatever the run's own base is stored in.
+            base = merge_packed(select_base_params(own_params))
             for part in params.keys() - {"heads"}:
                 # A copy: the step is given the memory of the whole state.
                 params[part] = jax.tree.map(
@@ -224,11 +231,17 @@ def open_checkpoints(
         yield tier, config, "ema" if has_ema else "params"
 
 
-def _select_stored_params(params: Params, config: JsonMapping) -> Params:
-    """Leaves out the adapter, the heads and the frontend that another run's model has
-    not."""
+def _select_stored_params(setup: RunSetup, config: JsonMapping) -> Params:
+    """Returns the arrays to restore of another run, with shapes, dtypes and shardings:
+    without the adapter, the heads and the frontend that the other run's model has not,
+    and dense where that one does not have them quantized."""
+    params = setup.abstract_state.params
     if not config.get("adapter"):
         params = select_base_params(params)
+    if not config.get("quantization"):
+        params = jax.tree.map(
+            lambda param: _describe_dense(setup, param), params, is_leaf=is_packed
+        )
     stored_heads = config["model"].get("heads") or {}
     heads = {
         name: head_params
@@ -244,3 +257,71 @@ def _select_stored_params(params: Params, config: JsonMapping) -> Params:
     if heads:
         selected["heads"] = heads
     return selected
+
+
+def _describe_dense(setup: RunSetup, param: StoredParam) -> StoredParam:
+    """Returns shape, dtype and sharding of the array that a packed parameter stands
+    for; another's as they are."""
+    if not isinstance(param, PackedParam):
+        return param
+    spec = param.dense_spec
+    sharding = NamedSharding(setup.mesh, setup.placed.storage.spec(*spec.axes))
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+
+def _check_quantization(setup: RunSetup, config: JsonMapping) -> None:
+    """Raises MaxlmError: the run to start from is quantized, and in another way."""
+    stored = config.get("quantization")
+    if not stored:
+        return
+    quantization = setup.config.quantization
+    if quantization is None or quantization.model_dump(mode="json") != stored:
+        message = f"the run is quantized ({stored.get('format')}), and this one is not "
+        message += "in the same way"
+        fix = (
+            "set quantization to what its config.yaml has, or start from the run that "
+        )
+        fix += "it was made of"
+        raise MaxlmError(message, where="train.start_from", fix=fix)
+
+
+def _restore_start(
+    setup: RunSetup, tier: FolderTier, config: JsonMapping, name: str
+) -> Params:
+    """Returns the parameters that another run has for this one. Matrices that this run
+    alone has quantized are read and quantized one after the other, so that only one
+    stands whole beside its codes."""
+    _check_quantization(setup, config)
+    stored = _select_stored_params(setup, config)
+    if config.get("quantization") or setup.config.quantization is None:
+        return tier.restore(None, stored, name)
+
+    specs = setup.specs if config.get("adapter") else select_base_params(setup.specs)
+    packed_specs: dict[str, PackedParam] = {}
+    for param_name, spec in flatten_names(specs, is_packed).items():
+        if isinstance(spec, PackedParam):
+            packed_specs[param_name] = spec
+
+    def select(names: set[str]) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, array: array if join_path(path) in names else None, stored
+        )
+
+    names = {*flatten_names(stored)}
+    restored = tier.restore(None, select(names - packed_specs.keys()), name)
+    values = flatten_names(restored)
+    for param_name, spec in packed_specs.items():
+        dense = tier.restore(None, select({param_name}), name)
+        (array,) = jax.tree.leaves(dense)
+        values[param_name] = pack_array(setup, spec, array)
+    ordered = [values[param_name] for param_name in flatten_names(stored)]
+    return jax.tree.unflatten(jax.tree.structure(stored), ordered)
+
+
+def pack_array(setup: RunSetup, spec: PackedParam, dense: jax.Array) -> PackedParam:
+    """Packs an array, in the layouts of what it is stored as."""
+    storage = setup.placed.storage
+    layouts = jax.tree.map(lambda part: storage.spec(*part.axes), spec)
+    pack = jax.sharding.auto_axes(spec.from_dense, out_sharding=layouts)
+    with jax.set_mesh(setup.mesh):
+        return jax.jit(pack)(dense)

@@ -13,7 +13,7 @@ from maxlm.adapters.ia3 import Ia3Adapter
 from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError
 from maxlm.inference.params import prepare_params
-from maxlm.models.adapters import Adapter, build_adapted_model, merge_adapter
+from maxlm.models.adapters import Adapter, merge_adapter
 from maxlm.models.params import (
     Leaf,
     ParamReader,
@@ -26,6 +26,7 @@ from maxlm.models.params import (
     seed_dropout,
     seed_micro_batch,
 )
+from maxlm.models.transforms import build_transformed_model
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA
 
@@ -59,7 +60,12 @@ def build(adapter: Adapter, config: Any = CONFIG) -> tuple[Any, Any, Any, Any]:
     """The base and its random parameters; the adapted model, with the base's parameters
     in its own."""
     base = config.build(rules=AxisRules(), dtype=jnp.float32)
-    model = build_adapted_model(config, adapter, rules=AxisRules(), dtype=jnp.float32)
+    model = build_transformed_model(
+        config,
+        [] if adapter is None else [adapter],
+        rules=AxisRules(),
+        dtype=jnp.float32,
+    )
     params = randomize(init_params(param_specs(base), jax.random.key(0)))
     fresh = init_params(param_specs(model), jax.random.key(1))
     return base, params, model, replace_base_params(fresh, params)

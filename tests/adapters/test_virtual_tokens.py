@@ -22,9 +22,10 @@ from maxlm.inference.engine import Engine, EngineConfig
 from maxlm.inference.requests import GenerationRequest
 from maxlm.inference.scoring import Scorer
 from maxlm.inference.search.beam import BeamSearchConfig, beam_search
-from maxlm.models.adapters import Adapter, build_adapted_model
+from maxlm.models.adapters import Adapter
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, param_specs, select_base_params
+from maxlm.models.transforms import build_transformed_model
 from maxlm.run.config import RunConfig
 from maxlm.run.global_batch import make_global_batch
 from maxlm.run.setup import set_up_run
@@ -88,7 +89,12 @@ def _forward(model, params, tokens, positions, segment_ids):
 
 
 def build(config: DecoderConfig, adapter: Adapter | None) -> Adapted:
-    model = build_adapted_model(config, adapter, rules=AxisRules(), dtype=jnp.float32)
+    model = build_transformed_model(
+        config,
+        [] if adapter is None else [adapter],
+        rules=AxisRules(),
+        dtype=jnp.float32,
+    )
     random = np.random.default_rng(0)
 
     def draw(spec: Any) -> jax.Array:

@@ -92,8 +92,8 @@ def test_exit_codes(run):
             "stage does not split",
         ),
         (
-            ["llama3_8b", "--serve", "--on", "v5p-8", "--weights", "fp8"],
-            "--weights fp8: maxlm serves no quantized weights yet",
+            ["llama3_8b", "--serve", "--on", "v5p-8", "--weights", "fp9"],
+            "--scheme: no scheme 'fp9'; use one such as fp8",
         ),
         ([*FITS[1:], "--tpot-ms", "3"], "--tpot-ms is for serving"),
         (

@@ -10,10 +10,10 @@ import pytest
 
 from maxlm.adapters import ADAPTERS
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures.encoder import EncoderConfig
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import bind, flatten_names, param_specs
+from maxlm.models.transforms import build_transformed_model
 from maxlm.sharding import AxisRules
 from tests.models.building import LLAMA_GQA
 
@@ -81,8 +81,8 @@ def test_lora_beside_its_matrix_adds_its_product(one_device_mesh):
 
     def build(targets: list[str] | None) -> Any:
         adapter = adapter_class.model_validate({"rank": 2, "targets": targets})
-        return build_adapted_model(
-            CONFIG, adapter, rules=AxisRules(), dtype=jnp.float32
+        return build_transformed_model(
+            CONFIG, [adapter], rules=AxisRules(), dtype=jnp.float32
         )
 
     by_default = flatten_names(param_specs(build(None)))

@@ -11,7 +11,6 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.inference.model_runner import allocate_state
-from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.build_context import BuildContext
 from maxlm.models.caches.layout import list_paged_windows
@@ -29,6 +28,7 @@ from maxlm.models.params import (
     param_specs,
     take_stacked_layer,
 )
+from maxlm.models.transforms import build_transformed_model
 from maxlm.run.config import RunConfig
 from maxlm.sharding import AxisRules
 from tests.models import building
@@ -243,8 +243,8 @@ def test_adapters_find_the_same_maps_as_without(kind):
         values = {"model": config.model_dump(), "adapter": settings}
         values |= {"data": {"seq_len": 8, "batch_size": 1}, "train": {"steps": 1}}
         adapter = RunConfig.model_validate(values).adapter
-        model = build_adapted_model(
-            config, adapter, rules=AxisRules(), dtype=jnp.float32
+        model = build_transformed_model(
+            config, [adapter], rules=AxisRules(), dtype=jnp.float32
         )
         leaves = flatten_names(param_specs(model), is_leaf)
         return {name for name, leaf in leaves.items() if is_leaf(leaf)}

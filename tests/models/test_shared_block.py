@@ -10,7 +10,6 @@ import pytest
 
 from maxlm.adapters.lora import LoraAdapter
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import build_adapted_model
 from maxlm.models.architectures.transformer import DecoderConfig
 from maxlm.models.params import (
     UnstackedParam,
@@ -19,6 +18,7 @@ from maxlm.models.params import (
     init_params,
     param_specs,
 )
+from maxlm.models.transforms import build_transformed_model
 from maxlm.plan.stacks import StackCosts
 from maxlm.run.model_placement import describe_pipeline_obstacle
 from maxlm.sharding import AxisRules
@@ -157,7 +157,7 @@ def test_generation_equals_the_forward_pass(mesh):
 def test_an_adapter_is_on_a_shared_weight_once(mesh):
     adapter = LoraAdapter(rank=2)
     rules = decoder(CONFIG, mesh()).rules
-    model = build_adapted_model(CONFIG, adapter, rules=rules, dtype=jnp.bfloat16)
+    model = build_transformed_model(CONFIG, [adapter], rules=rules, dtype=jnp.bfloat16)
     specs = flatten_names(param_specs(model))
     assert specs["shared_blocks.a.attention.query.kernel.lora_a"].shape == (2 * D, 2)
     assert specs["shared_blocks.b.mlp.down.kernel.lora_b"].shape == (2, D)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.parallel.linear import multiply_kernels
 from maxlm.parallel.local import Dims, get_layout, make_spec
+from maxlm.parallel.operands import DenseOperand
 from tests.models.building import QUICK
 
 F, T, C = ("fsdp",), ("tensor",), ("context",)
@@ -91,8 +92,15 @@ def lowered(case: LinearCase, on: Mesh):
 
     def run(x, kernels, d_ys):
         wholes = (None,) * len(kernels)
+        operands = tuple(DenseOperand(used, None) for used in case.used)
         ys, back = jax.vjp(
-            lambda x, k: multiply_kernels(x, k, wholes, case.used, case.tokens),
+            lambda x, k: multiply_kernels(
+                x,
+                tuple({"kernel": kernel} for kernel in k),
+                wholes,
+                operands,
+                case.tokens,
+            ),
             x,
             kernels,
         )

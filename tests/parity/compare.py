@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxlm.config import Config
 from maxlm.huggingface.families import find_family
 from maxlm.huggingface.families.family import ModelFamily
-from maxlm.models.adapters import Adapter, build_adapted_model
+from maxlm.models.adapters import Adapter
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import bind, flatten_names, join_path, param_specs
+from maxlm.models.transforms import build_transformed_model
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 
@@ -103,7 +104,9 @@ def logits(
     """
     mesh = one_device()
     rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
-    model = build_adapted_model(config, adapter, rules=rules, dtype=dtype)
+    model = build_transformed_model(
+        config, [] if adapter is None else [adapter], rules=rules, dtype=dtype
+    )
     if positions is None:
         positions = np.broadcast_to(
             np.arange(tokens.shape[1], dtype=np.int32), tokens.shape

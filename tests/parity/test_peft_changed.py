@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 from maxlm.config import MaxlmError
 from maxlm.huggingface.peft.importing import AdaptedParamWriter
 from maxlm.huggingface.peft.reading import read_peft_adapter
-from maxlm.models.adapters import build_adapted_model, merge_adapter
+from maxlm.models.adapters import merge_adapter
 from maxlm.models.params import bind, bind_specs, flatten_names, param_specs
+from maxlm.models.transforms import build_transformed_model
 from maxlm.run.convert import HuggingFaceModel, open_huggingface_model
 from maxlm.sharding import AxisRules
 from tests.parity import peft_bases
@@ -626,8 +627,8 @@ def run_ours(opened: HuggingFaceModel, folder: Path, mesh: Any) -> np.ndarray:
     writer = AdaptedParamWriter(memory, read, specs)
     opened.import_tensors(writer)
     writer.finish()
-    model = build_adapted_model(
-        config, read.adapter, rules=AxisRules(), dtype=np.float32
+    model = build_transformed_model(
+        config, [read.adapter], rules=AxisRules(), dtype=np.float32
     )
     with jax.set_mesh(mesh):
         adapted = param_specs(model)

@@ -14,8 +14,8 @@ from maxlm.adapters.virtual_tokens import (
     to_peft,
 )
 from maxlm.config import MaxlmError
-from maxlm.models.adapters import build_adapted_model
 from maxlm.models.params import flatten_names, param_specs
+from maxlm.models.transforms import build_transformed_model
 from maxlm.run.convert import convert
 from maxlm.run.load import load_run
 from maxlm.sharding import AxisRules
@@ -61,7 +61,9 @@ def test_logits_and_counts_are_pefts(name, kind):
     model, embedding = adapt(name, kind)
 
     specs = param_specs(
-        build_adapted_model(case.config, adapter, rules=AxisRules(), dtype="float32")
+        build_transformed_model(
+            case.config, [adapter], rules=AxisRules(), dtype="float32"
+        )
     )
     shapes = {
         n: s.shape for n, s in flatten_names(specs).items() if n.endswith(".virtual")

@@ -25,7 +25,6 @@ from maxlm.plan.machine import Machine
 from maxlm.plan.served_model import (
     ServedModel,
     ServingOptions,
-    WeightFormat,
     read_workload,
     resolve_replica_mesh,
 )
@@ -60,7 +59,7 @@ def place(
     *,
     tensor: int = 1,
     cache: CacheFormat = "auto",
-    weights: WeightFormat = "auto",
+    weights: str = "auto",
 ) -> ServedModel:
     machine = Machine.from_name(on)
     options = ServingOptions(prompt, new, weights)
@@ -301,7 +300,16 @@ def test_weights_are_counted_once_and_split():
     assert counted == sorted(counted, reverse=True)
     fp8 = place("llama3_1_8b", "h100x1", 64, 64, weights="fp8")
     layers = 8_030_261_248 - norms - 2 * 128256 * 4096
-    assert fp8.count_memory_bytes(1)["weights"] == whole - layers + 4 * norms
+    # A scale for each output of query, key, value, out, gate, up and down.
+    outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)
+    expected = whole - layers + 4 * outputs + 4 * norms
+    assert fp8.count_memory_bytes(1)["weights"] == expected
+    # Four bits, and a bfloat16 scale for 32 numbers.
+    int4 = place("llama3_1_8b", "h100x1", 64, 64, weights="int4-g32")
+    expected = whole - 2 * layers + layers // 2 + layers // 16 + 4 * norms
+    assert int4.count_memory_bytes(1)["weights"] == expected
+    with pytest.raises(MaxlmError, match="no scheme 'int44'"):
+        place("llama3_1_8b", "h100x1", 64, 64, weights="int44")
 
 
 def test_a_step_is_its_roofline():

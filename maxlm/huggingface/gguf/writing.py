@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Tokenizer
-from maxlm.huggingface.checkpoint import MergedCheckpointReader, RunCheckpointReader
+from maxlm.huggingface.checkpoint import CheckpointReader
 from maxlm.huggingface.convert import iterate_exported_tensors
 from maxlm.huggingface.families.names import TensorEntry
 from maxlm.huggingface.gguf.architectures import find_hf_architecture
@@ -41,7 +41,7 @@ class _Target:
 
 def write_gguf_model(
     path: Path,
-    checkpoint: RunCheckpointReader | MergedCheckpointReader,
+    checkpoint: CheckpointReader,
     entries: Sequence[TensorEntry],
     values: Mapping[str, Any],
     tokenizer: Tokenizer | None,

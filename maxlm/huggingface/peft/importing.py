@@ -3,14 +3,15 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from maxlm.adapters.lora import LoraAdapter
-from maxlm.adapters.targets import split_dims
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.convert import ParamWriter
+from maxlm.huggingface.checkpoint import ParamWriter
 from maxlm.huggingface.families.names import ParamSlice
 from maxlm.huggingface.peft.reading import PeftAdapter
 from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
+from maxlm.models.targets import split_dims
 
 
 @dataclass
@@ -33,8 +34,14 @@ class AdaptedParamWriter:
         )
         self._specs = flatten_names(self.specs)
 
-    def declare(self, name: str, shape: Shape, num_lead_axes: int = 0) -> None:
-        self.inner.declare(self._rename(name), shape, num_lead_axes)
+    def declare(
+        self,
+        name: str,
+        shape: Shape,
+        num_lead_axes: int = 0,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.inner.declare(self._rename(name), shape, num_lead_axes, dtype)
 
     def write(self, name: str, lead_index: Shape, values: np.ndarray) -> None:
         place = ParamSlice(name, lead_index)

@@ -12,7 +12,6 @@ import numpy as np
 
 from maxlm.adapters.ia3 import Ia3Adapter, Ia3Param
 from maxlm.adapters.lora import LoraAdapter, TokenRowsParam
-from maxlm.adapters.targets import split_dims
 from maxlm.adapters.virtual_tokens import PrefixAdapter, PromptAdapter, to_peft
 from maxlm.config import MaxlmError
 from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader
@@ -53,6 +52,7 @@ from maxlm.huggingface.peft.sites import (
 from maxlm.models.adapters import Adapter
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, is_leaf
+from maxlm.models.targets import split_dims
 
 _PARTS = {*LORA_PARTS.values(), *IA3_PARTS.values()}
 _MERGED = "convert the merged model (without --adapter)"

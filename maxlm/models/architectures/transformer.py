@@ -39,10 +39,14 @@ from maxlm.models.layer_inputs import LayerInputs
 from maxlm.models.layers.attention import AttentionInputs, KeysValues
 from maxlm.models.layers.linear import Embedding, Linear
 from maxlm.models.params import (
+    PackedParam,
+    PackedWeight,
+    ParamReader,
     Params,
     ShardedWeight,
     bind,
     declare,
+    get_spec,
     get_values,
     materialize,
     read_weight,
@@ -53,7 +57,7 @@ from maxlm.models.params import (
 from maxlm.models.remat import apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.cross_entropy import LogitsInputs
-from maxlm.parallel.linear import multiply_head
+from maxlm.parallel.linear import multiply_head, multiply_packed_head
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
@@ -494,15 +498,11 @@ class Transformer(Trunk):
         """Returns the maps from hidden states to logits; training fuses them with the
         loss."""
         wide = accumulation_dtype(self.dtype)
-        scale = self.config.logit_scale
-        if scale != 1:
-            # Scaled hidden states give scaled logits, and are far fewer.
-            hidden = (hidden.astype(wide) * scale).astype(hidden.dtype)
+        hidden = self._scale_to_logits(hidden)
         bias = None
         if self.head_bias is not None:
             bias = read_weight(self.head_bias, self.rules, wide).value
-        table = self.embedding.table if self.head is None else self.head.kernel
-        kernel = read_weight(table, self.rules, self.dtype)
+        kernel = read_weight(self._head_param, self.rules, self.dtype)
         if self.head is None:
             # A tied head is the table [V, D] transposed.
             gathered = None if kernel.gathered is None else kernel.gathered.T
@@ -518,6 +518,30 @@ class Transformer(Trunk):
             product=(self.head or self.embedding).product,
         )
 
+    @property
+    def _head_param(self) -> nnx.Param:
+        """The output head [D, V], or the table [V, D] that it is tied to."""
+        return self.embedding.table if self.head is None else self.head.kernel
+
+    def _read_packed_head(self) -> PackedWeight | None:
+        """Returns the output head where it is packed, and no adapter changes it."""
+        stored = self._head_param.get_value()
+        if not isinstance(stored, PackedParam):
+            return None
+        spec = get_spec(self._head_param)
+        weight = stored.read_kernel(ParamReader(spec, self.rules, self.dtype))
+        assert isinstance(weight, PackedWeight)
+        return weight
+
+    def _scale_to_logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns hidden states whose products with the head are logits."""
+        scale = self.config.logit_scale
+        if scale == 1:
+            return hidden
+        # Scaled hidden states give scaled logits, and are far fewer.
+        wide = accumulation_dtype(self.dtype)
+        return (hidden.astype(wide) * scale).astype(hidden.dtype)
+
     def apply_head(self, name: str, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [..., S, D] by one of ``config.heads`` → fp32 [..., S,
         width]."""
@@ -527,21 +551,29 @@ class Transformer(Trunk):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
-        head = self.prepare_logits(hidden)
         dtype = accumulation_dtype(self.dtype)
-        kernel = reshard(head.head, make_spec(head.head_layout))
         spec = self.rules.spec("batch", "seq", "vocab")
-        logits = multiply_head(
-            head.hidden,
-            kernel,
-            spec,
-            dtype,
-            product=head.product,
-            column_major=self.head is None,
-        )
-        if head.bias is not None:
-            logits += reshard(head.bias, self.rules.spec("vocab"))
-        cap = head.soft_cap
+        packed = self._read_packed_head()
+        if packed is not None:
+            hidden = self._scale_to_logits(hidden)
+            logits = multiply_packed_head(
+                hidden, packed.arrays, packed.operand, spec, dtype
+            )
+        else:
+            head = self.prepare_logits(hidden)
+            kernel = reshard(head.head, make_spec(head.head_layout))
+            logits = multiply_head(
+                head.hidden,
+                kernel,
+                spec,
+                dtype,
+                product=head.product,
+                column_major=self.head is None,
+            )
+        if self.head_bias is not None:
+            bias = read_weight(self.head_bias, self.rules, dtype).value
+            logits += reshard(bias, self.rules.spec("vocab"))
+        cap = self.config.logit_cap
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
         return reshard(logits, self.rules.spec("batch", "seq", None))

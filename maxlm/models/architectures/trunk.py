@@ -4,7 +4,7 @@ Shapes: M micro-batches of a pipeline, B batch, S sequence, T tokens of an encod
 model, N query heads, R the largest distance with a learnt bias.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.pattern import LayerKind
 from maxlm.models.architectures.routes import join_routes, split_routes
-from maxlm.models.architectures.runs import LayerRun
+from maxlm.models.architectures.runs import LayerPlace, LayerRun
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import (
     BLOCKS,
@@ -139,6 +139,15 @@ class RunResult(NamedTuple):
     routes: dict[str, jax.Array | None]
     """By stack int32 [L, B, S, k]: experts of the layers' tokens; None: they are not
     recorded."""
+
+
+class PreparedRun(NamedTuple):
+    """What the layers of a run share, and how each kind of them is run."""
+
+    context: RunContext
+    shared: SharedArrays
+    bodies: Sequence[Callable[[Block, jax.Array, LayerArrays], LayerResult]]
+    """For each of ``LayerRun.kinds``."""
 
 
 def _get_name_in_run(run_name: str, stack_name: str) -> str:
@@ -438,53 +447,12 @@ class Trunk(nnx.Module):
         entered the first of all layers; ``routes``: of these layers by stack, int [L,
         B, S, k]."""
 
-        def run_layer(
-            kind_index: int, block: Block, x: jax.Array, arrays: LayerArrays
-        ) -> LayerResult:
-            context: RunContext = arrays.context
-            shared: SharedArrays = arrays.shared
-            kind = run.kinds[kind_index]
-            inputs = self._make_attention_inputs(
-                kind, context.kinds[kind_index], shared.biases
-            )
-            inputs = inputs._replace(routes=arrays.routes, record_routes=record_routes)
-            if kind.keys_of is not None:
-                keys_values = arrays.keys_values or shared.keys[kind.keys_of]
-                inputs = inputs._replace(shared=keys_values)
-            block_name = self.config.get_shared_block(kind)
-            if block_name is not None:
-                inputs = inputs._replace(
-                    shared_block=bind(
-                        self.shared_blocks[block_name], shared.blocks[block_name]
-                    ),
-                    embeddings=shared.embeddings,
-                )
-            encoded = None
-            if shared.encoder_states is not None:
-                encoded = EncoderOutput(
-                    shared.encoder_states, context.encoder_segment_ids
-                )
-            output = block(
-                x, inputs, encoder_output=encoded, layer_input=arrays.layer_input
-            )
-            return LayerResult(output.x, output.aux, output.keys_values)
-
-        # A kind's window and scale are compiled in, so each kind has a body of its own.
-        bodies = [partial(run_layer, index) for index in range(len(run.kinds))]
-        encoder_states = None
-        encoder_segment_ids = None
-        if encoder_output is not None:
-            encoder_states = encoder_output.states
-            encoder_segment_ids = encoder_output.segment_ids
-        context = RunContext(self._list_contexts(run, tokens), encoder_segment_ids)
-        shared_params = self._select_shared_blocks(run)
-        shared = SharedArrays(
-            self.compute_biases(),
-            encoder_states,
-            keys,
-            shared_params,
-            embeddings if shared_params else None,
+        prepared = self._prepare_run(
+            run, tokens, encoder_output, keys, embeddings, record_routes=record_routes
         )
+        context = prepared.context
+        shared = prepared.shared
+        bodies = prepared.bodies
         blocks = self._get_run_stacks(run)
         inputs_by_stack = self.split_layer_inputs(run, layer_inputs)
         layers = {
@@ -499,23 +467,21 @@ class Trunk(nnx.Module):
             recorded: dict[str, list[jax.Array]] = {name: [] for name in blocks}
             for place in run.iterate_places():
                 name = place.stack.name
-                layer_params = take_stacked_layer(layers[name].params, place.index)
-                layer_input = take_layer_input(layers[name].layer_input, place.index)
-                layer_routes = take_layer_input(routes[name], place.index)
-                kind = run.kinds[place.kind_index]
-                keys_values = new_keys.get(kind.keys_of) if kind.keys_of else None
-                arrays = LayerArrays(
-                    context, shared, layer_input, keys_values, layer_routes
+                result = self._run_layer_at(
+                    run,
+                    place,
+                    take_stacked_layer(layers[name].params, place.index),
+                    x,
+                    prepared,
+                    new_keys,
+                    take_layer_input(layers[name].layer_input, place.index),
+                    take_layer_input(routes[name], place.index),
                 )
-                bound = bind(blocks[name], layer_params)
-                result = bodies[place.kind_index](bound, x, arrays)
                 x = result.x
                 if result.aux.routes is not None:
                     recorded[name].append(result.aux.routes)
                 total = total.plus(replace(result.aux, routes=None))
-                kind_name = run.kind_names[place.kind_index]
-                if kind_name in shared_kinds and result.keys_values is not None:
-                    new_keys[kind_name] = result.keys_values
+                new_keys = self._add_new_keys(run, place, new_keys, result)
             routes_by_stack = {
                 name: jnp.stack(arrays) if arrays else None
                 for name, arrays in recorded.items()
@@ -553,6 +519,125 @@ class Trunk(nnx.Module):
         routes_by_stack = dict(zip(names, result.routes, strict=True))
         all_keys = {**keys, **carry.keys}
         return RunResult(carry.x, carry.total, all_keys, routes_by_stack)
+
+    def _prepare_run(
+        self,
+        run: LayerRun,
+        tokens: TokenInputs,
+        encoder_output: EncoderOutput | None,
+        keys: SharedKeys,
+        embeddings: jax.Array | None,
+        *,
+        record_routes: bool = False,
+    ) -> PreparedRun:
+        """Returns what the layers of a run share, and how each kind of them is run."""
+
+        def run_layer(
+            kind_index: int, block: Block, x: jax.Array, arrays: LayerArrays
+        ) -> LayerResult:
+            context: RunContext = arrays.context
+            shared: SharedArrays = arrays.shared
+            kind = run.kinds[kind_index]
+            inputs = self._make_attention_inputs(
+                kind, context.kinds[kind_index], shared.biases
+            )
+            inputs = inputs._replace(routes=arrays.routes, record_routes=record_routes)
+            if kind.keys_of is not None:
+                keys_values = arrays.keys_values or shared.keys[kind.keys_of]
+                inputs = inputs._replace(shared=keys_values)
+            block_name = self.config.get_shared_block(kind)
+            if block_name is not None:
+                inputs = inputs._replace(
+                    shared_block=bind(
+                        self.shared_blocks[block_name], shared.blocks[block_name]
+                    ),
+                    embeddings=shared.embeddings,
+                )
+            encoded = None
+            if shared.encoder_states is not None:
+                encoded = EncoderOutput(
+                    shared.encoder_states, context.encoder_segment_ids
+                )
+            output = block(
+                x, inputs, encoder_output=encoded, layer_input=arrays.layer_input
+            )
+            return LayerResult(output.x, output.aux, output.keys_values)
+
+        encoder_states = None
+        encoder_segment_ids = None
+        if encoder_output is not None:
+            encoder_states = encoder_output.states
+            encoder_segment_ids = encoder_output.segment_ids
+        context = RunContext(self._list_contexts(run, tokens), encoder_segment_ids)
+        shared_params = self._select_shared_blocks(run)
+        shared = SharedArrays(
+            self.compute_biases(),
+            encoder_states,
+            keys,
+            shared_params,
+            embeddings if shared_params else None,
+        )
+        # A kind's window and scale are compiled in, so each kind has a body of its own.
+        bodies = [partial(run_layer, index) for index in range(len(run.kinds))]
+        return PreparedRun(context, shared, bodies)
+
+    def run_one_layer(
+        self,
+        run: LayerRun,
+        place: LayerPlace,
+        params: Params,
+        x: jax.Array,
+        tokens: TokenInputs,
+        keys: SharedKeys,
+        embeddings: jax.Array,
+        layer_input: jax.Array | None = None,
+        *,
+        encoder_output: EncoderOutput | None = None,
+    ) -> tuple[jax.Array, SharedKeys]:
+        """Runs the layer at a place of a run alone, so that layers can be looked at or
+        changed one after the other.
+
+        Args:
+            params: the layer's.
+            x: [B, S, D], what the layer before returned.
+            keys: what layers before it have made, {} for the first.
+            embeddings: [B, S, D], what has entered the first layer.
+            layer_input: [B, S, P], of layers that have such.
+
+        Returns:
+            What the next layer is given as x and keys.
+        """
+        prepared = self._prepare_run(run, tokens, encoder_output, keys, embeddings)
+        result = self._run_layer_at(run, place, params, x, prepared, keys, layer_input)
+        return result.x, self._add_new_keys(run, place, keys, result)
+
+    def _run_layer_at(
+        self,
+        run: LayerRun,
+        place: LayerPlace,
+        params: Params,
+        x: jax.Array,
+        prepared: PreparedRun,
+        keys: SharedKeys,
+        layer_input: jax.Array | None,
+        routes: jax.Array | None = None,
+    ) -> LayerResult:
+        kind = run.kinds[place.kind_index]
+        keys_values = keys.get(kind.keys_of) if kind.keys_of else None
+        arrays = LayerArrays(
+            prepared.context, prepared.shared, layer_input, keys_values, routes
+        )
+        block = bind(self._get_run_stacks(run)[place.stack.name], params)
+        return prepared.bodies[place.kind_index](block, x, arrays)
+
+    def _add_new_keys(
+        self, run: LayerRun, place: LayerPlace, keys: SharedKeys, result: LayerResult
+    ) -> SharedKeys:
+        """Adds the keys and values of a layer, if others read those of its kind."""
+        kind_name = run.kind_names[place.kind_index]
+        if kind_name not in self.config.shared_kinds or result.keys_values is None:
+            return keys
+        return {**keys, kind_name: result.keys_values}
 
     def _select_shared_blocks(self, run: LayerRun) -> Params:
         """Returns parameters of the shared modules that layers of a run read."""

@@ -1,10 +1,12 @@
 """The linear map and the table that every other layer is made of."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from maxlm.models.build_context import BuildContext
 from maxlm.models.dtypes import accumulation_dtype
@@ -14,7 +16,6 @@ from maxlm.models.params import (
     Leaf,
     ModuleT,
     ParamReader,
-    ShardedWeight,
     declare,
     get_base,
     get_spec,
@@ -126,7 +127,7 @@ def _multiply(
         for reader, kernel in zip(readers, kernels, strict=True)
     ]
     weights = [
-        _read_kernel(reader, kernel)
+        reader.read_kernel(kernel)
         for reader, kernel in zip(readers, kernels, strict=True)
     ]
     if all(prepared is x for prepared in inputs):
@@ -144,12 +145,6 @@ def _multiply(
 
 def _prepare_input(x: jax.Array, reader: ParamReader, kernel: StoredParam) -> jax.Array:
     return kernel.prepare_input(x, reader) if isinstance(kernel, Leaf) else x
-
-
-def _read_kernel(reader: ParamReader, kernel: StoredParam) -> ShardedWeight:
-    if isinstance(kernel, Leaf):
-        return kernel.read_kernel(reader)
-    return reader.read(kernel)
 
 
 def _finish_product(
@@ -206,13 +201,20 @@ class Embedding(nnx.Module):
         token_layout = (*get_layout(ids)[:-1], self.rules.residual)
 
         def read_rows(
-            param: StoredParam, axes: tuple[str | None, ...] = ()
+            param: StoredParam,
+            axes: tuple[str | None, ...] = (),
+            dtype: DTypeLike | None = None,
         ) -> jax.Array:
-            table = reader.read(param, axes)
+            row_dtype = self.dtype
+            row_reader = reader
+            if dtype is not None:
+                row_dtype = dtype
+                row_reader = replace(reader, dtype=dtype)
+            table = row_reader.read(param, axes)
             column_axis = (axes or reader.spec.axes)[-1]
             out_layout = (*token_layout, self.rules.mesh_axes(column_axis))
             return embed_tokens(
-                table.value, ids, table.compute_layout, out_layout, self.dtype
+                table.value, ids, table.compute_layout, out_layout, row_dtype
             )
 
         table = self.table.get_value()
