@@ -41,7 +41,7 @@ SetOption = Annotated[
     list[str] | None, Option("--set", help="KEY=VALUE of the model's settings.")
 ]
 ModelArgument = Annotated[
-    str, Argument(help="A run's folder, or a Hugging Face checkpoint's.")
+    str, Argument(help="A run's folder, a Hugging Face checkpoint's, or a GGUF file.")
 ]
 MeshOption = Annotated[
     str | None, Option(help="Devices per axis, such as tensor=2; default: one device.")

@@ -12,10 +12,10 @@ from maxlm.runtime.progress import show_progress
 
 def command(
     source: Annotated[
-        Path, Argument(help="A Hugging Face checkpoint's folder, or a run's.")
+        Path, Argument(help="A Hugging Face checkpoint's folder, GGUF file or run.")
     ],
     target: Annotated[
-        Path, Argument(help="Folder to write: a run's, or a checkpoint's.")
+        Path, Argument(help="Folder to write, or a file that ends in .gguf.")
     ],
     family: Annotated[
         str | None, Option(help="Write the parameter names of this model family.")
@@ -34,10 +34,15 @@ def command(
     base: Annotated[
         Path | None, Option(help="The model that a PEFT adapter is for.")
     ] = None,
+    quantization: Annotated[
+        str | None,
+        Option(help="Type of a GGUF file: f32, f16, bf16, q8_0, q6_k, q4_k_m, ..."),
+    ] = None,
 ) -> None:
-    """Turn a Hugging Face checkpoint into a run, or a run into one that transformers
-    loads. A run's adapter is merged, or with --adapter written alone; with --merge the
-    merged model is a run too. PEFT's adapters are read beside their --base.
+    """Turn a Hugging Face checkpoint or a GGUF file into a run, or a run into one that
+    transformers loads, or llama.cpp (TARGET.gguf). A run's adapter is merged, or with
+    --adapter written alone; with --merge the merged model is a run too. PEFT's adapters
+    are read beside their --base.
 
     Tensors are converted one at a time: the model need not fit in memory. To train an
     imported run further, use a new name and train.start_from=TARGET.
@@ -54,6 +59,7 @@ def command(
             "--shard-gb": shard_gb != 5.0,
             "--adapter": adapter,
             "--base": base is not None,
+            "--quantization": quantization is not None,
         }
         for option, is_given in unused.items():
             if is_given:
@@ -73,6 +79,7 @@ def command(
             shard_bytes=int(shard_gb * 1e9),
             adapter=adapter,
             base=base,
+            quantization=quantization,
             progress=progress,
         )
     parameters = f"{result.num_params:,} parameters"

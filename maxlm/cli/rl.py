@@ -62,7 +62,7 @@ def command(
     from maxlm.run.load_config import load_run_config
 
     all_settings = []
-    if base and not Path(base).expanduser().is_dir():
+    if base and not Path(base).expanduser().exists():
         message = f"no such folder: {base}"
         fix = "name a run's folder, or a downloaded Hugging Face one"
         raise MaxlmError(message, where="--base", fix=fix)

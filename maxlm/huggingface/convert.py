@@ -29,7 +29,7 @@ from maxlm.huggingface.files import (
     iterate_flat_chunks,
     split_into_slabs,
 )
-from maxlm.huggingface.quantized import list_model_tensors, read_model_tensor
+from maxlm.huggingface.quantized import read_model_tensor
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _OTHER_CONFIG = "check that the config is this model's"
@@ -37,21 +37,24 @@ _SHOWN = 4
 
 
 def import_tensors(
-    folder: str | Path,
+    stored_tensors: Mapping[str, StoredTensor],
     entries: Sequence[TensorEntry],
     shapes: Mapping[str, Shape],
     writer: ParamWriter,
     progress: Progress = ignore_progress,
     *,
+    where: str,
     ignored: Iterable[str] = (),
     warn: Callable[[str], object] = lambda line: None,
 ) -> TensorDtypes:
-    """Write all parameters of a folder of safetensors files to ``writer``, as fp32, and
-    return the number formats they had, for its metadata; of tensors that are stored
-    quantized, the format that they are read in. Files of another model are refused
-    before anything is written.
+    """Write all parameters of a published model to ``writer``, as fp32, and return the
+    number formats they had, for its metadata; of tensors that are stored quantized, the
+    format that they are read in. Files of another model are refused before anything is
+    written.
 
     Args:
+        stored_tensors: the model's, by their names there.
+        where: the folder or file that they are of, for messages.
         shapes: of all parameters, by canonical name.
         ignored: patterns of tensors that may be there without being used
             (``*.inv_freq``).
@@ -60,8 +63,7 @@ def import_tensors(
             differs from its tensor.
     """
     num_lead_axes = count_lead_axes(entries, shapes)
-    stored_tensors = list_model_tensors(folder)
-    pairs = match_entries(stored_tensors, entries, ignored, where=str(folder))
+    pairs = match_entries(stored_tensors, entries, ignored, where=where)
     for line in _describe_unlike_copies(stored_tensors, pairs):
         warn(line)
     for name, shape in shapes.items():
@@ -108,7 +110,6 @@ def export_tensors(
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
     """
-    num_lead_axes = count_lead_axes(entries, checkpoint.shapes)
     kinds: dict[str, Kind] = {}
     num_bytes: dict[str, int] = {}
     for entry in entries:
@@ -119,6 +120,25 @@ def export_tensors(
     total_bytes = sum(num_bytes.values())
     bytes_done = 0
     writer = SafetensorsWriter(folder, kinds, shard_bytes)
+    for entry, tensor in iterate_exported_tensors(checkpoint, entries, writer.folder):
+        for name in (entry.theirs, *entry.copies):
+            writer.write(name, tensor, lossy=lossy)
+            bytes_done += num_bytes[name]
+            progress("converting", bytes_done, total_bytes)
+        del tensor  # before the next is read
+
+
+def iterate_exported_tensors(
+    checkpoint: CheckpointReader,
+    entries: Sequence[TensorEntry],
+    scratch_folder: Path,
+) -> Iterator[tuple[TensorEntry, np.ndarray]]:
+    """Yields the published tensors of a checkpoint, fp32, one in memory at a time.
+
+    Args:
+        scratch_folder: for files of decoded parameters, which are gone afterwards.
+    """
+    num_lead_axes = count_lead_axes(entries, checkpoint.shapes)
     # Parameter by parameter, so that each need only be decoded once.
     by_params = sorted(entries, key=_list_param_names)
     for names, group in groupby(by_params, key=_list_param_names):
@@ -126,17 +146,15 @@ def export_tensors(
             readers: dict[str, ReadSlice] = {}
             for name in set(names):
                 opened = checkpoint.open_slice_reader(
-                    name, num_lead_axes[name], writer.folder
+                    name, num_lead_axes[name], scratch_folder
                 )
                 readers[name] = stack.enter_context(opened)
             for entry in group:
                 parts = [readers[place.name](place.index) for place in entry.ours]
                 tensor = entry.join(parts)
-                for name in (entry.theirs, *entry.copies):
-                    writer.write(name, tensor, lossy=lossy)
-                    bytes_done += num_bytes[name]
-                    progress("converting", bytes_done, total_bytes)
-                del parts, tensor  # before the next tensor is read
+                del parts
+                yield entry, tensor
+                del tensor  # before the next is read
 
 
 def _import_one(

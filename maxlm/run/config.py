@@ -256,7 +256,7 @@ def list_base_models(
         return frozenset()
     if start is not None:
         path = Path(start) / "config.yaml"
-        if not Path(start).is_dir():
+        if not Path(start).exists():
             return frozenset()  # it may have had an adapter
         if path.exists() and load_config(RunConfig, path).value.adapter is not None:
             return frozenset()

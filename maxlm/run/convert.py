@@ -34,6 +34,14 @@ from maxlm.huggingface.families import FAMILIES, find_family
 from maxlm.huggingface.families.family import ModelFamily
 from maxlm.huggingface.families.names import TensorEntry, drop_copies
 from maxlm.huggingface.files import SHARD_BYTES, TensorDtypes
+from maxlm.huggingface.gguf.file_types import parse_file_type
+from maxlm.huggingface.gguf.writing import write_gguf_model
+from maxlm.huggingface.model_files import (
+    ModelFiles,
+    is_gguf_path,
+    is_model_path,
+    open_model_files,
+)
 from maxlm.huggingface.packed_params import (
     DequantizedReader,
     QuantizingWriter,
@@ -43,7 +51,6 @@ from maxlm.huggingface.peft.importing import AdaptedParamWriter, list_trained_na
 from maxlm.huggingface.peft.reading import PeftAdapter, read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.huggingface.peft.writing import TrainedAdapter, write_peft_adapter
-from maxlm.huggingface.quantized import list_model_tensors
 from maxlm.models.adapters import count_virtual_tokens
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names, param_specs
@@ -51,8 +58,7 @@ from maxlm.models.transforms import build_transformed_model
 from maxlm.optim.state import list_added_names, select_trainable
 from maxlm.quantization.config import QuantizationConfig
 from maxlm.run.config import RunConfig
-from maxlm.runtime.files import convert_write_errors
-from maxlm.runtime.json_files import read_json_object
+from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 from maxlm.sharding import AxisRules
 from maxlm.tasks import list_task_kinds
@@ -89,12 +95,11 @@ class ConversionResult:
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """A Hugging Face folder, understood; its tensors are not read yet."""
+    """A Hugging Face folder or a GGUF file, understood; its tensors are not read
+    yet."""
 
-    folder: Path
+    files: ModelFiles
     family: ModelFamily
-    values: Mapping[str, Any]
-    """Values of config.json."""
     config: RunConfig
     """A run that goes on from these weights."""
     specs: Mapping[str, ParamSpec]
@@ -111,41 +116,40 @@ class HuggingFaceModel:
         they had."""
         shapes = {name: spec.shape for name, spec in self.specs.items()}
         dtypes = import_tensors(
-            self.folder,
+            self.files.tensors,
             self.entries,
             shapes,
             writer,
             progress,
+            where=str(self.files.path),
             ignored=self.family.list_ignored_tensors(self.config.model),
             warn=self.notes.append,
         )
         used: set[str] = set()
         for entry in self.entries:
             used |= {entry.theirs, *entry.aliases, *entry.copies}
-        left_out = sorted(list_model_tensors(self.folder).keys() - used)
+        left_out = sorted(self.files.tensors.keys() - used)
         self.notes.extend(self.family.describe_left_out(self.config.model, left_out))
         return dtypes
 
 
 def open_huggingface_model(source: Path, target: Path) -> HuggingFaceModel:
-    """Reads a Hugging Face folder's config, tokenizer and tensors' names, as a run
-    ``target``. Raises MaxlmError: files that are missing or damaged, a model that maxlm
-    does not implement."""
-    where = source / "config.json"
-    values = read_json_object(where, "download it again")
-    family = find_family(values, str(where))
-    tensors = list_model_tensors(source)
-    settings, family_notes = family.read_config(values, str(where), tensors)
+    """Reads the config, tokenizer and tensors' names of a Hugging Face folder or a GGUF
+    file, as a run ``target``. Raises MaxlmError: files that are missing or damaged, a
+    model that maxlm does not implement."""
+    files = open_model_files(source)
+    where = files.config_path
+    family = find_family(files.values, str(where))
+    settings, family_notes = family.read_config(files.values, str(where), files.tensors)
     config = _make_run_config(settings, target, where)
-    notes = [*family_notes]
-    tokenizer = _import_tokenizer(source, config, notes)
+    notes = [*files.notes, *family_notes]
+    with files.open_tokenizer_folder() as folder:
+        tokenizer = _import_tokenizer(folder, config, notes)
     if tokenizer is not None:
         config = _add_tokenizer(config, target, tokenizer, notes)
-    entries = family.list_entries(config.model, tensors)
+    entries = family.list_entries(config.model, files.tensors)
     specs = flatten_names(_build_specs(config))
-    return HuggingFaceModel(
-        source, family, values, config, specs, entries, tokenizer, notes
-    )
+    return HuggingFaceModel(files, family, config, specs, entries, tokenizer, notes)
 
 
 def convert(
@@ -158,11 +162,12 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     adapter: bool = False,
     base: str | Path | None = None,
+    quantization: str | None = None,
     progress: Progress = ignore_progress,
 ) -> ConversionResult:
-    """Converts a Hugging Face folder to a run, which takes no options, a PEFT folder
-    and its base to a run, or a run to a Hugging Face or PEFT folder, whichever
-    ``source`` is.
+    """Converts a Hugging Face folder or a GGUF file to a run, which takes no options, a
+    PEFT folder and its base to a run, or a run to a Hugging Face or PEFT folder or to a
+    GGUF file, whichever ``source`` and ``target`` are.
 
     Args:
         family: under whose names; None: that it came from, else the first that can say
@@ -172,36 +177,60 @@ def convert(
         step: which checkpoint; None: the newest.
         adapter: write a run's adapter alone, for PEFT; otherwise the merged model.
         base: the Hugging Face folder of the model that a PEFT adapter is for.
+        quantization: the number formats of a GGUF file, by llama.cpp's name of its
+            type ("q4_k_m"); None: f32.
     """
     source = Path(source)
     target = Path(target)
-    check_new_folder(target)
+    writes_gguf = is_gguf_path(target)
+    if quantization is not None and not writes_gguf:
+        message = f"--quantization {quantization} says how a GGUF file is written"
+        fix = "name a target that ends in .gguf, or leave it out"
+        raise MaxlmError(message, where=str(target), fix=fix)
+    file_type = parse_file_type(quantization or "f32")
+    if writes_gguf:
+        check_new_file(target)
+    else:
+        check_new_folder(target)
     is_run = (source / "config.yaml").exists()
-    is_published = (source / "config.json").exists()
+    is_published = is_model_path(source)
     if not (is_run or is_published or (source / PEFT_CONFIG).exists()):
         message = "no such folder"
         if source.exists():
             message = "neither config.json nor config.yaml here"
         fix = "name a Hugging Face checkpoint's folder, or a run's such as runs/demo"
         raise MaxlmError(message, where=str(source), fix=fix)
+    if writes_gguf and not is_run:
+        message = "a GGUF file is written of a run, and this is a published checkpoint"
+        fix = f"make it a run first: maxlm convert {source} runs/NAME"
+        raise MaxlmError(message, where=str(source), fix=fix)
 
     # Options that say nothing of this kind of conversion.
     shard_gigabytes = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
     unused: dict[str, str | float | None] = {}
-    if adapter or not is_run:
+    if adapter or writes_gguf or not is_run:
         unused |= {"dtype": dtype, "shard-gb": shard_gigabytes}
+    if writes_gguf and adapter:
+        fix = "leave out --adapter: the file gets the merged model"
+        raise MaxlmError("a GGUF file of an adapter alone", where=str(target), fix=fix)
     if not is_run:
         unused |= {"family": family, "step": step}
     for name, value in unused.items():
         if value is None:
             continue
-        if is_run:
+        if writes_gguf:
+            reason = (
+                "Hugging Face folders are written; of GGUF files --quantization does"
+            )
+        elif is_run:
             reason = "merged models are written, adapters in fp32"
         else:
             reason = "a run is written, and this is a published checkpoint"
         message = f"--{name} {value} says how {reason}"
         raise MaxlmError(message, where=str(source), fix="leave it out")
 
+    if writes_gguf:
+        return _export_gguf(source, target, family, step, file_type, progress)
     if is_run:
         return _export_run(
             source, target, family, dtype, step, shard_bytes, adapter, progress
@@ -246,7 +275,9 @@ def import_run(
         usual_names = [entry.theirs for entry in family.list_entries(config.model)]
         dtypes = dtypes.with_names(dict(zip(stored_names, usual_names, strict=True)))
         token_ids = {
-            key: base.values[key] for key in _TOKEN_ID_KEYS if key in base.values
+            key: base.files.values[key]
+            for key in _TOKEN_ID_KEYS
+            if key in base.files.values
         }
         published: dict[str, Any] = {
             "family": family.name,
@@ -254,7 +285,7 @@ def import_run(
             "tokens": token_ids,
         }
         copies = {name for entry in base.entries for name in entry.copies}
-        missing_copies = copies - list_model_tensors(source).keys()
+        missing_copies = copies - base.files.tensors.keys()
         if missing_copies:
             published["missing_copies"] = sorted(missing_copies)
         writer.commit(
@@ -394,12 +425,7 @@ def _export_run(
                 export_tokenizer(tokenizer, folder)
         return ConversionResult(model_family.name, target, count, "F32", notes)
 
-    forms = list_matrix_forms(_build_stored_specs(config))
-    checkpoint: CheckpointReader = reader
-    if forms:
-        checkpoint = DequantizedReader(checkpoint, forms)
-    if config.adapter is not None:
-        checkpoint = MergedCheckpointReader(checkpoint, config.adapter, specs)
+    checkpoint = _read_dense(reader, config)
     # config.json: ids of special tokens are those of the model that the run came from,
     # else the tokenizer's.
     values = model_family.write_config(config.model)
@@ -419,7 +445,7 @@ def _export_run(
     dtype_names = {stored: name for name, stored in DTYPES.items()}
     values["dtype"] = dtype_names.get(dtypes.default, "float32")
     # Rounding is an error unless a format was named, or the values were rounded before.
-    may_round = dtype is not None or bool(forms)
+    may_round = dtype is not None or config.quantization is not None
     with make_new_folder(target) as folder:
         export_tensors(
             checkpoint,
@@ -437,6 +463,53 @@ def _export_run(
         )
     num_params = sum(spec.size for spec in flatten_names(specs).values())
     return ConversionResult(model_family.name, target, num_params, dtypes.default, [])
+
+
+def _read_dense(reader: RunCheckpointReader, config: RunConfig) -> CheckpointReader:
+    """Returns what reads the parameters of a checkpoint as a model without quantization
+    and adapter has them."""
+    checkpoint: CheckpointReader = reader
+    forms = list_matrix_forms(_build_stored_specs(config))
+    if forms:
+        checkpoint = DequantizedReader(checkpoint, forms)
+    if config.adapter is not None:
+        specs = _build_specs(config)
+        checkpoint = MergedCheckpointReader(checkpoint, config.adapter, specs)
+    return checkpoint
+
+
+def _export_gguf(
+    source: Path,
+    target: Path,
+    family: str | None,
+    step: int | None,
+    file_type: str,
+    progress: Progress,
+) -> ConversionResult:
+    """Writes a run's checkpoint as a GGUF file, with its adapter merged; nothing is
+    left behind by a failure."""
+    config, reader = open_run_checkpoint(source, step)
+    model_family, _ = find_run_family(config, reader, family)
+    specs = _build_specs(config)
+    _check_stored_shapes(reader, config)
+    tokenizer_folder = source / "tokenizer"
+    tokenizer = None
+    if tokenizer_folder.exists():
+        tokenizer = load_tokenizer(tokenizer_folder)
+    checkpoint = _read_dense(reader, config)
+    with make_new_file(target) as path:
+        notes = write_gguf_model(
+            path,
+            checkpoint,
+            model_family.list_entries(config.model),
+            model_family.write_config(config.model),
+            tokenizer,
+            file_type,
+            name=config.name,
+            progress=progress,
+        )
+    num_params = sum(spec.size for spec in flatten_names(specs).values())
+    return ConversionResult(model_family.name, target, num_params, file_type, notes)
 
 
 def _check_stored_shapes(reader: RunCheckpointReader, config: RunConfig) -> None:
@@ -634,6 +707,28 @@ def check_new_folder(target: Path) -> None:
     if target.resolve() == Path.cwd():
         message = "the folder that this runs in cannot be replaced"
         raise MaxlmError(message, where=str(target), fix="name another")
+
+
+def check_new_file(target: Path) -> None:
+    """Checks that there is no file yet. Raises MaxlmError."""
+    if target.exists():
+        raise MaxlmError("this file exists", where=str(target), fix="name a new one")
+
+
+@contextmanager
+def make_new_file(target: Path) -> Iterator[Path]:
+    """Yields a path to write a file to, which gets its name when it is complete, or
+    not at all."""
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        with convert_write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(target) as path:
+            yield path
+    finally:
+        with suppress(OSError):  # the first that is not empty
+            for parent in missing_parents:
+                parent.rmdir()
 
 
 @contextmanager

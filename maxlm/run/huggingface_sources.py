@@ -1,10 +1,12 @@
-"""Hugging Face checkpoints that a run starts from or reads, made runs once."""
+"""Hugging Face checkpoints and GGUF files that a run starts from or reads, made runs
+once."""
 
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
+from maxlm.huggingface.model_files import is_model_path
 from maxlm.run.config import RunConfig
 from maxlm.run.convert import convert
 from maxlm.runtime.progress import show_progress
@@ -47,4 +49,4 @@ def _convert_once(source: str, target: Path) -> str:
 
 def _is_huggingface(folder: str) -> bool:
     path = Path(folder).expanduser()
-    return (path / "config.json").exists() and not (path / "config.yaml").exists()
+    return is_model_path(path) and not (path / "config.yaml").exists()

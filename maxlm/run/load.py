@@ -15,6 +15,8 @@ from maxlm.config import MaxlmError
 from maxlm.config.load import load_config
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.huggingface.gguf.library import SUFFIX
+from maxlm.huggingface.model_files import is_gguf_path, is_model_path
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.models.adapters import merge_adapter
 from maxlm.models.architectures import Model
@@ -109,8 +111,8 @@ def load_model(
     quantization: QuantizationConfig | None = None,
 ) -> LoadedRun:
     """Loads a model to use: a run's, as :func:`load_run` does; a Hugging Face folder's
-    (config.json, safetensors, tokenizer); or that of an adapter of PEFT's, merged,
-    where its base is a folder of this machine. Of the latter two nothing is written.
+    (config.json, safetensors, tokenizer) or a GGUF file's; or that of an adapter of
+    PEFT's, merged, where its base is here too. Of all but runs nothing is written.
     ``quantization``: formats that matrices are rounded to on the way, a parameter after
     the other. Raises MaxlmError: a folder that is none of these, a tokenizer that is
     missing, a damaged file, a model that is quantized already."""
@@ -149,7 +151,7 @@ def _load_dense_or_stored(
     if (folder / "config.yaml").exists():
         return load_run(folder, step=step, mesh=mesh)
     is_adapter = (folder / PEFT_CONFIG).exists()
-    if not (is_adapter or (folder / "config.json").exists()):
+    if not (is_adapter or is_model_path(folder)):
         message = "no such folder"
         if folder.is_dir():
             message = "neither config.yaml nor config.json here"
@@ -158,7 +160,7 @@ def _load_dense_or_stored(
     if step is not None:
         message = f"--step {step} names a run's checkpoint, and this is a published one"
         raise MaxlmError(message, where=str(folder), fix="leave it out")
-    name = folder.resolve().name.lstrip(".- ") or "model"
+    name = folder.resolve().name.removesuffix(SUFFIX).lstrip(".- ") or "model"
     base_folder = _find_adapter_base(folder) if is_adapter else folder
     opened: HuggingFaceModel | AdaptedHuggingFaceModel
     opened = open_huggingface_model(base_folder, Path("runs", name))
@@ -167,6 +169,9 @@ def _load_dense_or_stored(
     if opened.tokenizer is None:
         message = "no tokenizer.json or tokenizer.model here"
         fix = "copy the checkpoint's here"
+        if is_gguf_path(folder):
+            message = "this GGUF file has no tokenizer"
+            fix = "use one that has"
         raise MaxlmError(message, where=str(folder), fix=fix)
     setup = _set_up_to_use(opened.config, mesh)
     writer = _MemoryWriter()
@@ -189,7 +194,7 @@ def _find_adapter_base(folder: Path) -> Path:
     base_name = peft_config.get("base_model_name_or_path")
     if isinstance(base_name, str) and base_name:
         base = Path(base_name).expanduser()
-        if (base / "config.json").exists():
+        if is_model_path(base):
             return base
     message = (
         f"its base, base_model_name_or_path={base_name!r}, is no Hugging Face folder "

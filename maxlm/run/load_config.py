@@ -38,7 +38,7 @@ def load_run_config(source: str, settings: Sequence[str] = ()) -> RunConfig:
 def _read_model_settings(folder: Path) -> JsonObject:
     if (folder / "config.yaml").exists():
         config = load_config(RunConfig, folder / "config.yaml").value
-    elif folder.is_dir():
+    elif folder.exists():
         from maxlm.run.convert import open_huggingface_model
 
         config = open_huggingface_model(folder, Path("runs", "base")).config

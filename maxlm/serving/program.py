@@ -18,6 +18,7 @@ from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.data.tokenizer.prompts import encode_prompts
 from maxlm.huggingface.families import find_family
 from maxlm.huggingface.families.family import ModelFamily
+from maxlm.huggingface.model_files import is_model_path, open_model_files
 from maxlm.huggingface.peft.reading import read_peft_adapter
 from maxlm.huggingface.peft.settings import CONFIG as PEFT_CONFIG
 from maxlm.inference.adapter_slots import LoraWeights, ServedAdapter
@@ -37,7 +38,7 @@ from maxlm.run.convert import (
 )
 from maxlm.run.load import LoadedRun, load_model
 from maxlm.run.setup import use_compilation_cache
-from maxlm.runtime.json_files import parse_json, read_json_object
+from maxlm.runtime.json_files import parse_json
 from maxlm.runtime.progress import show_progress
 from maxlm.sharding.mesh import parse_mesh
 
@@ -293,9 +294,9 @@ def _read_adapter_tokenizer(
 
 
 def _find_base_family(base_folder: Path) -> ModelFamily:
-    path = base_folder / "config.json"
-    if path.exists():
-        return find_family(read_json_object(path, "download it again"), str(path))
+    if is_model_path(base_folder):
+        files = open_model_files(base_folder)
+        return find_family(files.values, str(files.config_path))
     return find_run_family(*open_run_checkpoint(base_folder, None))[0]
 
 

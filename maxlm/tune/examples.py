@@ -18,6 +18,7 @@ from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import METADATA
 from maxlm.data.tokenizer.load import import_tokenizer, load_tokenizer
+from maxlm.huggingface.model_files import open_model_files
 from maxlm.runtime.json_types import JsonMapping, JsonObject
 from maxlm.tasks import TASKS, TaskConfig
 from maxlm.tasks.rows import RowTask, scan_examples
@@ -134,14 +135,15 @@ def infer_task_kind(columns: Iterable[str]) -> str:
 
 
 def open_tokenizer(folder: str | Path) -> Tokenizer:
-    """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, or in its
-    own."""
+    """Opens the tokenizer of a run's folder, of a Hugging Face checkpoint's, of a GGUF
+    file, or in its own folder."""
     folder = Path(folder)
     is_run = (folder / "config.yaml").exists()
     tokenizer_folder = folder / "tokenizer" if is_run else folder
     if (tokenizer_folder / METADATA).exists():
         return load_tokenizer(tokenizer_folder)
-    return import_tokenizer(folder)
+    with open_model_files(folder).open_tokenizer_folder() as files_folder:
+        return import_tokenizer(files_folder)
 
 
 def render_examples(report: JsonMapping, *, in_colour: bool) -> Text:

@@ -124,11 +124,12 @@ def imported(
 ):
     writer = RunCheckpointWriter(checkpoints)
     dtypes = import_tensors(
-        theirs,
+        list_stored_tensors(theirs),
         entries or table(),
         SHAPES,
         writer,
         progress,
+        where=str(theirs),
         ignored=ignored,
         warn=warn,
     )

@@ -9,6 +9,7 @@ back, so `encode` keeps U+2581 from it and spells it in byte tokens.
 import io
 import re
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec, cut_text
@@ -40,6 +41,18 @@ _PROBES = (
     "\u3000\u00a0",
     "\U0010ffff☃",
 )
+
+
+PieceKind = Literal["normal", "unknown", "control", "unused", "byte"]
+
+
+class Piece(NamedTuple):
+    """A token of a model, as its file has it."""
+
+    text: str
+    score: float
+    """What BPE joins by: the highest first."""
+    kind: PieceKind
 
 
 class SentencePieceCodec(Codec):
@@ -111,6 +124,29 @@ class SentencePieceCodec(Codec):
         """Whether pieces have probabilities; BPE's have ranks."""
         scores = map(self._model.get_score, range(self._model.get_piece_size()))
         return any(score != int(score) for score in scores)
+
+    def list_pieces(self) -> list[Piece]:
+        """Lists every token, in order of id."""
+        model = self._model
+        pieces: list[Piece] = []
+        for i in range(model.get_piece_size()):
+            kind: PieceKind = "normal"
+            if model.is_unknown(i):
+                kind = "unknown"
+            elif model.is_control(i):
+                kind = "control"
+            elif model.is_unused(i):
+                kind = "unused"
+            elif model.is_byte(i):
+                kind = "byte"
+            pieces.append(Piece(model.id_to_piece(i), model.get_score(i), kind))
+        return pieces
+
+    @property
+    def adds_space_prefix(self) -> bool:
+        """Whether the model puts a space before a text."""
+        pieces = self._model.encode("a", out_type=str)
+        return "".join(pieces).startswith(_SPACE)
 
     def _bytes_of(self, i: int) -> bytes:
         piece: str = self._model.id_to_piece(i)

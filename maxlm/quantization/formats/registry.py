@@ -8,6 +8,11 @@ from maxlm.quantization.formats.format import Format
 FORMATS = Registry[Callable[[str], Format]](
     "weight format",
     {
+        "q4_0": "maxlm.quantization.formats.ggml.types:parse_ggml_format",
+        "q4_1": "maxlm.quantization.formats.ggml.types:parse_ggml_format",
+        "q5_0": "maxlm.quantization.formats.ggml.types:parse_ggml_format",
+        "q5_1": "maxlm.quantization.formats.ggml.types:parse_ggml_format",
+        "q8_0": "maxlm.quantization.formats.ggml.types:parse_ggml_format",
         "int8": "maxlm.quantization.formats.integer:read_integer_format",
         "int7": "maxlm.quantization.formats.integer:read_integer_format",
         "int6": "maxlm.quantization.formats.integer:read_integer_format",
