@@ -74,7 +74,7 @@ def test_a_run_trains_lora_over_the_rounded_base_on_any_mesh(make_config):
         for plane, array in expected.arrays.items():
             stored = trained.base.arrays[plane]
             assert stored.dtype == array.dtype
-            np.testing.assert_allclose(stored, array, rtol=1e-6)
+            np.testing.assert_allclose(stored, array, rtol=1e-5)
     assert num_packed == 7
 
     # The optimizer knows A and B alone, which have moved.

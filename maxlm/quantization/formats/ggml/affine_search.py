@@ -79,9 +79,7 @@ def fit_affine_blocks(
     def quantize(
         block: jax.Array, inverse_scales: jax.Array, origins: jax.Array
     ) -> jax.Array:
-        codes = _quantize(
-            block, inverse_scales, origins, search.highest_code, rounding
-        )
+        codes = _quantize(block, inverse_scales, origins, search.highest_code, rounding)
         return codes.astype(jnp.float32)
 
     def sum_errors(

@@ -16,7 +16,6 @@ from maxlm.quantization.formats.packing import (
     unpack_codes,
 )
 
-
 SUPERBLOCK = 256
 """Numbers of a k-quant's superblock."""
 

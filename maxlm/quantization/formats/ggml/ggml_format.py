@@ -18,7 +18,6 @@ from maxlm.quantization.formats.ggml.layout import (
     split_blocks,
 )
 
-
 RUN_NUMBERS = 1 << 15
 """Numbers that are quantized at once: what a search goes over again and again stays in
 a CPU's cache."""
