@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from maxlm.config import MaxlmError
@@ -100,9 +101,13 @@ class Memory(dict[str, np.ndarray]):
     """Takes parameters as a checkpoint does."""
 
     def declare(
-        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        num_lead_axes: int = 0,
+        dtype: DTypeLike = np.float32,
     ) -> None:
-        self[name] = np.full(shape, np.nan, np.float32)
+        self[name] = np.full(shape, np.nan, dtype)
 
     def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
         self[name][lead_index] = values

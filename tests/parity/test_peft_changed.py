@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from maxlm.config import MaxlmError
@@ -579,9 +580,13 @@ class ArrayWriter:
         self.arrays: dict[str, np.ndarray] = {}
 
     def declare(
-        self, name: str, shape: tuple[int, ...], num_lead_axes: int = 0
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        num_lead_axes: int = 0,
+        dtype: DTypeLike = np.float32,
     ) -> None:
-        self.arrays[name] = np.full(shape, np.nan, np.float32)
+        self.arrays[name] = np.full(shape, np.nan, dtype)
 
     def write(self, name: str, lead_index: tuple[int, ...], values: np.ndarray) -> None:
         self.arrays[name][lead_index] = values

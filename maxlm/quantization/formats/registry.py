@@ -22,8 +22,10 @@ FORMATS = Registry[Callable[[str], Format]](
         "nvfp4": "maxlm.quantization.formats.nvfp4:read_nvfp4_format",
         "e8p": "maxlm.quantization.formats.e8p:read_e8p_format",
         **dict.fromkeys(
-            ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")
-            + ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+            (
+                *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
+                *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+            ),
             _GGML,
         ),
     },
