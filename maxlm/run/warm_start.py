@@ -24,7 +24,6 @@ from maxlm.models.params import (
     flatten_names,
     is_packed,
     join_path,
-    merge_packed,
     replace_base_params,
     select_base_params,
 )
@@ -106,7 +105,11 @@ def _start_auxiliary_models(
         params = dict(fresh[name])
         if auxiliary.source is None:
             # They are trained in full, whatever the run's own base is stored in.
-            base = merge_packed(select_base_params(own_params))
+            base = jax.tree.map(
+                lambda param: _unpack_array(setup, param),
+                select_base_params(own_params),
+                is_leaf=is_packed,
+            )
             for part in params.keys() - {"heads"}:
                 # A copy: the step is given the memory of the whole state.
                 params[part] = jax.tree.map(
@@ -326,3 +329,14 @@ def pack_array(setup: RunSetup, spec: PackedParam, dense: jax.Array) -> PackedPa
     pack = jax.sharding.auto_axes(spec.from_dense, out_sharding=layouts)
     with jax.set_mesh(setup.mesh):
         return jax.jit(pack)(dense)
+
+
+def _unpack_array(setup: RunSetup, param: StoredParam) -> StoredParam:
+    """Returns the array that a packed parameter stands for, in its storage layout;
+    another parameter as it is."""
+    if not isinstance(param, PackedParam):
+        return param
+    layout = setup.placed.storage.spec(*param.dense_spec.axes)
+    merge = jax.sharding.auto_axes(lambda leaf: leaf.merge(), out_sharding=layout)
+    with jax.set_mesh(setup.mesh):
+        return jax.jit(merge)(param)
