@@ -251,9 +251,10 @@ class ServedModel:
         """Key in ``Chip.peak_flops`` of the products."""
         chip = self._machine.chip
         quantization = self.work.config.quantization
+        activations = None if quantization is None else quantization.activations
         # Products of codes, where activations are rounded too.
-        if quantization is not None and quantization.activations in chip.peak_flops:
-            return quantization.activations
+        if activations is not None and activations in chip.peak_flops:
+            return activations
         return select_matmul_dtype(chip, self.work.dtype_bytes)
 
     @cached_property

@@ -52,7 +52,9 @@ class GgmlFormat(Format):
         self._check_columns(columns)
         num_blocks = columns // self.block_columns
         return {
-            field.plane: PlaneSpec(rows, num_blocks * field.num_items, field.dtype)
+            field.plane: PlaneSpec(
+                rows, num_blocks * field.num_items, jnp.dtype(field.dtype)
+            )
             for field in self.fields
         }
 
