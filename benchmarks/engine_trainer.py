@@ -131,7 +131,7 @@ def build_case(
             sizes,
             jnp.float32,
             training=None,
-            adapter=adapter,
+            transforms=[] if adapter is None else [adapter],
         )
         model = placed.model
         assert isinstance(model, Decoder)
