@@ -1,20 +1,14 @@
-"""Matrices as blocks along their columns, and codes as the arrays of their bits.
+"""Matrices as blocks along their columns.
 
 The searches for scales work on [numbers of a block, ..., R, blocks]: all blocks at
 once, and sums over a block in its order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from maxlm.quantization.formats.packing import (
-    list_packed_widths,
-    pack_codes,
-    unpack_codes,
-)
 
 SUPERBLOCK = 256
 """Numbers of a k-quant's superblock."""
@@ -46,30 +40,6 @@ def map_in_runs(
     return jax.tree.map(
         lambda result: result.reshape(-1, *result.shape[2:])[:num_rows], results
     )
-
-
-def split_codes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:
-    """Returns uint8 codes [..., C] of fewer than eight bits as packed arrays by name,
-    ``codes4`` and ``codes1`` for five."""
-    planes = {}
-    low = 0
-    for width in list_packed_widths(bits):
-        part = (codes >> low) & ((1 << width) - 1)
-        planes[f"codes{width}"] = pack_codes(part, width)
-        low += width
-    return planes
-
-
-def join_codes(planes: Mapping[str, jax.Array], bits: int) -> jax.Array:
-    """Returns uint8 codes [..., C]; inverts :func:`split_codes`."""
-    codes = None
-    low = 0
-    for width in list_packed_widths(bits):
-        part = unpack_codes(planes[f"codes{width}"], width) << low
-        codes = part if codes is None else codes | part
-        low += width
-    assert codes is not None
-    return codes
 
 
 def multiply_out(units: jax.Array, codes: jax.Array) -> jax.Array:

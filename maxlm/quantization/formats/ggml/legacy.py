@@ -6,13 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from maxlm.quantization.formats.code_planes import join_codes, split_codes
 from maxlm.quantization.formats.format import Planes
-from maxlm.quantization.formats.ggml.blocks import (
-    join_codes,
-    merge_blocks,
-    split_codes,
-    take_blocks,
-)
+from maxlm.quantization.formats.ggml.blocks import merge_blocks, take_blocks
 from maxlm.quantization.formats.ggml.ggml_format import GgmlFormat
 from maxlm.quantization.formats.ggml.layout import BlockField, code_field, half_field
 from maxlm.quantization.formats.ggml.rounding import (

@@ -7,13 +7,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from maxlm.quantization.formats.code_planes import join_codes, split_codes
 from maxlm.quantization.formats.format import Planes
 from maxlm.quantization.formats.ggml.blocks import (
     SUPERBLOCK,
-    join_codes,
     merge_blocks,
     multiply_out,
-    split_codes,
     take_blocks,
 )
 from maxlm.quantization.formats.ggml.ggml_format import GgmlFormat
