@@ -43,11 +43,11 @@ def replace_targets(
         if not is_adapted and (spec.contracting_dims or name == "embedding.table"):
             candidates[name] = spec
     if targets is None:
-        chosen = find_layer_maps(candidates)
+        chosen = find_layer_map_names(candidates)
     else:
         chosen = set()
         for target in targets:
-            chosen.update(find_target(candidates, target, setting))
+            chosen.update(find_target_names(candidates, target, setting))
     adapted = [
         adapt(name, candidates[name], stored) if name in chosen else stored
         for name, stored in flat.items()
@@ -55,7 +55,7 @@ def replace_targets(
     return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_leaf), adapted)
 
 
-def find_layer_maps(candidates: Mapping[str, ParamSpec]) -> set[str]:
+def find_layer_map_names(candidates: Mapping[str, ParamSpec]) -> set[str]:
     """Finds the linear maps of layers, those of routed experts left out: they are not
     named ``kernel``. One that several layers share is among them once."""
     return {
@@ -66,7 +66,7 @@ def find_layer_maps(candidates: Mapping[str, ParamSpec]) -> set[str]:
     }
 
 
-def find_target(
+def find_target_names(
     candidates: Mapping[str, ParamSpec], target: str, setting: str
 ) -> list[str]:
     """Finds the parameters that a target names; raises MaxlmError where there are

@@ -82,7 +82,7 @@ def compute_run_layout(
     split = MeshPartitioning(config, sizes)
     specs = flatten_names(placed.specs)
     # A quantized matrix has as many parameters as the numbers that it stands for.
-    counted = select_counted_specs(placed.specs)
+    counted = select_unpacked_specs(placed.specs)
     devices = prod(sizes.values())
     rows = tuple(
         _make_row(name, spec, placed.placements[name], devices)
@@ -225,7 +225,7 @@ class TrainingFlopsPerToken(NamedTuple):
     """With causal attention at half, as a kernel computes it."""
 
 
-def select_counted_specs(specs: Params) -> dict[str, ParamSpec]:
+def select_unpacked_specs(specs: Params) -> dict[str, ParamSpec]:
     """Returns declarations by name, with those of dense arrays in place of what packed
     ones are stored as."""
     counted: dict[str, ParamSpec] = {}

@@ -13,7 +13,7 @@ from maxlm.models.params import (
     get_dense_spec,
     is_leaf,
 )
-from maxlm.models.targets import find_layer_maps, find_target
+from maxlm.models.targets import find_layer_map_names, find_target_names
 from maxlm.models.transforms import ParamTransform
 from maxlm.quantization.activations import ActivationRounding
 from maxlm.quantization.formats.registry import parse_format
@@ -83,7 +83,7 @@ class QuantizationConfig(ParamTransform):
             if spec.contracting_dims or name == "embedding.table":
                 candidates[name] = spec
         if self.targets is None:
-            chosen = find_layer_maps(candidates)
+            chosen = find_layer_map_names(candidates)
             chosen |= {
                 name
                 for name, spec in candidates.items()
@@ -92,10 +92,12 @@ class QuantizationConfig(ParamTransform):
         else:
             chosen = set()
             for target in self.targets:
-                chosen.update(find_target(candidates, target, "quantization.targets"))
+                chosen.update(
+                    find_target_names(candidates, target, "quantization.targets")
+                )
         formats = {name: self.format for name in candidates if name in chosen}
         for pattern, format_name in self.formats.items():
-            for name in find_target(candidates, pattern, "quantization.formats"):
+            for name in find_target_names(candidates, pattern, "quantization.formats"):
                 formats[name] = format_name
         return {
             name: format_name

@@ -265,7 +265,7 @@ def import_run(
     family = base.family
     config = opened.config.model_copy(update={"quantization": quantization})
     tokenizer = opened.tokenizer
-    forms = list_matrix_forms(_build_stored_specs(config))
+    forms = list_matrix_forms(build_stored_specs(config))
     with make_new_folder(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
         dtypes = opened.import_tensors(QuantizingWriter(writer, forms), progress)
@@ -469,7 +469,7 @@ def _read_dense(reader: RunCheckpointReader, config: RunConfig) -> CheckpointRea
     """Returns what reads the parameters of a checkpoint as a model without quantization
     and adapter has them."""
     checkpoint: CheckpointReader = reader
-    forms = list_matrix_forms(_build_stored_specs(config))
+    forms = list_matrix_forms(build_stored_specs(config))
     if forms:
         checkpoint = DequantizedReader(checkpoint, forms)
     if config.adapter is not None:
@@ -515,7 +515,7 @@ def _export_gguf(
 def _check_stored_shapes(reader: RunCheckpointReader, config: RunConfig) -> None:
     """Checks that a checkpoint's arrays have the shapes of the run's model: one whose
     zarr.json is another's would be read as what it is not."""
-    for name, spec in flatten_names(_build_stored_specs(config)).items():
+    for name, spec in flatten_names(build_stored_specs(config)).items():
         stored = reader.shapes.get(name)
         if stored is not None and stored != spec.shape:
             message = (
@@ -593,8 +593,8 @@ def _build_specs(config: RunConfig) -> Params:
     return param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32))
 
 
-def _build_stored_specs(config: RunConfig) -> Params:
-    """Declarations of what a run stores: quantized, and with its adapter."""
+def build_stored_specs(config: RunConfig) -> Params:
+    """Returns declarations of what a run stores: quantized, and with its adapter."""
     model = build_transformed_model(
         config.model, config.transforms, rules=AxisRules(), dtype=jnp.float32
     )

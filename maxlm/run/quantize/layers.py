@@ -19,6 +19,7 @@ from maxlm.models.architectures.trunk import TokenInputs
 from maxlm.models.params import (
     Params,
     bind,
+    flatten_names,
     param_specs,
     take_stacked_layer,
 )
@@ -90,6 +91,14 @@ class LayerWalk:
         ]
         self._run = jax.jit(self._run_layer, static_argnames=("run", "place"))
         self._record = jax.jit(self._record_layer, static_argnames=("run", "place"))
+
+    def count_bytes(self) -> int:
+        """Counts the bytes of all layers' dense parameters."""
+        arrays = flatten_names(self.params)
+        stacks = tuple(f"{name}." for name in self.model.stacks)
+        return sum(
+            array.nbytes for name, array in arrays.items() if name.startswith(stacks)
+        )
 
     def take_params(self, layer: CalibratedLayer) -> Params:
         """Returns a layer's dense parameters."""

@@ -22,12 +22,10 @@ from maxlm.models.params import (
     ParamSpec,
     flatten_names,
     join_path,
-    param_specs,
 )
-from maxlm.models.transforms import build_transformed_model
 from maxlm.quantization.leaf import MatrixForm, QuantizedParam
 from maxlm.run.config import RunConfig
-from maxlm.run.convert import check_new_folder, make_new_folder
+from maxlm.run.convert import build_stored_specs, check_new_folder, make_new_folder
 from maxlm.run.load import LoadedRun, load_model
 from maxlm.run.quantize.calibration import CalibrationSettings, read_calibration_rows
 from maxlm.run.quantize.formats import choose_formats
@@ -36,7 +34,6 @@ from maxlm.run.quantize.rounding import LayerQuantizer, check_format
 from maxlm.run.quantize.scheme import Scheme, parse_scheme
 from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
-from maxlm.sharding import AxisRules
 
 CALIBRATED = "calibrated"
 """Begins the names of files of finished layers."""
@@ -99,7 +96,7 @@ def quantize_model(
         fix = "quantize its base, and tune that"
         raise MaxlmError(message, where=str(source), fix=fix)
 
-    specs = _build_specs(loaded.config)
+    specs = build_stored_specs(loaded.config)
     chosen = choose_formats(specs, scheme, targets)
     train = loaded.config.train.model_copy(
         update={"start_from": None, "trainable": None, "ema_decay": None}
@@ -152,17 +149,21 @@ def _calibrate(
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
     }
     _open_work_folder(work_folder, description)
-    forms = list_matrix_forms(_build_specs(config))
+    forms = list_matrix_forms(build_stored_specs(config))
     files: list[LayerFile] = []
+    stage = "quantizing layers"
     with jax.set_mesh(loaded.mesh):
         walk = LayerWalk(
             model, loaded.params, loaded.mesh, rows, calibration.batch_rows
         )
         quantizer = LayerQuantizer(walk, scheme, forms)
+        total_bytes = walk.count_bytes()
         for layer in walk.layers:
             path = work_folder / f"layer-{layer.number:04}.zip"
             file = LayerFile(path, layer.stack_name, layer.place.index)
-            progress("quantizing layers", layer.number, len(walk.layers))
+            # As if layers were alike, in bytes as other stages are.
+            done_bytes = total_bytes * layer.number // len(walk.layers)
+            progress(stage, done_bytes, total_bytes)
             if path.exists():
                 params = file.read_dense(walk.take_params(layer), forms)
             else:
@@ -172,7 +173,7 @@ def _calibrate(
             if layer.number + 1 < len(walk.layers):
                 walk.advance(layer, params)
             files.append(file)
-    progress("quantizing layers", len(files), len(files))
+    progress(stage, total_bytes, total_bytes)
     return files
 
 
@@ -253,7 +254,7 @@ def _write_run(
 ) -> tuple[int, int, float]:
     """Writes the run; returns its numbers, its bytes, and bits a number of quantized
     matrices."""
-    stored_specs = _build_specs(config)
+    stored_specs = build_stored_specs(config)
     forms = list_matrix_forms(stored_specs)
     dense = flatten_names(loaded.params)
     num_params = sum(array.size for array in dense.values())
@@ -275,7 +276,9 @@ def _write_run(
                     writer.write(name, tuple(map(int, lead)), array)
         quantizing = QuantizingWriter(writer, forms)
         done = 0
-        for name, spec in flatten_names(_build_specs(_without(config))).items():
+        for name, spec in flatten_names(
+            build_stored_specs(_make_dense(config))
+        ).items():
             array = dense[name]
             if not _is_of_stack(name, calibrated_stacks):
                 num_lead = spec.num_layer_axes
@@ -320,13 +323,6 @@ def _check_calibration(scheme: Scheme, calibration: CalibrationSettings | None) 
         raise MaxlmError(message, where="--calibrate", fix=fix)
 
 
-def _build_specs(config: RunConfig) -> Params:
-    """Declares what a run stores."""
-    model = build_transformed_model(
-        config.model, config.transforms, rules=AxisRules(), dtype=jnp.float32
-    )
-    return param_specs(model)
-
-
-def _without(config: RunConfig) -> RunConfig:
+def _make_dense(config: RunConfig) -> RunConfig:
+    """Returns the config of the model that is quantized."""
     return config.model_copy(update={"quantization": None, "adapter": None})
